@@ -1,0 +1,211 @@
+"""`PQCADConfig`: what a quantized model's numbers mean. It never says how a computer should run them."""
+
+import copy
+import json
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+from diffusers_pqcad.qparams import ACTIVATION_BITS, WEIGHT_BITS, WeightSpec
+
+FORMAT_VERSION = 1
+DENOISER_COMPONENTS = ("unet", "transformer", "transformer_2", "prior")
+# Top-level modules kept in floating point by default: few weights, and in an epsilon model conv_out at 8 bits alone
+# costs 16 dB, because the last layer's error is the step's error. Transformers name the same layers differently.
+EXEMPT_MODULES = (
+    "conv_in",
+    "conv_out",
+    "time_embedding",
+    "class_embedding",
+    "add_embedding",
+    "time_proj",
+    "pos_embed",
+    "proj_out",
+    "norm_out",
+    "time_text_embed",
+    "context_embedder",
+    "x_embedder",
+    "adaln_single",
+    "caption_projection",
+)
+
+
+class PQCADMethod(str, Enum):  # noqa: UP042 - StrEnum prints as its value; diffusers' own enum is this one's model
+    """The name under which diffusers knows this package; an Enum because the loader reads `.value`."""
+
+    PQCAD = "pqcad"
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Return whether module `name` is `pattern`, lies below it, has it as one of its parts, or fits it as a glob."""
+    return name == pattern or name.startswith(f"{pattern}.") or pattern in name.split(".") or fnmatchcase(name, pattern)
+
+
+def check_format_version(version: int) -> None:
+    """Raise ValueError for a format that only a newer version of this package can read."""
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"format_version {version} is newer than this package can read ({FORMAT_VERSION}); upgrade diffusers-pqcad."
+        )
+
+
+@dataclass(kw_only=True, repr=False)
+class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
+    """Settings of a quantized model, accepted by a model's and by a pipeline's `from_pretrained` alike.
+
+    Args:
+        weight_bits: average bits over the weights of the searched layers, scales not counted; a width of
+            `bit_choices` with method "fixed".
+        bit_choices: the widths that "progressive" may give a layer, out of 8, 6, 4, 3 and 2.
+        activation_bits: 8 (asymmetric uint8 per tensor), or `None` to keep activations in floating point.
+        group_size: inputs that share a weight scale in Linear layers; `None`: one scale per output channel.
+        method: "progressive" (bits per layer, moved in two stages under a momentum) or "fixed" (round to nearest at
+            one width).
+        modules_to_not_convert: names, parts of names or globs of layers that stay in floating point, besides the
+            default exemptions.
+        search_all_modules: also quantize what is exempt by default (first and last convolution, time embedding).
+        components: the pipeline components to quantize; `None`: the denoiser.
+        weight_bits_by_module: bits of every quantized layer, as PQ decided; filled on quantization.
+        timestep_boundaries: boundaries of the static activation ranges' timestep groups; `None`: dynamic ranges.
+        num_inference_steps: the number of sampling steps that a student was distilled for.
+        format_version: version of the stored format.
+
+    Raises ValueError for a value outside these.
+    """
+
+    weight_bits: float = 4.0
+    bit_choices: tuple[int, ...] = (8, 6, 4, 3, 2)
+    activation_bits: int | None = ACTIVATION_BITS
+    group_size: int | None = None
+    method: Literal["progressive", "fixed"] = "progressive"
+    modules_to_not_convert: list[str] = field(default_factory=list)
+    search_all_modules: bool = False
+    components: list[str] | None = None
+    weight_bits_by_module: dict[str, int] = field(default_factory=dict)
+    timestep_boundaries: list[int] | None = None
+    num_inference_steps: int | None = None
+    format_version: int = FORMAT_VERSION
+    quant_method: PQCADMethod = PQCADMethod.PQCAD  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        check_format_version(self.format_version)
+        for name in ("modules_to_not_convert", "components"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}: expected a list of names, got the string {getattr(self, name)!r}.")
+        self.bit_choices = tuple(sorted(set(self.bit_choices), reverse=True))
+        self.modules_to_not_convert = list(self.modules_to_not_convert or [])
+        self.components = None if self.components is None else list(self.components)
+        self.weight_bits_by_module = dict(self.weight_bits_by_module or {})
+        self.timestep_boundaries = None if self.timestep_boundaries is None else list(self.timestep_boundaries)
+        if self.quant_method != PQCADMethod.PQCAD:
+            raise ValueError(f"quant_method: expected 'pqcad', got {self.quant_method!r}.")
+        self.quant_method = PQCADMethod.PQCAD
+        unknown = [bits for bits in self.bit_choices if bits not in WEIGHT_BITS]
+        if unknown or not self.bit_choices:
+            raise ValueError(f"bit_choices: expected some of {WEIGHT_BITS}, got {list(self.bit_choices)}.")
+        self.bit_choices = tuple(map(int, self.bit_choices))
+        if self.method not in ("progressive", "fixed"):
+            raise ValueError(f"method: expected 'progressive' or 'fixed', got {self.method!r}.")
+        if self.method == "fixed" and self.weight_bits not in WEIGHT_BITS:
+            raise ValueError(
+                f"weight_bits: method 'fixed' takes one width out of {WEIGHT_BITS}, got {self.weight_bits}. "
+                "Use method='progressive' for an average."
+            )
+        low, high = min(self.bit_choices), max(self.bit_choices)
+        if self.method == "progressive" and not low <= self.weight_bits <= high:
+            raise ValueError(
+                f"weight_bits: an average of {self.weight_bits} cannot be met with bit_choices {list(self.bit_choices)}; "
+                f"expected {low} to {high}."
+            )
+        if self.activation_bits not in (ACTIVATION_BITS, None):
+            raise ValueError(f"activation_bits: expected {ACTIVATION_BITS} or None, got {self.activation_bits}.")
+        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+            raise ValueError(f"group_size: expected a positive integer or None, got {self.group_size!r}.")
+        wrong = {name: bits for name, bits in self.weight_bits_by_module.items() if bits not in WEIGHT_BITS}
+        if wrong:
+            raise ValueError(f"weight_bits_by_module: expected widths out of {WEIGHT_BITS}, got {wrong}.")
+        self.weight_bits_by_module = {name: int(bits) for name, bits in self.weight_bits_by_module.items()}
+        boundaries = self.timestep_boundaries
+        if boundaries is not None and boundaries != sorted(set(boundaries)):
+            raise ValueError(f"timestep_boundaries: expected increasing integers, got {boundaries}.")
+        if self.num_inference_steps is not None and self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps: expected at least 1 or None, got {self.num_inference_steps}.")
+
+    # What PipelineQuantizationConfig's own __init__ would set; class-level, so that none of it is saved.
+    quant_mapping = None
+    quant_backend = "pqcad"
+    quant_kwargs = None
+    is_granular = False
+
+    @property
+    def components_to_quantize(self) -> list[str] | None:
+        """The components named by the user: diffusers warns about those that the pipeline lacks."""
+        return self.components
+
+    def is_exempt(self, name: str) -> bool:
+        """Return whether the module `name` stays in floating point."""
+        by_default = not self.search_all_modules and name.split(".")[0] in EXEMPT_MODULES
+        return by_default or any(matches(name, pattern) for pattern in self.modules_to_not_convert)
+
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """Raise ValueError for a user's pattern that fits none of the quantizable layers `names`: a typo, most likely."""
+        names = list(names)
+        for pattern in self.modules_to_not_convert:
+            if not any(matches(name, pattern) for name in names):
+                raise ValueError(
+                    f"modules_to_not_convert: {pattern!r} matches none of the {len(names)} quantizable layers "
+                    f"(such as {names[:3]}). Give a name, a part of a name, or a glob."
+                )
+
+    def weight_spec(self, name: str, *, is_linear: bool) -> WeightSpec:
+        """Return the decided grid of the layer `name`; groups apply to Linear layers only."""
+        bits = int(self.weight_bits) if self.method == "fixed" else self.weight_bits_by_module.get(name)
+        if bits is None:
+            raise ValueError(
+                f"{name}: the config of this quantized model says nothing about it (weight_bits_by_module has "
+                f"{len(self.weight_bits_by_module)} layers). The config was edited, or belongs to another model."
+            )
+        return WeightSpec(bits, self.group_size if is_linear else None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings as plain JSON values."""
+        values = {item.name: copy.deepcopy(getattr(self, item.name)) for item in fields(self)}
+        return values | {"quant_method": self.quant_method.value, "bit_choices": list(self.bit_choices)}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the settings that differ from the defaults, and `quant_method`."""
+        values = self.to_dict()
+        for item in fields(self):
+            default = item.default_factory() if item.default_factory is not MISSING else item.default
+            if item.name != "quant_method" and getattr(self, item.name) == default:
+                del values[item.name]
+        return values
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Return the config of `config_dict`; unknown keys are refused (ValueError), never dropped."""
+        check_format_version(config_dict.get("format_version", FORMAT_VERSION))  # before its new keys are refused
+        known = {item.name for item in fields(cls)}
+        unknown = sorted(set(config_dict) - known)
+        if unknown:
+            raise ValueError(f"PQCADConfig: unknown settings {unknown}; expected some of {sorted(known)}.")
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({json.dumps(self.to_diff_dict(), sort_keys=True)})"
+
+    def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None) -> Any:
+        """Answer diffusers' pipeline loader: a copy of this config for a chosen component, `None` for the others."""
+        if module_name not in (DENOISER_COMPONENTS if self.components is None else self.components):
+            return None
+        if not is_diffusers:
+            raise ValueError(
+                f"components: {module_name!r} is a transformers model, and PQCAD quantizes diffusers models only. "
+                "Leave it out of `components`."
+            )
+        return copy.deepcopy(self)

@@ -1,0 +1,192 @@
+"""From float models to packed ones and back, in memory."""
+
+import logging
+import warnings
+from collections.abc import Mapping
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusers_pqcad import kernels
+from diffusers_pqcad.allocation import allocate
+from diffusers_pqcad.config import PQCADConfig
+from diffusers_pqcad.layers import QUANTIZED_LAYERS, QuantizedLayer, packed_layers
+from diffusers_pqcad.qparams import WeightSpec, dequantize_weight, min_max_weight_scale, quantize_weight
+from diffusers_pqcad.timesteps import TimestepGroups, install_timestep_groups, remove_timestep_groups
+
+logger = logging.getLogger(__name__)
+
+
+def match_modules(model: nn.Module, config: PQCADConfig) -> dict[str, nn.Module]:
+    """Return the layers of `model` that `config` quantizes ("searched"), by name, in registration order.
+
+    Raises ValueError for a pattern that matches nothing or a group size that does not divide; warns if nothing is left.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in QUANTIZED_LAYERS or (isinstance(module, QuantizedLayer) and not module.packed)
+    }
+    if "" in layers:
+        raise ValueError(f"{type(model).__name__} is a single layer; wrap it, as in nn.Sequential(layer).")
+    config.check_patterns(layers)
+    searched = {name: module for name, module in layers.items() if not config.is_exempt(name)}
+    if not searched:
+        warnings.warn(
+            f"{type(model).__name__} has nothing to quantize: {len(layers)} Linear and Conv2d layers, all of them exempt. "
+            "It stays as it is. See modules_to_not_convert and search_all_modules.",
+            stacklevel=3,
+        )
+    for name, module in searched.items():
+        if config.group_size is not None and isinstance(module, nn.Linear) and module.in_features % config.group_size:
+            raise ValueError(
+                f"{name}: group_size={config.group_size} must divide {module.in_features}, its number of inputs. Use "
+                "group_size=None or exclude the layer with modules_to_not_convert."
+            )
+    return searched
+
+
+def swap_(model: nn.Module, names: Mapping[str, nn.Module]) -> dict[str, QuantizedLayer]:
+    """Replace the named float layers by unpacked quantized layers that share their parameters; return those."""
+    swapped = {}
+    for name, module in names.items():
+        layer = (
+            module
+            if isinstance(module, QuantizedLayer)
+            else QUANTIZED_LAYERS[type(module)].from_float(module, name)
+        )
+        model.set_submodule(name, layer)
+        swapped[name] = layer
+    return swapped
+
+
+@torch.no_grad()
+def relative_weight_error(weight: torch.Tensor, spec: WeightSpec) -> float:
+    """Return ||Q(W) - W||^2 / ||W||^2 with min-max scales: the data-free perturbation of one layer."""
+    weight = weight.detach().float()
+    scale = min_max_weight_scale(weight, spec)
+    error = dequantize_weight(quantize_weight(weight, scale, spec), scale) - weight
+    return (error.square().sum() / weight.square().sum().clamp(min=1e-30)).item()
+
+
+def decide_bits(layers: Mapping[str, nn.Module], config: PQCADConfig) -> dict[str, int]:
+    """Return bits per layer without data: the config's own decision, one width, or the controller on weight errors."""
+    if config.method == "fixed":
+        return dict.fromkeys(layers, int(config.weight_bits))
+    if config.weight_bits_by_module:
+        missing = sorted(set(layers) - set(config.weight_bits_by_module))
+        if missing:
+            raise ValueError(f"weight_bits_by_module lacks {len(missing)} layers, such as {missing[:3]}.")
+        return {name: config.weight_bits_by_module[name] for name in layers}
+
+    @cache
+    def perturbation(name: str, bits: int) -> float:
+        group_size = config.group_size if isinstance(layers[name], nn.Linear) else None
+        try:
+            return relative_weight_error(layers[name].weight, WeightSpec(bits, group_size))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+    num_weights = {name: layer.weight.numel() for name, layer in layers.items()}
+    return allocate(num_weights, perturbation, budget=config.weight_bits, bit_choices=config.bit_choices)
+
+
+def decide_config(layers: Mapping[str, nn.Module], config: PQCADConfig) -> PQCADConfig:
+    """Return a copy of `config` that says what quantizing the float `layers` without data gives; changes nothing.
+
+    Raises ValueError for weights that are not finite, or bits that do not cover the layers.
+    """
+    for name, layer in layers.items():
+        if not torch.isfinite(layer.weight).all():
+            raise ValueError(f"{name}: the weights hold a NaN or an infinity, and cannot be quantized.")
+    bits = decide_bits(layers, config) if layers else {}
+    # Static activation ranges need data; without, a saved model must not ask for them.
+    decisions = {"weight_bits_by_module": {} if config.method == "fixed" else bits, "timestep_boundaries": None}
+    return PQCADConfig(**config.to_dict() | decisions)
+
+
+def pack_layers_(layers: Mapping[str, QuantizedLayer], config: PQCADConfig) -> None:
+    """Pack `layers` in place as `config` says; each float weight is dropped before the next layer is packed."""
+    for name, layer in layers.items():
+        spec = config.weight_spec(name, is_linear=isinstance(layer, nn.Linear))
+        layer.pack_(spec, activation_bits=config.activation_bits)
+
+
+def quantize_(model: nn.Module, config: PQCADConfig) -> nn.Module:
+    """Quantize `model` in place, as `from_pretrained(..., quantization_config=config)` would, and return it.
+
+    Needs no data: bits come from the weights alone, activation ranges from each call. To lower the bits of a quantized
+    model, call its `dequantize()` first. Raises ValueError, with the model unchanged, for settings that do not fit it.
+    """
+    if packed_layers(model):
+        raise ValueError(f"{type(model).__name__} is quantized already; call its dequantize() first.")
+    searched = match_modules(model, config)
+    decided = decide_config(searched, config)
+    layers = swap_(model, searched)
+    del searched  # or it would keep all float weights alive while the layers are packed
+    pack_layers_(layers, decided)
+    finish_(model, decided)
+    mark_quantized_(model, decided)
+    return model
+
+
+def finish_(model: nn.Module, config: PQCADConfig) -> None:
+    """Do what every packed model needs once: share the timestep groups, count parameters right, log the kernels."""
+    layers = packed_layers(model)
+    for name, layer in layers.items():
+        layer.name = name
+    if config.timestep_boundaries is not None:
+        share_timestep_groups(model, install_timestep_groups(model, config.timestep_boundaries))
+    if hasattr(type(model), "num_parameters"):
+        # Not a bound method: pickle looks those up by name, and would bring back the class's own.
+        model.num_parameters = partial(num_parameters, model)  # type: ignore[assignment]
+    if layers:
+        logger.info("%s: %s", type(model).__name__, kernels.summary(list(layers.values())))
+
+
+def share_timestep_groups(model: nn.Module, groups: TimestepGroups) -> None:
+    """Let every packed layer of `model` with static ranges read `groups`."""
+    for layer in packed_layers(model).values():
+        if layer.input_scale is not None:
+            layer.timestep_groups = groups
+
+
+def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """Return the number of parameters of the float model that this quantized model stands for."""
+    count = type(self).num_parameters(self, only_trainable, exclude_embeddings)
+    if only_trainable:
+        return count
+    return count + sum(layer.weight_shape.numel() for layer in packed_layers(self).values())
+
+
+def mark_quantized_(model: nn.Module, config: PQCADConfig) -> None:
+    """Make a diffusers `model` that was quantized in memory look as if it had been loaded so; others are left alone."""
+    if not hasattr(model, "register_to_config"):
+        return
+    from diffusers.quantizers.auto import DiffusersAutoQuantizer
+
+    model.register_to_config(quantization_config=config)
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = config.quant_method  # type: ignore[assignment]
+    model.hf_quantizer = DiffusersAutoQuantizer.from_config(config, pre_quantized=True)  # type: ignore[assignment]
+
+
+def dequantize_(model: nn.Module) -> nn.Module:
+    """Replace every packed layer by a plain float layer, in place, and remove every trace of the quantization."""
+    for name, layer in packed_layers(model).items():
+        model.set_submodule(name, layer.to_float())
+    remove_timestep_groups(model)
+    model.__dict__.pop("num_parameters", None)
+    if hasattr(model, "_internal_dict"):
+        # diffusers leaves the entry, so that a saved float model would say that it is quantized.
+        kept = {
+            key: value
+            for key, value in model._internal_dict.items()
+            if key not in ("quantization_config", "_pre_quantization_dtype")
+        }
+        model._internal_dict = type(model._internal_dict)(kept)
+    model.__dict__.pop("quantization_method", None)
+    model.is_quantized = False  # type: ignore[assignment]
+    return model

@@ -1,0 +1,125 @@
+"""Latency, sizes and the circumstances they were measured in."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+
+class Latency(NamedTuple):
+    """Wall-clock times of one candidate in milliseconds: median, smallest, largest and every round in order."""
+
+    median_ms: float
+    min_ms: float
+    max_ms: float
+    rounds_ms: tuple[float, ...]
+
+    def scaled(self, factor: float) -> "Latency":
+        """Return this latency times `factor`, such as 1 / batch size for milliseconds per image."""
+        return Latency(
+            self.median_ms * factor,
+            self.min_ms * factor,
+            self.max_ms * factor,
+            tuple(value * factor for value in self.rounds_ms),
+        )
+
+
+def interleaved_latency(
+    candidates: dict[str, Callable[[], None]], *, num_rounds: int = 5, warmup_rounds: int = 1
+) -> dict[str, Latency]:
+    """Return the latency of each candidate, measured in turns A B C A B C, so that a drifting machine slows all alike.
+
+    Each candidate is called once per round and must do its work before it returns; on a GPU the clock stops only
+    after the device is idle. The first `warmup_rounds` rounds are run and not counted.
+
+    Raises ValueError where there is no candidate or no round to measure.
+    """
+    if not candidates:
+        raise ValueError("candidates: expected at least one name with a function to call, got none.")
+    if num_rounds < 1 or warmup_rounds < 0:
+        raise ValueError(
+            f"num_rounds={num_rounds}, warmup_rounds={warmup_rounds}: expected at least 1 and at least 0."
+        )
+    times_ms: dict[str, list[float]] = {name: [] for name in candidates}
+    for round_index in range(warmup_rounds + num_rounds):
+        for name, run in candidates.items():
+            _synchronize()
+            started = time.perf_counter()
+            run()
+            _synchronize()
+            if round_index >= warmup_rounds:
+                times_ms[name].append(1000 * (time.perf_counter() - started))
+    return {
+        name: Latency(median(values), min(values), max(values), tuple(values)) for name, values in times_ms.items()
+    }
+
+
+def directory_size_bytes(path: str | Path) -> int:
+    """Return the bytes of the file `path`, or of all files below the directory `path`.
+
+    Symbolic links count as the files they point to (the Hub cache links its blobs). Raises FileNotFoundError if
+    `path` does not exist.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not found. Expected a weights file or a folder written by save_pretrained.")
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def tensor_bytes(module: nn.Module) -> int:
+    """Return the bytes of the parameters and buffers of `module` as stored in memory; shared tensors count once.
+
+    What a kernel holds beside them (a repacked copy of the weights) is not counted.
+    """
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+
+
+def environment() -> dict[str, Any]:
+    """Return what a latency depends on beside the model, as JSON values: versions, threads, CPU, GPU, load averages.
+
+    `load_average` holds the system's 1, 5 and 15 minute averages at the time of the call, None where there are none.
+    """
+    import diffusers
+
+    return {
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "diffusers_pqcad": _package_version(),
+        "python": platform.python_version(),
+        "num_threads": torch.get_num_threads(),
+        "num_cpus": os.cpu_count(),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _package_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("diffusers-pqcad")
+    except PackageNotFoundError:  # a source tree on PYTHONPATH
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,105 @@
+"""Kernels: how a quantized layer computes on this computer. Never saved; chosen per layer and call.
+
+A kernel is a module with `NAME`, `refusal(layer)` (why it cannot run this layer here, or `None`), `pack(layer)` (what it
+keeps beside the packed weights) and `run(layer, packed, x, qparams)`. `KERNELS` lists them, fastest first; `reference`
+can run everything and is the oracle for the others.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diffusers_pqcad.kernels import onednn, reference
+from diffusers_pqcad.qparams import ActivationQParams
+
+if TYPE_CHECKING:
+    from diffusers_pqcad.layers import QuantizedLayer
+
+ENVIRONMENT_VARIABLE = "PQCAD_KERNEL"
+
+
+class Kernel(Protocol):
+    """What a kernel module offers; see the docstring of this file."""
+
+    NAME: str
+
+    def refusal(self, layer: "QuantizedLayer") -> str | None:
+        """Return why this kernel cannot run `layer` on this computer, or `None`."""
+
+    def pack(self, layer: "QuantizedLayer") -> Any:
+        """Return the kernel's own form of the weights of `layer`: a cache, rebuilt when lost."""
+
+    def run(self, layer: "QuantizedLayer", packed: Any, x: Tensor, qparams: ActivationQParams | None) -> Tensor:
+        """Return the output of `layer` for `x`; `qparams` is `None` for floating-point activations."""
+
+
+KERNELS: dict[str, Kernel] = {kernel.NAME: kernel for kernel in (onednn, reference)}  # type: ignore[misc]
+_forced: str | None = None
+
+
+def _checked(name: str) -> str:
+    if name not in KERNELS:
+        raise ValueError(f"kernel: expected one of {tuple(KERNELS)}, got {name!r}.")
+    return name
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Force the kernel `name` for every quantized layer called inside the block.
+
+    A layer that the kernel cannot run raises ValueError when it is called, with the layer's reason.
+    """
+    global _forced
+    before, _forced = _forced, _checked(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def forced() -> str | None:
+    """Return the kernel forced by `use` or by the environment variable PQCAD_KERNEL, or `None`."""
+    if _forced is not None:
+        return _forced
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    return _checked(name) if name else None
+
+
+def needs_gradient(layer: "QuantizedLayer", x: Tensor) -> bool:
+    """Return whether autograd will ask this call for a gradient: only the reference kernel has one."""
+    bias = layer.bias
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def select_kernel(layer: "QuantizedLayer", x: Tensor, qparams: ActivationQParams | None) -> Kernel:
+    """Return the kernel for this call of `layer`: the forced one, else the first that can run it."""
+    name = forced()
+    mixed_timesteps = qparams is not None and qparams.scale.dim() > 0
+    if name is None:
+        # One scale per call is all that an int8 kernel takes, and none of them has a backward.
+        if mixed_timesteps or needs_gradient(layer, x):
+            return KERNELS[reference.NAME]
+        return KERNELS[layer.kernel_name()]
+    if name != reference.NAME:
+        reason = layer.refusal(name)
+        if needs_gradient(layer, x):
+            reason = "it has no backward, and this call needs a gradient"
+        elif mixed_timesteps:
+            reason = "the batch mixes timesteps of several activation ranges"
+        if reason is not None:
+            raise ValueError(f"{layer.name}: the kernel {name!r} was forced, but {reason}. Use 'reference' here.")
+    return KERNELS[name]
+
+
+def summary(layers: "list[QuantizedLayer]") -> str:
+    """Return one line that counts the layers by kernel, with the reasons: "48 of 51 layers: onednn; 3: reference (…)"."""
+    chosen = Counter(layer.kernel_name() for layer in layers)
+    reasons = Counter(reason for layer in layers if (reason := layer.refusal(onednn.NAME)) is not None)
+    parts = [f"{chosen[name]} of {len(layers)} layers: {name}" for name in KERNELS if chosen[name]]
+    parts += [f"{count} without {onednn.NAME}: {reason}" for reason, count in reasons.items()]
+    return "; ".join(parts)

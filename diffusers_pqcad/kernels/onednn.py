@@ -1,0 +1,137 @@
+"""int8 convolution and linear on x86 CPUs through `torch.ops.onednn`: uint8 activations, int8 weights, float output."""
+
+import warnings
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_pqcad.qparams import (
+    ACTIVATION_QMAX,
+    ActivationQParams,
+    WeightSpec,
+    dequantize_weight,
+    min_max_weight_scale,
+    quantize_weight,
+)
+
+if TYPE_CHECKING:
+    from diffusers_pqcad.layers import QuantizedLayer
+
+NAME = "onednn"
+OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
+# Two neighbouring products of the widest inputs, 2 * 255 * 63, still fit a signed 16-bit intermediate sum.
+MAX_BITS_WITHOUT_VNNI = 6
+
+
+class PackedWeight(NamedTuple):
+    """oneDNN's opaque weight tensor with its fp32 `scale` and int32 `zero_point`, both (C_out,)."""
+
+    weight: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+
+@cache
+def available() -> bool:
+    """Return whether this build of PyTorch has oneDNN's int8 operators (x86 builds do)."""
+    return hasattr(torch.ops.onednn, "qconv2d_pointwise") and torch.backends.mkldnn.is_available()
+
+
+@cache
+def has_fused_quantize() -> bool:
+    """Return whether PyTorch still has its fused quantize pass: deprecated in 2.13, announced to go."""
+    if not hasattr(torch, "quantize_per_tensor"):
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns once a process; we have a replacement, so users need not read it
+        torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
+    return True
+
+
+@cache
+def saturates() -> bool:
+    """Return whether int8 products saturate here, as they do silently without VNNI (up to 49 % error).
+
+    Found by running the worst case, all codes 255 times all levels 127: a flag of the CPU would not know of
+    ONEDNN_MAX_CPU_ISA or of a virtual machine that hides instructions.
+    """
+    channels = 64
+    x = torch.full((1, channels, 8, 8), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    weight = torch.full((channels, channels, 3, 3), 127, dtype=torch.int8)
+    scale, zero_point = torch.ones(channels), torch.zeros(channels, dtype=torch.int32)
+    packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, [1, 1], [0, 0], [1, 1], 1, None)
+    output = torch.ops.onednn.qconv2d_pointwise(
+        x, 1.0, 0, packed, scale, zero_point, None, [1, 1], [0, 0], [1, 1], 1, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return not torch.equal(output, torch.full_like(output, float(255 * 127 * channels * 9)))
+
+
+def refusal(layer: "QuantizedLayer") -> str | None:
+    """Return why the int8 operators cannot run `layer` on this computer, or `None`."""
+    if layer.qweight.device.type != "cpu":
+        return f"its weights are on {layer.qweight.device.type}, and the int8 operators are for CPUs"
+    if layer.activation_bits is None:
+        return "its activations stay in floating point"
+    if not available():
+        return "this PyTorch has no oneDNN int8 operators"
+    if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
+        return f"padding {layer.padding!r} in mode {layer.padding_mode!r} is not supported"
+    widens = layer.weight_scale.shape[1] > 1  # groups are re-quantized to 8 bits per channel
+    if (layer.spec.bits > MAX_BITS_WITHOUT_VNNI or widens) and saturates():
+        return "this CPU has no VNNI, where 8-bit products saturate silently"
+    return None
+
+
+def pack(layer: "QuantizedLayer") -> PackedWeight:
+    """Return oneDNN's form of the weights.
+
+    Scales per output channel keep the stored levels as they are, at any bit-width. Several scales in a row (groups) do
+    not fit the operator: such rows are re-quantized to 8 bits per channel, an error of at most 1/254 of a row's range.
+    """
+    levels, scale = layer.levels(), layer.weight_scale
+    if scale.shape[1] > 1:
+        spec = WeightSpec(8)
+        weight = dequantize_weight(levels, scale)
+        scale = min_max_weight_scale(weight, spec)
+        levels = quantize_weight(weight, scale, spec)
+    scale = scale.flatten().contiguous()
+    zero_point = torch.zeros(len(scale), dtype=torch.int32)
+    if isinstance(layer, nn.Linear):
+        return PackedWeight(torch.ops.onednn.qlinear_prepack(levels.contiguous(), None), scale, zero_point)
+    geometry = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
+    return PackedWeight(torch.ops.onednn.qconv_prepack(levels, scale, 1.0, 0, *geometry, None), scale, zero_point)
+
+
+def quantize_to_uint8(x: Tensor, qparams: ActivationQParams) -> Tensor:
+    """Return the uint8 codes of dense fp32 `x`, in its memory format."""
+    # aten's fused pass is 10 times faster than the same arithmetic in separate operators; reading its storage avoids
+    # the copy of int_repr().
+    if not has_fused_quantize():
+        codes = (x * qparams.scale.reciprocal()).round_().add_(qparams.zero_point)
+        return codes.clamp_(0, ACTIVATION_QMAX).to(torch.uint8)
+    quantized = torch.quantize_per_tensor(x, qparams.scale, qparams.zero_point, torch.quint8)
+    codes = torch.empty(0, dtype=torch.uint8)
+    return codes.set_(quantized.untyped_storage(), 0, quantized.size(), quantized.stride())
+
+
+def run(layer: "QuantizedLayer", packed: PackedWeight, x: Tensor, qparams: ActivationQParams) -> Tensor:
+    """Return the int8 operation's output in the dtype of `x`; convolutions return channels_last."""
+    dtype = x.dtype if x.dtype in OUTPUT_DTYPES else torch.float32
+    bias = None if layer.bias is None else layer.bias.float()
+    scale, zero_point = qparams
+    if isinstance(layer, nn.Linear):
+        codes = quantize_to_uint8(x.float().contiguous(), qparams)
+        output = torch.ops.onednn.qlinear_pointwise.tensor(
+            codes, scale, zero_point, *packed, bias, 1.0, 0, dtype, "none", [], ""
+        )
+        return output.to(x.dtype)
+    batched = x.dim() == 4
+    x_nchw = x if batched else x.unsqueeze(0)
+    codes = quantize_to_uint8(x_nchw.float().contiguous(memory_format=torch.channels_last), qparams)
+    geometry = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
+    output = torch.ops.onednn.qconv2d_pointwise.tensor(
+        codes, scale, zero_point, *packed, bias, *geometry, 1.0, 0, dtype, "none", [], ""
+    )
+    return (output if batched else output.squeeze(0)).to(x.dtype)

@@ -1,0 +1,308 @@
+"""Quantized layers: float layers whose weights are stored as packed integers."""
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusers_pqcad import kernels
+from diffusers_pqcad.packing import pack_levels, packed_row_bytes, unpack_levels
+from diffusers_pqcad.qparams import (
+    ActivationQParams,
+    WeightSpec,
+    dequantize_weight,
+    dynamic_activation_qparams,
+    min_max_weight_scale,
+    quantize_weight,
+)
+from diffusers_pqcad.timesteps import TimestepGroups
+
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+SCALE_BUFFERS = ("weight_scale", "input_scale")  # always fp32, whatever the model's dtype
+
+
+class QuantizedLayer(nn.Module):
+    """What `PQCADLinear` and `PQCADConv2d` share. A plain float layer until `pack_` or `allocate_packed_`.
+
+    Buffers once packed: `qweight` uint8 (C_out, packed_row_bytes); `weight_scale` fp32 (C_out, G); where calibrated,
+    `input_scale` fp32 and `input_zero_point` int32, both (number of timestep groups,). `weight` is then computed.
+    """
+
+    # Class-level defaults: peft builds adapters with `type(base_layer)(...)`, and those must be plain float layers.
+    spec: WeightSpec
+    packed: bool = False
+    activation_bits: int | None = None
+    timestep_groups: TimestepGroups | None = None
+    weight_dtype: torch.dtype = torch.float32
+    name: str = ""
+    _cache: tuple[str, Any] | None = None
+    qweight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Registered as None from the start: a parallel loader walks the buffers while others are being filled.
+        for buffer in ("qweight", "weight_scale", "input_scale", "input_zero_point"):
+            self.register_buffer(buffer, None)
+
+    @property
+    def weight(self) -> Tensor:
+        """The float weight: the parameter of an unpacked layer, else dequantized from `qweight` at each access."""
+        parameters = self.__dict__.get("_parameters", {})
+        if "weight" not in parameters:
+            raise AttributeError("weight")
+        if parameters["weight"] is not None:
+            return parameters["weight"]
+        return self.dequantized_weight().to(self.weight_dtype)
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """Shape of the float weight, (C_out, ...)."""
+        raise NotImplementedError
+
+    def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the float operation of this layer with the given weight and bias."""
+        raise NotImplementedError
+
+    def levels(self) -> Tensor:
+        """Return the int8 levels, in the shape of the float weight."""
+        return unpack_levels(self.qweight, self.spec, self.weight_shape)
+
+    def dequantized_weight(self) -> Tensor:
+        """Return the fp32 weight that the packed integers stand for."""
+        return dequantize_weight(self.levels(), self.weight_scale)
+
+    def allocate_packed_(
+        self, spec: WeightSpec, *, activation_bits: int | None, timestep_groups: TimestepGroups | None
+    ) -> None:
+        """Turn this layer into a packed one with empty buffers of the right shapes, for a checkpoint to fill."""
+        rows, row_length = self.weight_shape[0], self.weight_shape[1:].numel()
+        device, self.weight_dtype = self.weight.device, self.weight.dtype
+        self.spec, self.activation_bits, self.timestep_groups = spec, activation_bits, timestep_groups
+        self._buffers["qweight"] = torch.empty(
+            rows, packed_row_bytes(row_length, spec.bits), dtype=torch.uint8, device=device
+        )
+        self._buffers["weight_scale"] = torch.empty(rows, spec.num_groups(row_length), device=device)
+        if timestep_groups is not None:
+            self._buffers["input_scale"] = torch.empty(len(timestep_groups), device=device)
+            self._buffers["input_zero_point"] = torch.empty(len(timestep_groups), dtype=torch.int32, device=device)
+        self._parameters["weight"] = None
+        self.packed, self._cache = True, None
+
+    @torch.no_grad()
+    def pack_(self, spec: WeightSpec, *, activation_bits: int | None, scale: Tensor | None = None) -> None:
+        """Quantize the float weight to `spec` and drop it; `scale` (C_out, G) defaults to min-max.
+
+        Raises ValueError, naming the layer, for weights that are not finite or groups that do not fit; the layer is
+        unchanged then.
+        """
+        weight = self.weight
+        try:
+            scale = min_max_weight_scale(weight, spec) if scale is None else scale.detach().float().clone()
+            levels = quantize_weight(weight, scale, spec)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+        self.allocate_packed_(spec, activation_bits=activation_bits, timestep_groups=None)
+        self._buffers["qweight"] = pack_levels(levels, spec)
+        self._buffers["weight_scale"] = scale
+
+    def set_input_qparams_(self, qparams: ActivationQParams, groups: TimestepGroups) -> None:
+        """Make the activation ranges static: `qparams` (len(groups),), one range per timestep group."""
+        self._buffers["input_scale"] = qparams.scale.detach().float().clone()
+        self._buffers["input_zero_point"] = qparams.zero_point.detach().to(torch.int32).clone()
+        self.timestep_groups = groups
+
+    def input_qparams(self, x: Tensor) -> ActivationQParams | None:
+        """Return the qparams for this call: 0-dim, or (B, 1, ...) for a batch of several timestep groups."""
+        if self.activation_bits is None:
+            return None
+        if self.input_scale is None or self.input_zero_point is None:
+            return dynamic_activation_qparams(x)
+        group = 0 if self.timestep_groups is None else self.timestep_groups.current
+        if group is None:
+            raise ValueError(
+                f"{self.name}: its activation ranges depend on the timestep, but no timestep was seen. Call the whole "
+                "model (which records it), not the layer alone."
+            )
+        qparams = ActivationQParams(self.input_scale[group], self.input_zero_point[group])
+        if isinstance(group, int):
+            return qparams
+        return ActivationQParams(*(per_sample(values, x, self.name) for values in qparams))
+
+    def refusal(self, kernel: str) -> str | None:
+        """Return why `kernel` cannot run this layer here, or `None`."""
+        return kernels.KERNELS[kernel].refusal(self)
+
+    def kernel_name(self) -> str:
+        """Return the name of the fastest kernel that can run this layer here without a gradient."""
+        if self._cache is not None:
+            return self._cache[0]
+        return next(name for name, kernel in kernels.KERNELS.items() if kernel.refusal(self) is None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output in the dtype of `x`."""
+        if not self.packed:
+            return super().forward(x)
+        qparams = self.input_qparams(x)
+        kernel = kernels.select_kernel(self, x, qparams)
+        if kernel.NAME == kernels.reference.NAME:
+            return kernel.run(self, None, x, qparams)
+        if self._cache is None or self._cache[0] != kernel.NAME:
+            self._cache = (kernel.NAME, kernel.pack(self))
+        return kernel.run(self, self._cache[1], x, qparams)
+
+    def to_float(self) -> nn.Module:
+        """Return the plain float layer with this layer's dequantized weight, and the same bias and hooks."""
+        layer = self.float_type(**self.arguments(self), device="meta")
+        layer.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=self.weight_dtype.is_floating_point)
+        layer.bias = self.bias
+        for hooks in HOOKS:
+            setattr(layer, hooks, getattr(self, hooks))
+        return layer.train(self.training)
+
+    @classmethod
+    def from_float(cls, layer: nn.Module, name: str) -> Self:
+        """Return an unpacked quantized layer that shares the parameters and hooks of the float `layer`."""
+        quantized = cls(**cls.arguments(layer), device="meta")
+        quantized._parameters.update(layer._parameters)
+        for hooks in HOOKS:  # the same dictionaries, so that a handle still removes its hook
+            setattr(quantized, hooks, getattr(layer, hooks))
+        quantized.name = name
+        return quantized.train(layer.training)
+
+    float_type: type[nn.Module]
+
+    @staticmethod
+    def arguments(layer: Any) -> dict[str, Any]:
+        """Return the constructor arguments that describe `layer`."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        scales = {name: self._buffers.get(name) for name in SCALE_BUFFERS}
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        super()._apply(fn, recurse)
+        for name, before in scales.items():
+            if before is not None and self._buffers[name].dtype != torch.float32:
+                self._buffers[name] = before.to(self._buffers[name].device)
+        self._cache = None
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._cache = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # oneDNN's packed tensors can be neither copied nor pickled; they are rebuilt on the next call.
+        return self.__dict__ | {"_cache": None}
+
+    def extra_repr(self) -> str:
+        """Add bits, activation scheme and kernel to the float layer's description."""
+        if not self.packed:
+            return super().extra_repr()
+        scheme = "float" if self.activation_bits is None else f"uint{self.activation_bits}"
+        if self.activation_bits is not None:
+            scheme += " dynamic" if self.input_scale is None else f" static x{len(self.input_scale)}"
+        groups = f", group_size={self.spec.group_size}" if self.spec.group_size else ""
+        details = f"bits={self.spec.bits}{groups}, activations={scheme}, kernel={self.kernel_name()}"
+        return f"{super().extra_repr()}, {details}"
+
+
+class PQCADLinear(QuantizedLayer, nn.Linear):
+    """`nn.Linear` with packed weights of 2, 3, 4, 6 or 8 bits; scales per output or per `group_size` inputs."""
+
+    float_type = nn.Linear
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """(out_features, in_features)."""
+        return torch.Size((self.out_features, self.in_features))
+
+    def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return `F.linear`."""
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def arguments(layer: Any) -> dict[str, Any]:
+        """Return the constructor arguments of a linear layer."""
+        return {
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+            "bias": layer.bias is not None,
+        }
+
+
+class PQCADConv2d(QuantizedLayer, nn.Conv2d):
+    """`nn.Conv2d` with packed weights of 2, 3, 4, 6 or 8 bits; one scale per output channel."""
+
+    float_type = nn.Conv2d
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """(out_channels, in_channels / groups, kernel height, kernel width)."""
+        return torch.Size((self.out_channels, self.in_channels // self.groups, *self.kernel_size))
+
+    def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the convolution of `nn.Conv2d`, any padding mode."""
+        return self._conv_forward(x, weight, bias)
+
+    @staticmethod
+    def arguments(layer: Any) -> dict[str, Any]:
+        """Return the constructor arguments of a convolution."""
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}
+
+
+QUANTIZED_LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Linear: PQCADLinear, nn.Conv2d: PQCADConv2d}
+
+
+def per_sample(values: Tensor, x: Tensor, name: str) -> Tensor:
+    """Return `values` (B,), one for each timestep of the batch, so that they broadcast against `x` (k * B, ...)."""
+    if x.shape[0] % len(values):
+        raise ValueError(
+            f"{name}: a batch of {x.shape[0]} cannot be matched with {len(values)} timesteps of several activation "
+            "ranges. Call the model with one timestep per sample, or with a single timestep."
+        )
+    return values.repeat_interleave(x.shape[0] // len(values)).view(-1, *[1] * (x.dim() - 1))
+
+
+def packed_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Return the packed layers of `model` by name, in registration order."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer) and module.packed
+    }
+
+
+def average_bits(model: nn.Module) -> tuple[float, float] | None:
+    """Return the average bits over the packed weights, and over all weights of `model` (floats at their own width).
+
+    Scales, zero points and biases are not counted. `None` for a model without packed layers.
+    """
+    layers = packed_layers(model)
+    if not layers:
+        return None
+    packed = sum(layer.weight_shape.numel() for layer in layers.values())
+    packed_bits = sum(layer.weight_shape.numel() * layer.spec.bits for layer in layers.values())
+    floats = [
+        parameter
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and name == "weight" and parameter.dim() > 1
+    ]
+    num_floats = sum(parameter.numel() for parameter in floats)
+    float_bits = sum(parameter.numel() * parameter.element_size() * 8 for parameter in floats)
+    return packed_bits / packed, (packed_bits + float_bits) / (packed + num_floats)
+
+
+def kernel_cache_bytes(model: nn.Module) -> int:
+    """Return the bytes that kernels hold beside the packed weights (int8 copies for oneDNN), built on first use."""
+    return sum(layer.weight_shape.numel() for layer in packed_layers(model).values() if layer._cache is not None)

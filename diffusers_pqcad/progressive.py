@@ -1,0 +1,430 @@
+"""PQ, progressive quantization: two stages of bit transitions, chosen by a momentum of their prices.
+
+Inspired by the abstract of PQCAD-DM (arXiv:2506.16776); the design is ours. Per round: measure what each layer's next
+transition does to the model's output (price), let the controller choose the cheap and steady ones, carry them out with
+block reconstruction, and roll back those that disappoint. Each stage ends with a recovery of the whole network on the
+calibration set.
+"""
+
+import copy
+import json
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from diffusers_pqcad.allocation import BitController, Move, stage_budgets
+from diffusers_pqcad.calibration import CalibrationSet
+from diffusers_pqcad.checkpoint import clone_state, copy_state_, load_checkpoint, save_checkpoint
+from diffusers_pqcad.config import PQCADConfig
+from diffusers_pqcad.convert import match_modules, relative_weight_error
+from diffusers_pqcad.fake_quant import (
+    at_bits,
+    bits_by_module,
+    calibrate_activations_,
+    enable_activations_,
+    fake_quant_layers,
+    fake_quant_state,
+    latent_weight,
+    load_fake_quant_state_,
+    prepare_,
+    set_bits_,
+    weight_quantizer,
+)
+from diffusers_pqcad.optimization import AveragedAdam, BestState
+from diffusers_pqcad.qparams import WeightSpec
+from diffusers_pqcad.reconstruction import (
+    ReconstructionConfig,
+    capture_io,
+    execution_order,
+    find_units,
+    reconstruct,
+)
+from diffusers_pqcad.sampling import denoise
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ProgressiveConfig:
+    """Settings of PQ; `beta=0, kappa=0` is PQ without momentum."""
+
+    signal: Literal["output", "weight"] = "output"  # "weight" is the abstract's wording; weaker (science.md, finding 3)
+    beta: float = 0.9  # momentum of the prices
+    kappa: float = 1.0  # weight of their dispersion: a noisy layer waits
+    trust: float = 1.0  # a round may at most double the perturbation (plus the floor)
+    perturbation_floor: float = 1e-4  # of the output's power: what 8 bits cost anyway
+    roll_back_tolerance: float = 0.5  # a move may cost up to 1.5 times its prediction
+    cooldown: int = 2
+    rounds_per_stage: int = 3
+    price_batches: int = 2  # momentum updates per round
+    price_batch_size: int = 32
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    reconstruction_samples: int = 256
+    recovery_steps: int = 150  # per stage; 0 switches the whole-network recovery off
+    recovery_batch_size: int = 48
+    recovery_learning_rate: float = 3e-4
+    recovery_scale_learning_rate: float = 3e-5
+    recovery_ema_decay: float = 0.98
+    evaluation_steps: int = 50  # updates between two measurements on the held-out trajectories
+    seed: int = 0
+
+
+@dataclass
+class History:
+    """What PQ did: `rounds` (bits, prices, momenta, moves, roll-backs of each), `units`, `recovery`, `summary`."""
+
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    units: list[dict[str, Any]] = field(default_factory=list)
+    recovery: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        """Write the history as JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Seeded access to the (state, timestep, full-precision output, squared gain) tuples of a calibration set."""
+
+    calibration: CalibrationSet
+
+    def draw(self, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return `count` random tuples: samples (n, C, H, W), timesteps (n,), outputs (n, C, H, W), weights (n,)."""
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randint(0, len(self.calibration), (count,), generator=generator)
+        steps = torch.randint(0, self.calibration.num_inference_steps, (count,), generator=generator)
+        return (
+            self.calibration.trajectory[rows, steps],
+            self.calibration.timestep[steps],
+            self.calibration.model_output[rows, steps],
+            self.calibration.gains()[steps].square(),
+        )
+
+
+def weighted_error(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Return the gain-weighted mean squared error: how far the errors move the samples."""
+    return ((output - target).square().flatten(1).mean(dim=1) * weight).mean()
+
+
+@torch.no_grad()
+def output_error(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor, Tensor], batch_size: int = 64) -> float:
+    """Return the weighted error of `model` on a drawn batch."""
+    sample, timestep, target, weight = batch
+    outputs = [
+        model(sample[start : start + batch_size], timestep[start : start + batch_size]).sample
+        for start in range(0, len(sample), batch_size)
+    ]
+    return weighted_error(torch.cat(outputs), target, weight).item()
+
+
+@torch.no_grad()
+def trajectory_error(model: nn.Module, calibration: CalibrationSet, num_inference_steps: int) -> float:
+    """Return mean over steps of ||z - z_fp||^2 / ||z_fp||^2, from the recorded noise, on the steps both grids share."""
+    stride = calibration.num_inference_steps // num_inference_steps
+    reference = calibration.trajectory[:, ::stride]
+    steps = denoise(model, calibration.scheduler(), calibration.trajectory[:, 0], num_inference_steps)
+    errors = [
+        (step.sample - reference[:, index]).square().sum() / reference[:, index].square().sum()
+        for index, step in enumerate(steps)
+    ]
+    return torch.stack(errors[1:]).mean().item()
+
+
+@torch.no_grad()
+def transition_prices(
+    model: nn.Module, controller: BitController, batch: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> dict[str, float]:
+    """Return how far each layer's next transition moves the model's output on `batch` (weighted squared distance)."""
+    sample, timestep, _, weight = batch
+    layers = fake_quant_layers(model)
+    before = model(sample, timestep).sample
+    prices = {}
+    for name in controller.movable(ignore_frozen=True):
+        narrower = controller.narrower(name)
+        assert narrower is not None
+        with at_bits(layers[name], narrower):
+            prices[name] = weighted_error(model(sample, timestep).sample, before, weight).item()
+    return prices
+
+
+def weight_prices(reference: nn.Module, controller: BitController) -> dict[str, float]:
+    """Return each layer's added relative weight error in its next transition: the abstract's signal."""
+    prices = {}
+    for name in controller.movable(ignore_frozen=True):
+        weight, narrower = reference.get_submodule(name).weight, controller.narrower(name)
+        assert narrower is not None and isinstance(weight, Tensor)
+        after, before = (relative_weight_error(weight, WeightSpec(bits)) for bits in (narrower, controller.bits[name]))
+        prices[name] = after - before
+    return prices
+
+
+class ProgressiveQuantizer:
+    """The run of one PQ: the model under quantization, its full-precision reference, the controller, the history."""
+
+    def __init__(
+        self, model: nn.Module, calibration: CalibrationSet, config: PQCADConfig, settings: ProgressiveConfig
+    ) -> None:
+        calibration.check(model)
+        searched = match_modules(model, config)
+        if not searched:
+            raise ValueError(f"{type(model).__name__} has nothing to quantize.")
+        num_weights = {name: layer.weight.numel() for name, layer in searched.items()}  # type: ignore[union-attr,operator]
+        self.controller = BitController(
+            num_weights, config.bit_choices, settings.beta, settings.kappa, settings.trust, settings.cooldown
+        )
+        self.controller.check_budget(config.weight_bits)
+        self.model, self.config, self.settings = model, config, settings
+        # A copy, because the latents move away from the original weights, which the targets need.
+        self.reference = copy.deepcopy(model).eval().requires_grad_(False)
+        self.calibration = calibration
+        self.train_set, self.held_out = calibration.split()
+        self.train, self.check = Batches(self.train_set), Batches(self.held_out)
+        self.history = History()
+        self.progress = {"stage": 0, "round": 0, "forced": False, "recovered": 0}
+        prepare_(model, config, self.controller.bits)
+        model.eval()
+        sample, timestep, *_ = self.train.draw(1, 0)
+        self.units = find_units(model)
+        self.order = execution_order(model, self.units, sample, timestep)
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """Average bits of the stages."""
+        return stage_budgets(self.config.weight_bits, self.controller.bit_choices[0])
+
+    def seed(self, *position: int) -> int:
+        """Return a seed for one place of the run, so that a resumed run draws what an uninterrupted one would."""
+        value = self.settings.seed
+        for part in position:
+            value = (value * 1_000_003 + part + 1) % (2**62)
+        return value
+
+    def unit_of(self, layer: str) -> str:
+        """Return the unit that holds `layer`."""
+        return next(unit for unit in self.order if layer == unit or layer.startswith(f"{unit}."))
+
+    def observe(self, stage: int, round_index: int) -> None:
+        """Update the momentum of every layer's price with this round's batches."""
+        if self.settings.signal == "weight":
+            self.controller.observe(weight_prices(self.reference, self.controller))
+            return
+        for index in range(self.settings.price_batches):
+            batch = self.train.draw(self.settings.price_batch_size, self.seed(1, stage, round_index, index))
+            self.controller.observe(transition_prices(self.model, self.controller, batch))
+
+    def move_units(self, moves: Iterable[Move], stage: int, round_index: int, *, may_roll_back: bool) -> list[str]:
+        """Carry out `moves` unit by unit, in execution order, with reconstruction; return what was rolled back."""
+        by_unit: dict[str, list[Move]] = {}
+        for move in moves:
+            by_unit.setdefault(self.unit_of(move.layer), []).append(move)
+        layers = fake_quant_layers(self.model)
+        held_out = self.check.draw(self.settings.reconstruction_samples // 2, self.seed(2, stage))
+        samples = self.train.draw(self.settings.reconstruction_samples, self.seed(3, stage, round_index))
+        error = output_error(self.model, held_out)
+        rolled_back = []
+        for name in sorted(by_unit, key=self.order.index):
+            unit, unit_moves = self.units[name], by_unit[name]
+            before, before_bits = clone_state(unit), {move.layer: move.from_bits for move in unit_moves}
+            for move in unit_moves:
+                set_bits_(layers[move.layer], move.to_bits)
+            if self.settings.reconstruction.iterations:
+                io = capture_io(self.model, self.reference, name, samples[0], samples[1], samples[3])
+                result = reconstruct(unit, io, self.settings.reconstruction, name=name, seed=self.seed(4, stage, round_index))
+                self.history.units.append(asdict(result) | {"stage": stage, "round": round_index})
+            after = output_error(self.model, held_out)
+            predicted = sum(move.predicted for move in unit_moves)
+            if may_roll_back and after - error > (1 + self.settings.roll_back_tolerance) * predicted:
+                for move in unit_moves:
+                    quantizer = weight_quantizer(layers[move.layer])
+                    quantizer.spec = WeightSpec(before_bits[move.layer], quantizer.spec.group_size)
+                    self.controller.roll_back(move, (after - error) / len(unit_moves))
+                    rolled_back.append(move.layer)
+                copy_state_(unit, before)
+            else:
+                error = after
+        return rolled_back
+
+    def record(self, stage: int, round_index: int, kind: str, moves: list[Move], rolled_back: list[str]) -> None:
+        """Append one round to the history."""
+        controller = self.controller
+        momenta = {name: controller.momentum(name) for name in controller.num_weights}
+        error = output_error(self.model, self.check.draw(self.settings.reconstruction_samples // 2, self.seed(2, stage)))
+        self.history.rounds.append(
+            {
+                "stage": stage,
+                "round": round_index,
+                "kind": kind,
+                "budget": self.budgets[stage],
+                "average_bits": controller.average_bits(),
+                "held_out_error": error,
+                "moves": [asdict(move) for move in moves],
+                "rolled_back": rolled_back,
+                "bits": dict(controller.bits),
+                "momentum": {name: momentum.mean(controller.beta) for name, momentum in momenta.items()},
+                "dispersion": {name: math.sqrt(momentum.dispersion) for name, momentum in momenta.items()},
+            }
+        )
+
+    def round(self, stage: int, round_index: int) -> bool:
+        """Run one round; return whether the stage goes on."""
+        controller, budget = self.controller, self.budgets[stage]
+        if not controller.over(budget) or not controller.movable():
+            return False
+        self.observe(stage, round_index)
+        held_out = self.check.draw(self.settings.reconstruction_samples // 2, self.seed(2, stage))
+        power = (held_out[2].square().flatten(1).mean(dim=1) * held_out[3]).mean().item()
+        perturbation = output_error(self.model, held_out) + self.settings.perturbation_floor * power
+        if self.settings.signal == "weight":
+            perturbation = math.inf  # another unit of measure; the trust region is the output's
+        left = max(self.settings.rounds_per_stage - round_index, 1)
+        moves = controller.propose(budget, rounds_left=left, perturbation=perturbation)
+        controller.commit(moves)
+        rolled_back = self.move_units(moves, stage, round_index, may_roll_back=self.settings.signal == "output")
+        controller.end_round()
+        self.record(stage, round_index, "round", moves, rolled_back)
+        return True
+
+    def force(self, stage: int) -> None:
+        """Meet the stage's budget, whatever is frozen; in the last stage spend what is left of it."""
+        controller, last = self.controller, stage == len(self.budgets) - 1
+        if controller.over(self.budgets[stage]):
+            self.observe(stage, 1_000)
+        moves = controller.forced_moves(self.budgets[stage])
+        if last:
+            moves += controller.polish_moves(self.budgets[stage])
+        before = bits_by_module(self.model)
+        net = [
+            Move(name, before[name], bits, controller.num_weights[name] * (before[name] - bits), 0.0)
+            for name, bits in controller.bits.items()
+            if bits != before[name]
+        ]
+        self.move_units(net, stage, 1_000, may_roll_back=False)
+        self.record(stage, len(self.history.rounds), "forced", net, [])
+
+    def calibrate_activations(self) -> None:
+        """Set static activation ranges on the training trajectories; nothing to do for float activations."""
+        steps = ((int(t), self.train_set.trajectory[:, index]) for index, t in enumerate(self.train_set.timestep))
+        calibrate_activations_(self.model, ((t, sample[:64]) for t, sample in steps))
+
+    def save(self, path: Path | None, **extra: Any) -> None:
+        """Write the resume file."""
+        if path is not None:
+            state = {
+                "model": fake_quant_state(self.model),
+                "controller": self.controller.state_dict(),
+                "history": asdict(self.history),
+                "progress": self.progress,
+            }
+            save_checkpoint(path, state | extra)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Go on from the resume file; return it."""
+        state = load_checkpoint(path)
+        load_fake_quant_state_(self.model, state["model"])
+        self.controller.load_state_dict(state["controller"])
+        self.history = History(**state["history"])
+        self.progress = state["progress"]
+        return state
+
+    def recover(self, stage: int, path: Path | None, resumed: dict[str, Any] | None, bar: Any) -> None:
+        """Train the whole network on the calibration set; keep the best state by held-out trajectory error."""
+        settings, model, steps = self.settings, self.model, self.calibration.num_inference_steps
+        adam = AveragedAdam(
+            model,
+            learning_rate=settings.recovery_learning_rate,
+            scale_learning_rate=settings.recovery_scale_learning_rate,
+            num_steps=settings.recovery_steps,
+            ema_decay=settings.recovery_ema_decay,
+        )
+        best, first = BestState(model, trajectory_error(model, self.held_out, steps)), 0
+        log = [{"stage": stage, "step": 0, "trajectory_error": best.error}]
+        if resumed is not None:
+            first, log = resumed["step"], resumed["log"]
+            adam.load_state_dict(resumed["adam"])
+            best.load_state_dict(resumed["best"])
+        for step in range(first, settings.recovery_steps):
+            sample, timestep, target, weight = self.train.draw(settings.recovery_batch_size, self.seed(5, stage, step))
+            loss = weighted_error(model(sample, timestep).sample, target, weight)
+            loss.backward()
+            adam.update(step)
+            bar.update()
+            if (step + 1) % settings.evaluation_steps and step + 1 != settings.recovery_steps:
+                continue
+            with adam.averaged():
+                error = trajectory_error(model, self.held_out, steps)
+                best.offer(model, step + 1, error)
+            log.append({"stage": stage, "step": step + 1, "loss": loss.item(), "trajectory_error": error})
+            bar.set_postfix(held_out=f"{error:.4f}")
+            recovery = {"step": step + 1, "log": log, "adam": adam.state_dict(), "best": best.state_dict()}
+            self.save(path, recovery=recovery)
+        best.restore_(model)
+        self.history.recovery.extend(log)
+
+    def run(self, path: Path | None = None, *, progress: bool = True) -> History:
+        """Run all stages, from the resume file where there is one."""
+        resumed = self.load(path).get("recovery") if path is not None and path.exists() else None
+        settings = self.settings
+        total = len(self.budgets) * (settings.rounds_per_stage + settings.recovery_steps)
+        with tqdm(total=total, desc="PQ", disable=not progress) as bar:
+            for stage in range(self.progress["stage"], len(self.budgets)):
+                # A round that was rolled back whole changes nothing but the momentum, so rounds are bounded.
+                for round_index in range(self.progress["round"], 4 * settings.rounds_per_stage):
+                    if self.progress["forced"] or not self.round(stage, round_index):
+                        break
+                    bar.update()
+                    bar.set_postfix(bits=f"{self.controller.average_bits():.2f}")
+                    self.progress["round"] = round_index + 1
+                    self.save(path)
+                if not self.progress["forced"]:
+                    self.force(stage)
+                    self.calibrate_activations()
+                    self.progress["forced"] = True
+                    self.save(path)
+                if settings.recovery_steps:
+                    self.recover(stage, path, resumed, bar)
+                    resumed = None
+                if stage + 1 < len(self.budgets):
+                    enable_activations_(self.model, False)
+                self.progress = {"stage": stage + 1, "round": 0, "forced": False, "recovered": stage + 1}
+                self.save(path)
+        return self.history
+
+
+def progressive_quantize(
+    model: nn.Module,
+    calibration: CalibrationSet,
+    config: PQCADConfig,
+    progressive: ProgressiveConfig | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> History:
+    """Quantize the full-precision `model` in place and return the history.
+
+    Leaves the fake-quantized model with its latent weights: `distill` trains them, `convert_` turns a copy into packed
+    layers. `checkpoint` names a resume file: the same call after a kill goes on from it. Deterministic under
+    `progressive.seed`. Raises ValueError, with the model unchanged, for a calibration set of another model, a budget
+    that cannot be met, or weights that are not finite.
+    """
+    settings = progressive or ProgressiveConfig()
+    run = ProgressiveQuantizer(model, calibration, config, settings)
+    history = run.run(None if checkpoint is None else Path(checkpoint), progress=progress)
+    history.summary = {
+        "average_bits": run.controller.average_bits(),
+        "bits": dict(run.controller.bits),
+        "trajectory_error": trajectory_error(model, run.held_out, calibration.num_inference_steps),
+        "latent_shift": {
+            name: ((latent_weight(layer) - run.reference.get_submodule(name).weight).norm()
+                   / run.reference.get_submodule(name).weight.norm()).item()
+            for name, layer in fake_quant_layers(model).items()
+        },
+    }
+    return history

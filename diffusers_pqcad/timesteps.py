@@ -1,0 +1,69 @@
+"""Timestep groups: which static activation range a model call uses, decided by the timestep's value."""
+
+import inspect
+from bisect import bisect_right
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class TimestepGroups:
+    """Half-open intervals of the timestep value that cover every t, and the group of the call in progress.
+
+    `boundaries` [b1, ..., bk], increasing, make k + 1 groups: t < b1, b1 <= t < b2, ..., t >= bk. So a model calibrated
+    at some steps serves any number of steps. Registered as a forward-pre-hook of the model, it reads the `timestep`
+    argument of each call (never a call counter, which a retry or another step count would desynchronize); the layers
+    share this object. `current` is an int, a (B,) int64 tensor for a batch of several groups, or `None` before a call.
+    """
+
+    def __init__(self, boundaries: list[int] | tuple[int, ...]) -> None:
+        if list(boundaries) != sorted(set(boundaries)):
+            raise ValueError(f"timestep_boundaries: expected increasing integers, got {list(boundaries)}.")
+        self.boundaries = tuple(boundaries)
+        self.current: int | Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.boundaries) + 1
+
+    def group_of(self, timestep: Any) -> int | Tensor:
+        """Return the group of `timestep` (int, float or tensor): an int, or (B,) int64 where a batch spans several."""
+        if not isinstance(timestep, Tensor):
+            return bisect_right(self.boundaries, timestep)
+        if timestep.numel() == 1:
+            return bisect_right(self.boundaries, timestep.item())
+        edges = torch.tensor(self.boundaries, device=timestep.device, dtype=timestep.dtype)
+        groups = torch.bucketize(timestep, edges, right=True)
+        first = int(groups[0])
+        return first if bool((groups == first).all()) else groups
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward-pre-hook: remember the group of the `timestep` argument."""
+        if len(self) == 1:
+            self.current = 0
+            return
+        if "timestep" in kwargs:
+            timestep = kwargs["timestep"]
+        else:
+            timestep = inspect.signature(model.forward).bind_partial(*args).arguments.get("timestep")
+        if timestep is None:
+            raise ValueError(
+                f"{type(model).__name__} was called without `timestep`, but its activation ranges depend on it."
+            )
+        self.current = self.group_of(timestep)
+
+
+def install_timestep_groups(model: nn.Module, boundaries: list[int] | tuple[int, ...]) -> TimestepGroups:
+    """Replace the timestep groups of `model` by those of `boundaries` and return them."""
+    remove_timestep_groups(model)
+    groups = TimestepGroups(boundaries)
+    model.register_forward_pre_hook(groups, with_kwargs=True)
+    return groups
+
+
+def remove_timestep_groups(model: nn.Module) -> None:
+    """Take the hook of `install_timestep_groups` off `model`, if it has one."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, TimestepGroups):
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -1,0 +1,153 @@
+"""Specification of the choice of a kernel: automatic, forced, and never at the price of a gradient."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusers_pqcad import kernels
+from diffusers_pqcad.kernels import onednn, reference
+from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear, QuantizedLayer
+from diffusers_pqcad.qparams import WeightSpec, activation_qparams
+from diffusers_pqcad.timesteps import TimestepGroups
+
+pytestmark = [
+    pytest.mark.fast,
+    pytest.mark.skipif(not onednn.available(), reason="this PyTorch has no oneDNN int8 operators"),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_forced_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(kernels.ENVIRONMENT_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def layer() -> QuantizedLayer:
+    layer = PQCADLinear(16, 8)
+    layer.name = "mid_block.proj"
+    layer.pack_(WeightSpec(4), activation_bits=8)
+    return layer
+
+
+def kernel_of(layer: QuantizedLayer, x: Tensor) -> str:
+    return kernels.select_kernel(layer, x, layer.input_qparams(x)).NAME
+
+
+def test_int8_is_used_only_where_no_gradient_is_needed(layer: QuantizedLayer) -> None:
+    x = torch.randn(2, 16)
+    assert kernel_of(layer, x) == "reference"  # the bias could be trained
+    with torch.no_grad():
+        assert kernel_of(layer, x) == "onednn"
+        assert kernel_of(layer, x.clone().requires_grad_()) == "onednn"
+    layer.bias.requires_grad_(False)
+    assert kernel_of(layer, x) == "onednn"
+    assert kernel_of(layer, x.requires_grad_()) == "reference"
+
+
+def test_a_forced_kernel_is_used_and_restored(layer: QuantizedLayer) -> None:
+    x = torch.randn(2, 16)
+    with torch.no_grad():
+        with kernels.use("reference"):
+            assert (kernels.forced(), kernel_of(layer, x)) == ("reference", "reference")
+            with kernels.use("onednn"):
+                assert kernel_of(layer, x) == "onednn"
+            assert kernel_of(layer, x) == "reference"
+            with pytest.raises(RuntimeError, match="inside"), kernels.use("onednn"):
+                raise RuntimeError("inside")
+            assert kernels.forced() == "reference"
+        assert kernels.forced() is None
+        assert kernel_of(layer, x) == "onednn"
+
+
+def test_the_environment_forces_and_the_block_overrides_it(
+    layer: QuantizedLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PQCAD_KERNEL", "reference")
+    with torch.no_grad():
+        assert kernel_of(layer, torch.randn(2, 16)) == "reference"
+        with kernels.use("onednn"):
+            assert kernel_of(layer, torch.randn(2, 16)) == "onednn"
+    monkeypatch.setenv("PQCAD_KERNEL", "")
+    assert kernels.forced() is None
+    monkeypatch.setenv("PQCAD_KERNEL", "cutlass")
+    with pytest.raises(ValueError, match="kernel: expected one of .*'onednn', 'reference'.*got 'cutlass'"):
+        layer(torch.randn(2, 16))
+
+
+def test_unknown_kernels_are_refused() -> None:
+    with pytest.raises(ValueError, match="got 'cutlass'"), kernels.use("cutlass"):
+        pass
+
+
+def test_a_forced_kernel_that_cannot_run_raises_with_the_layers_name() -> None:
+    layer = PQCADConv2d(4, 4, 3, padding=1, padding_mode="circular")
+    layer.name = "down_blocks.0.conv"
+    layer.pack_(WeightSpec(4), activation_bits=8)
+    with (
+        torch.no_grad(),
+        kernels.use("onednn"),
+        pytest.raises(ValueError, match=r"down_blocks\.0\.conv: the kernel 'onednn' was forced, but padding"),
+    ):
+        layer(torch.randn(1, 4, 6, 6))
+
+
+def test_a_forced_int8_kernel_refuses_gradients_and_mixed_timesteps(layer: QuantizedLayer) -> None:
+    x = torch.randn(2, 16)
+    with kernels.use("onednn"), pytest.raises(ValueError, match=r"mid_block\.proj: .* no backward"):
+        layer(x)
+    groups = TimestepGroups([500])
+    layer.set_input_qparams_(activation_qparams(torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 2.0])), groups)
+    with torch.no_grad(), kernels.use("onednn"):
+        groups.current = 1
+        layer(x)
+        groups.current = torch.tensor([0, 1])
+        with pytest.raises(ValueError, match=r"mid_block\.proj: .* mixes timesteps"):
+            layer(x)
+
+
+def test_forced_8_bit_raises_where_products_saturate() -> None:
+    layer = PQCADLinear(16, 8)
+    layer.pack_(WeightSpec(8), activation_bits=8)
+    x = torch.randn(2, 16)
+    with torch.no_grad(), kernels.use("onednn"):
+        if onednn.saturates():
+            with pytest.raises(ValueError, match="no VNNI"):
+                layer(x)
+        else:
+            layer(x)
+
+
+@pytest.mark.parametrize("activation_bits", [8, None])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_the_gradient_is_that_of_the_float_operation(bits: int, activation_bits: int | None) -> None:
+    """With respect to input and bias; PyTorch's own fake quantization stands for the rounding of the input."""
+    layer = PQCADConv2d(6, 5, 3, stride=2, padding=1)
+    layer.pack_(WeightSpec(bits), activation_bits=activation_bits)
+    x = torch.randn(2, 6, 7, 7, requires_grad=True)
+    upstream = torch.randn(2, 5, 4, 4)
+    qparams = layer.input_qparams(x)
+    rounded = x
+    if qparams is not None:
+        rounded = torch.fake_quantize_per_tensor_affine(x, qparams.scale, qparams.zero_point, 0, 255)
+    expected = torch.nn.functional.conv2d(rounded, layer.dequantized_weight(), layer.bias, 2, 1)
+    expected_gradients = torch.autograd.grad(expected, (x, layer.bias), upstream)
+    actual = layer(x)
+    gradients = torch.autograd.grad(actual, (x, layer.bias), upstream)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_summary_counts_layers_and_gives_reasons() -> None:
+    layers: list[QuantizedLayer] = [PQCADLinear(8, 8), PQCADLinear(8, 8), PQCADConv2d(4, 4, 3, padding="same")]
+    for layer in layers:
+        layer.pack_(WeightSpec(4), activation_bits=8)
+    assert kernels.summary(layers) == (
+        "2 of 3 layers: onednn; 1 of 3 layers: reference; "
+        "1 without onednn: padding 'same' in mode 'zeros' is not supported"
+    )
+
+
+def test_reference_runs_everything_and_holds_nothing(layer: QuantizedLayer) -> None:
+    assert reference.refusal(layer) is None
+    assert reference.pack(layer) is None
+    assert list(kernels.KERNELS) == ["onednn", "reference"]  # fastest first, the last one always runs
