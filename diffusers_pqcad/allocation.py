@@ -2,8 +2,8 @@
 
 The abstract of PQCAD-DM (arXiv:2506.16776) asks for "adaptive bit-width transitions guided by a momentum-based
 mechanism, reducing excessive weight perturbations in low-precision". Inspired by it, and our own design: every layer
-starts at the widest choice; a transition of layer l from b to the next narrower width b' costs a *perturbation* (of the
-weights, or of the model's output) and saves n_l (b - b') bits; its price is the cost per bit saved. An exponential
+starts at the widest choice; a transition of layer l from b to the next narrower width b' costs a *perturbation* (of
+the weights, or of the model's output) and saves n_l (b - b') bits; its price is the cost per bit saved. An exponential
 moving average of the price, plus its dispersion, is the layer's priority: cheap and steadily cheap layers move first.
 A trust region bounds the perturbation of one round, a transition that disappoints is rolled back and frozen for some
 rounds, and a forced phase makes sure that the budget is met.
@@ -135,7 +135,7 @@ class BitController:
         key = (layer, self.bits[layer])
         if key in self.momenta:
             return self.momenta[key]
-        wider = [bits for bits in reversed(self.bit_choices) if bits > self.bits[layer] and (layer, bits) in self.momenta]
+        wider = [bits for bits in self.bit_choices[::-1] if bits > self.bits[layer] and (layer, bits) in self.momenta]
         if not wider:
             return Momentum()
         known = self.momenta[layer, wider[0]]
@@ -153,7 +153,7 @@ class BitController:
         return Move(layer, from_bits, to_bits, saved, self.momentum(layer).mean(self.beta) * saved)
 
     def propose(self, budget: float, *, rounds_left: int = 1, perturbation: float = math.inf) -> list[Move]:
-        """Return this round's moves: the cheapest layers, within this round's share of the budget and the trust region.
+        """Return this round's moves: the cheapest layers, within the round's share of the budget and the trust region.
 
         `perturbation` is what the allocation costs already (plus the floor). At least one move is returned unless
         every layer is frozen or at the narrowest width.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffusers_pqcad.checkpoint import load_checkpoint, model_hash, save_checkpoint
+from diffusers_pqcad.fake_quant import fake_quant_layers
 from diffusers_pqcad.sampling import denoise, initial_noise, previous_timesteps, sample_shape, step_gain, timestep_grid
 
 HELD_OUT_FRACTION = 0.125
@@ -114,7 +115,8 @@ class CalibrationSet:
     def check_scheduler(self, scheduler: Any) -> None:
         """Raise ValueError unless `scheduler` has the settings of the recording."""
         recorded, found = self.manifest["scheduler"], scheduler_settings(scheduler)
-        different = {key: (recorded.get(key), found.get(key)) for key in SCHEDULER_KEYS if recorded.get(key) != found.get(key)}
+        pairs = {key: (recorded.get(key), found.get(key)) for key in SCHEDULER_KEYS}
+        different = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
         if different:
             raise ValueError(
                 f"this calibration set was recorded with another scheduler; (recorded, found): {different}. Record it "
@@ -125,7 +127,9 @@ class CalibrationSet:
         """Return N / 2, the steps of a student; raises ValueError where it is not a usable grid."""
         steps = self.num_inference_steps
         if steps % 2:
-            raise ValueError(f"num_inference_steps={steps} is odd; a student takes half the steps, so record an even number.")
+            raise ValueError(
+                f"num_inference_steps={steps} is odd; a student takes half the steps, so record an even number."
+            )
         timestep_grid(self.scheduler(), steps // 2)
         return steps // 2
 
@@ -150,7 +154,7 @@ def collect_calibration_set(
     Raises ValueError for a pipeline that is quantized or conditional, or a grid that cannot be used.
     """
     model, scheduler = pipeline.unet, pipeline.scheduler
-    if getattr(model, "is_quantized", False):
+    if getattr(model, "is_quantized", False) or fake_quant_layers(model):
         raise ValueError("the calibration set must come from the full-precision model, but this one is quantized.")
     check_unconditional(model)
     timesteps = timestep_grid(scheduler, num_inference_steps)
@@ -180,6 +184,6 @@ def check_unconditional(model: nn.Module) -> None:
     conditional = [key for key in ("class_embed_type", "num_class_embeds", "cross_attention_dim") if config.get(key)]
     if conditional or not hasattr(model, "config") or "in_channels" not in config:
         raise ValueError(
-            f"{type(model).__name__} is conditional ({', '.join(conditional) or 'not a UNet2DModel'}); only unconditional "
-            "pipelines are supported so far."
+            f"{type(model).__name__} is conditional ({', '.join(conditional) or 'not a UNet2DModel'}); only "
+            "unconditional pipelines are supported so far."
         )

@@ -12,21 +12,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 STRUCTURE_KEY = "structure"
+DIGEST_KEY = "sha256"
 TENSOR_KEY = "__tensor__"
 
 
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Return `value` as JSON, with every tensor moved to `tensors` and replaced by its name there."""
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().clone().contiguous()
-        return {TENSOR_KEY: path}
+        name = f"{len(tensors)}{path}"  # numbered: {"a/b": x, "a": {"b": y}} are two tensors
+        tensors[name] = value.detach().clone().contiguous()
+        return {TENSOR_KEY: name}
     if isinstance(value, dict):
         return {"keys": [[key, _split(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
         return [_split(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
     if value is None or isinstance(value, (bool, int, float, str)):
         return {"value": value}
-    raise TypeError(f"{path}: a checkpoint holds tensors, numbers, strings, lists and dictionaries; got {type(value)}.")
+    raise TypeError(
+        f"{path}: a checkpoint holds tensors, numbers, strings, lists and dictionaries; got {type(value)}."
+    )
 
 
 def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -40,13 +44,13 @@ def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Write `state`, any nesting of dictionaries and lists over tensors and plain values; a kill leaves the old file."""
+    """Write `state`, a nesting of dictionaries and lists over tensors and plain values; a kill leaves the old file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_split(state, "", tensors))
     temporary = path.with_name(path.name + ".partial")
-    save_file(tensors, temporary, metadata={STRUCTURE_KEY: structure})
+    save_file(tensors, temporary, metadata={STRUCTURE_KEY: structure, DIGEST_KEY: tensors_hash(tensors, structure)})
     os.replace(temporary, path)
 
 
@@ -54,14 +58,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Return what `save_checkpoint` wrote. Raises ValueError, naming the file, if it is damaged or of another kind."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            structure = (file.metadata() or {}).get(STRUCTURE_KEY)
+            metadata = file.metadata() or {}
             # Clones: tensors mapped from the file are not aligned as fresh ones are, and kernels then take other
             # paths, whose results differ in the last bit. A resumed run must not.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: this file is damaged ({error}). Delete it to start over.") from None
-    if structure is None:
+    if STRUCTURE_KEY not in metadata:
         raise ValueError(f"{path}: not a file of this package: its metadata has no {STRUCTURE_KEY!r}.")
+    structure = metadata[STRUCTURE_KEY]
+    found = tensors_hash(tensors, structure)
+    if metadata.get(DIGEST_KEY, found) != found:
+        raise ValueError(f"{path}: this file is damaged (its contents have another SHA-256). Delete it to start over.")
     return _join(json.loads(structure), tensors)
 
 
@@ -78,8 +86,13 @@ def clone_state(model: nn.Module) -> dict[str, Tensor]:
 
 def model_hash(model: nn.Module) -> str:
     """Return the SHA-256 of the names, dtypes, shapes and bytes of the state of `model`."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    return tensors_hash(model.state_dict())
+
+
+def tensors_hash(tensors: dict[str, Tensor], text: str = "") -> str:
+    """Return the SHA-256 of `text` and of the names, dtypes, shapes and bytes of `tensors`, in any order."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

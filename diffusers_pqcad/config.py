@@ -43,14 +43,16 @@ class PQCADMethod(str, Enum):  # noqa: UP042 - StrEnum prints as its value; diff
 
 def matches(name: str, pattern: str) -> bool:
     """Return whether module `name` is `pattern`, lies below it, has it as one of its parts, or fits it as a glob."""
-    return name == pattern or name.startswith(f"{pattern}.") or pattern in name.split(".") or fnmatchcase(name, pattern)
+    parts = name.split(".")
+    return name == pattern or name.startswith(f"{pattern}.") or pattern in parts or fnmatchcase(name, pattern)
 
 
 def check_format_version(version: int) -> None:
     """Raise ValueError for a format that only a newer version of this package can read."""
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"format_version {version} is newer than this package can read ({FORMAT_VERSION}); upgrade diffusers-pqcad."
+            f"format_version {version} is newer than this package can read ({FORMAT_VERSION}); upgrade "
+            "diffusers-pqcad."
         )
 
 
@@ -90,7 +92,7 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
     timestep_boundaries: list[int] | None = None
     num_inference_steps: int | None = None
     format_version: int = FORMAT_VERSION
-    quant_method: PQCADMethod = PQCADMethod.PQCAD  # type: ignore[assignment]
+    quant_method: PQCADMethod = PQCADMethod.PQCAD
 
     def __post_init__(self) -> None:
         check_format_version(self.format_version)
@@ -119,8 +121,8 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         low, high = min(self.bit_choices), max(self.bit_choices)
         if self.method == "progressive" and not low <= self.weight_bits <= high:
             raise ValueError(
-                f"weight_bits: an average of {self.weight_bits} cannot be met with bit_choices {list(self.bit_choices)}; "
-                f"expected {low} to {high}."
+                f"weight_bits: an average of {self.weight_bits} cannot be met with bit_choices "
+                f"{list(self.bit_choices)}; expected {low} to {high}."
             )
         if self.activation_bits not in (ACTIVATION_BITS, None):
             raise ValueError(f"activation_bits: expected {ACTIVATION_BITS} or None, got {self.activation_bits}.")
@@ -153,7 +155,7 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         return by_default or any(matches(name, pattern) for pattern in self.modules_to_not_convert)
 
     def check_patterns(self, names: Iterable[str]) -> None:
-        """Raise ValueError for a user's pattern that fits none of the quantizable layers `names`: a typo, most likely."""
+        """Raise ValueError for a user's pattern that fits none of the quantizable layers `names`: a typo, likely."""
         names = list(names)
         for pattern in self.modules_to_not_convert:
             if not any(matches(name, pattern) for name in names):

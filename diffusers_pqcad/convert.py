@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,20 +12,20 @@ from torch import nn
 from diffusers_pqcad import kernels
 from diffusers_pqcad.allocation import allocate
 from diffusers_pqcad.config import PQCADConfig
-from diffusers_pqcad.layers import QUANTIZED_LAYERS, QuantizedLayer, packed_layers
+from diffusers_pqcad.layers import QUANTIZED_LAYERS, FloatLayer, QuantizedLayer, packed_layers
 from diffusers_pqcad.qparams import WeightSpec, dequantize_weight, min_max_weight_scale, quantize_weight
 from diffusers_pqcad.timesteps import TimestepGroups, install_timestep_groups, remove_timestep_groups
 
 logger = logging.getLogger(__name__)
 
 
-def match_modules(model: nn.Module, config: PQCADConfig) -> dict[str, nn.Module]:
+def match_modules(model: nn.Module, config: PQCADConfig) -> dict[str, FloatLayer]:
     """Return the layers of `model` that `config` quantizes ("searched"), by name, in registration order.
 
-    Raises ValueError for a pattern that matches nothing or a group size that does not divide; warns if nothing is left.
+    Raises ValueError for a pattern that matches nothing or a group size that does not divide; warns if none is left.
     """
     layers = {
-        name: module
+        name: cast(FloatLayer, module)
         for name, module in model.named_modules()
         if type(module) in QUANTIZED_LAYERS or (isinstance(module, QuantizedLayer) and not module.packed)
     }
@@ -35,8 +35,8 @@ def match_modules(model: nn.Module, config: PQCADConfig) -> dict[str, nn.Module]
     searched = {name: module for name, module in layers.items() if not config.is_exempt(name)}
     if not searched:
         warnings.warn(
-            f"{type(model).__name__} has nothing to quantize: {len(layers)} Linear and Conv2d layers, all of them exempt. "
-            "It stays as it is. See modules_to_not_convert and search_all_modules.",
+            f"{type(model).__name__} has nothing to quantize: {len(layers)} Linear and Conv2d layers, all of them "
+            "exempt. It stays as it is. See modules_to_not_convert and search_all_modules.",
             stacklevel=3,
         )
     for name, module in searched.items():
@@ -53,9 +53,7 @@ def swap_(model: nn.Module, names: Mapping[str, nn.Module]) -> dict[str, Quantiz
     swapped = {}
     for name, module in names.items():
         layer = (
-            module
-            if isinstance(module, QuantizedLayer)
-            else QUANTIZED_LAYERS[type(module)].from_float(module, name)
+            module if isinstance(module, QuantizedLayer) else QUANTIZED_LAYERS[type(module)].from_float(module, name)
         )
         model.set_submodule(name, layer)
         swapped[name] = layer
@@ -71,7 +69,7 @@ def relative_weight_error(weight: torch.Tensor, spec: WeightSpec) -> float:
     return (error.square().sum() / weight.square().sum().clamp(min=1e-30)).item()
 
 
-def decide_bits(layers: Mapping[str, nn.Module], config: PQCADConfig) -> dict[str, int]:
+def decide_bits(layers: Mapping[str, FloatLayer], config: PQCADConfig) -> dict[str, int]:
     """Return bits per layer without data: the config's own decision, one width, or the controller on weight errors."""
     if config.method == "fixed":
         return dict.fromkeys(layers, int(config.weight_bits))
@@ -93,7 +91,7 @@ def decide_bits(layers: Mapping[str, nn.Module], config: PQCADConfig) -> dict[st
     return allocate(num_weights, perturbation, budget=config.weight_bits, bit_choices=config.bit_choices)
 
 
-def decide_config(layers: Mapping[str, nn.Module], config: PQCADConfig) -> PQCADConfig:
+def decide_config(layers: Mapping[str, FloatLayer], config: PQCADConfig) -> PQCADConfig:
     """Return a copy of `config` that says what quantizing the float `layers` without data gives; changes nothing.
 
     Raises ValueError for weights that are not finite, or bits that do not cover the layers.
@@ -161,22 +159,20 @@ def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: 
     return count + sum(layer.weight_shape.numel() for layer in packed_layers(self).values())
 
 
-def mark_quantized_(model: nn.Module, config: PQCADConfig) -> None:
-    """Make a diffusers `model` that was quantized in memory look as if it had been loaded so; others are left alone."""
+def mark_quantized_(model: Any, config: PQCADConfig) -> None:
+    """Make a diffusers `model` that was quantized in memory look as if loaded so; other models are left alone."""
     if not hasattr(model, "register_to_config"):
         return
     from diffusers.quantizers.auto import DiffusersAutoQuantizer
 
     model.register_to_config(quantization_config=config)
-    model.is_quantized = True  # type: ignore[assignment]
-    model.quantization_method = config.quant_method  # type: ignore[assignment]
-    model.hf_quantizer = DiffusersAutoQuantizer.from_config(config, pre_quantized=True)  # type: ignore[assignment]
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.hf_quantizer = DiffusersAutoQuantizer.from_config(config, pre_quantized=True)
 
 
-def dequantize_(model: nn.Module) -> nn.Module:
-    """Replace every packed layer by a plain float layer, in place, and remove every trace of the quantization."""
-    for name, layer in packed_layers(model).items():
-        model.set_submodule(name, layer.to_float())
+def unmark_quantized_(model: Any) -> None:
+    """Undo `mark_quantized_` and `finish_`."""
     remove_timestep_groups(model)
     model.__dict__.pop("num_parameters", None)
     if hasattr(model, "_internal_dict"):
@@ -188,5 +184,12 @@ def dequantize_(model: nn.Module) -> nn.Module:
         }
         model._internal_dict = type(model._internal_dict)(kept)
     model.__dict__.pop("quantization_method", None)
-    model.is_quantized = False  # type: ignore[assignment]
+    model.is_quantized = False
+
+
+def dequantize_(model: nn.Module) -> nn.Module:
+    """Replace every packed layer by a plain float layer, in place, and remove every trace of the quantization."""
+    for name, layer in packed_layers(model).items():
+        model.set_submodule(name, layer.to_float())
+    unmark_quantized_(model)
     return model

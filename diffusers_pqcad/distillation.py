@@ -1,9 +1,9 @@
-"""CAD, calibration-assisted distillation: a student at half the steps, a quantized teacher, full-precision calibration.
+"""CAD, calibration-assisted distillation: half the steps, a quantized teacher, full-precision calibration.
 
 The student learns to land in one DDIM step where the teacher lands in two (Salimans & Ho 2022, arXiv:2202.00512). A
-quantized teacher's landing points are biased, and more data do not help; recorded full-precision trajectories are not.
-Inspired by the abstract of PQCAD-DM (arXiv:2506.16776): both terms together, and a momentum of the two errors that lets
-the teacher speak only while it is better than the student.
+quantized teacher's landing points are biased, and more data do not help; recorded full-precision trajectories are
+not. Inspired by the abstract of PQCAD-DM (arXiv:2506.16776): both terms together, and a momentum of the two errors
+that lets the teacher speak only while it is better than the student.
 """
 
 import copy
@@ -19,11 +19,17 @@ from torch import Tensor, nn
 
 from diffusers_pqcad.calibration import CalibrationSet
 from diffusers_pqcad.checkpoint import load_checkpoint, model_hash, save_checkpoint
-from diffusers_pqcad.fake_quant import calibrate_activations_, fake_quant_layers, fake_quant_state, load_fake_quant_state_
+from diffusers_pqcad.fake_quant import (
+    calibrate_activations_,
+    fake_quant_layers,
+    fake_quant_state,
+    load_fake_quant_state_,
+)
 from diffusers_pqcad.optimization import AveragedAdam, BestState
 from diffusers_pqcad.progressive import trajectory_error, weighted_error
 from diffusers_pqcad.sampling import alpha_sigma, denoise, from_x_and_eps, to_x_and_eps
 
+GATE_TRAJECTORIES = 16  # of the held-out ones: the gate is measured often, and smoothed by its momentum
 START_RATIO = 2.0  # the student's error counts as twice the teacher's until it has been measured
 
 
@@ -90,9 +96,7 @@ def _column(values: Tensor) -> Tensor:
 
 def ddim_landing(output: Tensor, sample: Tensor, start: Tensor, end: Tensor, scheduler: Any) -> Tensor:
     """Return where a DDIM step (eta = 0) with `output` takes `sample` (B, C, H, W), from `start` to `end` (B,)."""
-    (alpha, sigma), (alpha_end, sigma_end) = (
-        tuple(map(_column, alpha_sigma(scheduler, t))) for t in (start, end)
-    )
+    (alpha, sigma), (alpha_end, sigma_end) = (tuple(map(_column, alpha_sigma(scheduler, t))) for t in (start, end))
     x, eps = to_x_and_eps(output, sample, alpha, sigma, scheduler.config.prediction_type)
     return alpha_end * x + sigma_end * eps
 
@@ -103,9 +107,7 @@ def target_output(sample: Tensor, landing: Tensor, start: Tensor, end: Tensor, s
     Solves for the data x* = (z_u - r z_t) / (alpha_u - r alpha_t), r = sigma_u / sigma_t (Salimans & Ho 2022, appendix
     G); the last step (to data) has r = 0 and x* = z_u. All (B, C, H, W); timesteps (B,).
     """
-    (alpha, sigma), (alpha_end, sigma_end) = (
-        tuple(map(_column, alpha_sigma(scheduler, t))) for t in (start, end)
-    )
+    (alpha, sigma), (alpha_end, sigma_end) = (tuple(map(_column, alpha_sigma(scheduler, t))) for t in (start, end))
     ratio = sigma_end / sigma
     x = (landing - ratio * sample) / (alpha_end - ratio * alpha)
     eps = (sample - alpha * x) / sigma
@@ -149,8 +151,10 @@ class Distillation:
         if not fake_quant_layers(student):
             raise ValueError("student: expected a fake-quantized model, as progressive_quantize leaves it.")
         if (teacher is None) != (config.teacher == "none"):
-            raise ValueError(f"teacher={config.teacher!r}, but teacher is {'missing' if teacher is None else 'given'}.")
-        if config.teacher == "fp" and model_hash(teacher) != calibration.manifest["model_hash"]:
+            found = "missing" if teacher is None else "given"
+            raise ValueError(f"teacher={config.teacher!r}, but teacher is {found}.")
+        recorded = calibration.manifest["model_hash"]
+        if teacher is not None and config.teacher == "fp" and model_hash(teacher) != recorded:
             raise ValueError("teacher='fp': this is not the model that the calibration set was recorded with.")
         self.config, self.calibration = config, calibration
         self.student, self.teacher = student.eval(), teacher
@@ -179,7 +183,7 @@ class Distillation:
     @torch.no_grad()
     def held_out_error_per_jump(self, model: nn.Module, *, two_steps: bool) -> Tensor:
         """Return the mean squared output error on the held-out trajectories for each jump, (K,)."""
-        trajectories = torch.arange(len(self.held_out))
+        trajectories = torch.arange(min(len(self.held_out), GATE_TRAJECTORIES))
         errors = []
         for jump in range(len(self.jumps.start)):
             rows = torch.full_like(trajectories, jump)
@@ -233,12 +237,13 @@ def distill(
     accelerator: Accelerator | None = None,
     checkpoint: str | Path | None = None,
 ) -> Iterator[StepStats]:
-    """Train `student` in place to sample in half the steps of `calibration`, yielding statistics of every update.
+    """Train `student` in place to sample in half the steps of `calibration`, yielding each update's statistics.
 
-    `student` is a fake-quantized model (`progressive_quantize`); `teacher` any frozen model of the same kind, or `None`
-    with `teacher="none"`. Fresh inputs are re-noised `data` (n, C, H, W), by default the end points of the calibration
-    trajectories. When the generator is exhausted, the student is in its best state by held-out trajectory error at N / 2
-    steps; the undistilled start competes (`best_step` 0 means that it won). `checkpoint` names a resume file.
+    `student` is a fake-quantized model (`progressive_quantize`); `teacher` any frozen model of the same kind, or
+    `None` with `teacher="none"`. Fresh inputs are re-noised `data` (n, C, H, W), by default the end points of the
+    calibration trajectories. When the generator is exhausted, the student is in its best state by held-out trajectory
+    error at N / 2 steps; the undistilled start competes (`best_step` 0 means that it won). `checkpoint` names a resume
+    file.
 
     Raises ValueError for an odd N, a calibration set of another model, or switches that leave nothing to learn from.
     """

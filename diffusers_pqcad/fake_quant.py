@@ -8,7 +8,7 @@ the result into packed layers with exactly the same levels.
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from diffusers_pqcad.config import PQCADConfig
 from diffusers_pqcad.convert import finish_, mark_quantized_, match_modules, swap_
-from diffusers_pqcad.layers import per_sample
+from diffusers_pqcad.layers import FloatLayer, per_sample
 from diffusers_pqcad.qparams import (
     ActivationQParams,
     WeightSpec,
@@ -45,7 +45,7 @@ class WeightFakeQuantize(nn.Module):
 
 
 class InputFakeQuantize(nn.Module):
-    """Rounds a layer's input to uint8: dynamic until `scale` and `zero_point` (G,) are set, then per timestep group."""
+    """Rounds a layer's input to uint8: dynamic until `scale` and `zero_point` (G,) are set, then by timestep group."""
 
     scale: Tensor | None
     zero_point: Tensor | None
@@ -101,16 +101,16 @@ def prepare_(model: nn.Module, config: PQCADConfig, bits: Mapping[str, int]) -> 
         if config.activation_bits is not None:
             layer.input_fake_quantize = InputFakeQuantize(name)
             layer.register_forward_pre_hook(round_input)
-    model.pqcad_config = config  # type: ignore[assignment]
+    model.pqcad_config = config
     return model
 
 
-def fake_quant_layers(model: nn.Module) -> dict[str, nn.Module]:
+def fake_quant_layers(model: nn.Module) -> dict[str, FloatLayer]:
     """Return the fake-quantized layers of `model` by name, in registration order."""
     return {name: module for name, module in model.named_modules() if is_fake_quant(module)}
 
 
-def is_fake_quant(module: nn.Module) -> bool:
+def is_fake_quant(module: nn.Module) -> TypeGuard[FloatLayer]:
     """Return whether `module` is a layer that `prepare_` changed."""
     return parametrize.is_parametrized(module, "weight") and isinstance(weight_quantizer(module), WeightFakeQuantize)
 
@@ -196,13 +196,17 @@ def calibrate_activations_(
 ) -> list[int]:
     """Set static activation ranges per timestep group, from float activations of the quantized-weight model.
 
-    `steps` yields (timestep, samples (B, C, H, W)) in order of decreasing timestep. A range is the smallest and largest
-    input seen in its group. Returns the boundaries of the groups, and switches the rounding on.
+    `steps` yields (timestep, samples (B, C, H, W)) in order of decreasing timestep. A range is the smallest and the
+    largest input seen in its group. Returns the boundaries of the groups, and switches the rounding on.
     """
     quantizers = input_quantizers(model)
     if not quantizers:
         return []
-    layers = [layer for layer in model.modules() if isinstance(getattr(layer, "input_fake_quantize", None), InputFakeQuantize)]
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(getattr(layer, "input_fake_quantize", None), InputFakeQuantize)
+    ]
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def watch(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -243,7 +247,7 @@ def calibrate_activations_(
 
 
 def timestep_boundaries(model: nn.Module) -> list[int] | None:
-    """Return the boundaries of the static activation ranges of a fake-quantized model; `None` while they are dynamic."""
+    """Return the boundaries of a fake-quantized model's static activation ranges; `None` while they are dynamic."""
     for quantizer in input_quantizers(model):
         if quantizer.groups is not None:
             return list(quantizer.groups.boundaries)

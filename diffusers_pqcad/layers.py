@@ -26,6 +26,37 @@ HOOKS = (
     "_forward_hooks_always_called",
 )
 SCALE_BUFFERS = ("weight_scale", "input_scale")  # always fp32, whatever the model's dtype
+WRITING_OPERATORS = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+
+
+class ComputedWeight(Tensor):
+    """The float weight of a packed layer: a temporary that refuses to be written to, as the write would be lost.
+
+    peft fuses an adapter by `weight.data += delta`. What is computed from this tensor is a plain tensor again.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    layer_name = ""
+
+    def refuse(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise ValueError."""
+        raise ValueError(
+            f"{self.layer_name}: the weight of a packed layer is computed from its integers and cannot be written to, "
+            "so no adapter can be fused or merged into it. Use the adapter unfused, or call dequantize() first."
+        )
+
+    data = property(lambda self: self, refuse)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.detach().clone()
+
+
+for _name in (*WRITING_OPERATORS, *(name for name in dir(Tensor) if name[0] != "_" and name.endswith("_"))):
+    if _name != "requires_grad_":
+        setattr(ComputedWeight, _name, ComputedWeight.refuse)
 
 
 class QuantizedLayer(nn.Module):
@@ -47,7 +78,7 @@ class QuantizedLayer(nn.Module):
     weight_scale: Tensor
     input_scale: Tensor | None
     input_zero_point: Tensor | None
-    bias: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -63,7 +94,9 @@ class QuantizedLayer(nn.Module):
             raise AttributeError("weight")
         if parameters["weight"] is not None:
             return parameters["weight"]
-        return self.dequantized_weight().to(self.weight_dtype)
+        weight = self.dequantized_weight().to(self.weight_dtype).as_subclass(ComputedWeight)
+        weight.layer_name = self.name
+        return weight
 
     @property
     def weight_shape(self) -> torch.Size:
@@ -120,20 +153,27 @@ class QuantizedLayer(nn.Module):
         """Make the activation ranges static: `qparams` (len(groups),), one range per timestep group."""
         self._buffers["input_scale"] = qparams.scale.detach().float().clone()
         self._buffers["input_zero_point"] = qparams.zero_point.detach().to(torch.int32).clone()
-        self.timestep_groups = groups
+        self.timestep_groups, self._cache = groups, None
 
-    def input_qparams(self, x: Tensor) -> ActivationQParams | None:
-        """Return the qparams for this call: 0-dim, or (B, 1, ...) for a batch of several timestep groups."""
-        if self.activation_bits is None:
+    def input_group(self) -> int | Tensor | None:
+        """Return this call's static range: an int, (B,) int64 where there are several, `None` for dynamic ranges."""
+        if self.activation_bits is None or self.input_scale is None:
             return None
-        if self.input_scale is None or self.input_zero_point is None:
-            return dynamic_activation_qparams(x)
         group = 0 if self.timestep_groups is None else self.timestep_groups.current
         if group is None:
             raise ValueError(
                 f"{self.name}: its activation ranges depend on the timestep, but no timestep was seen. Call the whole "
                 "model (which records it), not the layer alone."
             )
+        return group
+
+    def input_qparams(self, x: Tensor) -> ActivationQParams | None:
+        """Return the qparams for this call: 0-dim, or (B, 1, ...) for a batch of several timestep groups."""
+        if self.activation_bits is None:
+            return None
+        group = self.input_group()
+        if group is None or self.input_scale is None or self.input_zero_point is None:
+            return dynamic_activation_qparams(x)
         qparams = ActivationQParams(self.input_scale[group], self.input_zero_point[group])
         if isinstance(group, int):
             return qparams
@@ -153,19 +193,18 @@ class QuantizedLayer(nn.Module):
         """Return the layer's output in the dtype of `x`."""
         if not self.packed:
             return super().forward(x)
-        qparams = self.input_qparams(x)
-        kernel = kernels.select_kernel(self, x, qparams)
+        kernel = kernels.select_kernel(self, x)
         if kernel.NAME == kernels.reference.NAME:
-            return kernel.run(self, None, x, qparams)
+            return kernel.run(self, None, x)
         if self._cache is None or self._cache[0] != kernel.NAME:
             self._cache = (kernel.NAME, kernel.pack(self))
-        return kernel.run(self, self._cache[1], x, qparams)
+        return kernel.run(self, self._cache[1], x)
 
     def to_float(self) -> nn.Module:
         """Return the plain float layer with this layer's dequantized weight, and the same bias and hooks."""
         layer = self.float_type(**self.arguments(self), device="meta")
         layer.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=self.weight_dtype.is_floating_point)
-        layer.bias = self.bias
+        layer.register_parameter("bias", self.bias)
         for hooks in HOOKS:
             setattr(layer, hooks, getattr(self, hooks))
         return layer.train(self.training)
@@ -192,8 +231,9 @@ class QuantizedLayer(nn.Module):
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         super()._apply(fn, recurse)
         for name, before in scales.items():
-            if before is not None and self._buffers[name].dtype != torch.float32:
-                self._buffers[name] = before.to(self._buffers[name].device)
+            after = self._buffers.get(name)
+            if before is not None and after is not None and after.dtype != torch.float32:
+                self._buffers[name] = before.to(after.device)
         self._cache = None
         return self
 
@@ -217,7 +257,8 @@ class QuantizedLayer(nn.Module):
         return f"{super().extra_repr()}, {details}"
 
 
-class PQCADLinear(QuantizedLayer, nn.Linear):
+# The ignores below: `weight` is a property here, and `bias` may be None, where torch declares plain attributes.
+class PQCADLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc,override]
     """`nn.Linear` with packed weights of 2, 3, 4, 6 or 8 bits; scales per output or per `group_size` inputs."""
 
     float_type = nn.Linear
@@ -241,7 +282,7 @@ class PQCADLinear(QuantizedLayer, nn.Linear):
         }
 
 
-class PQCADConv2d(QuantizedLayer, nn.Conv2d):
+class PQCADConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc,override]
     """`nn.Conv2d` with packed weights of 2, 3, 4, 6 or 8 bits; one scale per output channel."""
 
     float_type = nn.Conv2d
@@ -258,10 +299,11 @@ class PQCADConv2d(QuantizedLayer, nn.Conv2d):
     @staticmethod
     def arguments(layer: Any) -> dict[str, Any]:
         """Return the constructor arguments of a convolution."""
-        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        names = "in_channels out_channels kernel_size stride padding dilation groups padding_mode".split()
         return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}
 
 
+FloatLayer = nn.Linear | nn.Conv2d | QuantizedLayer  # the last one while it is not packed: a layer to quantize
 QUANTIZED_LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Linear: PQCADLinear, nn.Conv2d: PQCADConv2d}
 
 

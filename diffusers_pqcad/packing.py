@@ -1,7 +1,7 @@
 """Packing of 2-, 3-, 4-, 6- and 8-bit codes into uint8, row by row.
 
-A row is cut into the shortest blocks that fill whole bytes (8 / gcd(bits, 8) codes in bits / gcd(bits, 8) bytes); inside
-a block the codes form a little-endian bit stream. So 3 bits really take 3 bits: 8 codes in 3 bytes.
+A row is cut into the shortest blocks that fill whole bytes (8 / gcd(bits, 8) codes in bits / gcd(bits, 8) bytes);
+inside a block the codes form a little-endian bit stream. So 3 bits really take 3 bits: 8 codes in 3 bytes.
 """
 
 from math import ceil, gcd

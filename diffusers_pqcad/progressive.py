@@ -31,6 +31,7 @@ from diffusers_pqcad.fake_quant import (
     enable_activations_,
     fake_quant_layers,
     fake_quant_state,
+    freeze_,
     latent_weight,
     load_fake_quant_state_,
     prepare_,
@@ -41,7 +42,9 @@ from diffusers_pqcad.optimization import AveragedAdam, BestState
 from diffusers_pqcad.qparams import WeightSpec
 from diffusers_pqcad.reconstruction import (
     ReconstructionConfig,
+    UnitResult,
     capture_io,
+    correct_biases_,
     execution_order,
     find_units,
     reconstruct,
@@ -55,7 +58,7 @@ logger = logging.getLogger(__name__)
 class ProgressiveConfig:
     """Settings of PQ; `beta=0, kappa=0` is PQ without momentum."""
 
-    signal: Literal["output", "weight"] = "output"  # "weight" is the abstract's wording; weaker (science.md, finding 3)
+    signal: Literal["output", "weight"] = "output"  # "weight" is the abstract's wording, and weaker
     beta: float = 0.9  # momentum of the prices
     kappa: float = 1.0  # weight of their dispersion: a noisy layer waits
     trust: float = 1.0  # a round may at most double the perturbation (plus the floor)
@@ -64,13 +67,13 @@ class ProgressiveConfig:
     cooldown: int = 2
     rounds_per_stage: int = 3
     price_batches: int = 2  # momentum updates per round
-    price_batch_size: int = 32
+    price_batch_size: int = 16
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     reconstruction_samples: int = 256
     recovery_steps: int = 150  # per stage; 0 switches the whole-network recovery off
     recovery_batch_size: int = 48
-    recovery_learning_rate: float = 3e-4
-    recovery_scale_learning_rate: float = 3e-5
+    recovery_learning_rate: float = 3e-5
+    recovery_scale_learning_rate: float = 3e-6
     recovery_ema_decay: float = 0.98
     evaluation_steps: int = 50  # updates between two measurements on the held-out trajectories
     seed: int = 0
@@ -127,7 +130,7 @@ def output_error(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor, Tensor],
 
 @torch.no_grad()
 def trajectory_error(model: nn.Module, calibration: CalibrationSet, num_inference_steps: int) -> float:
-    """Return mean over steps of ||z - z_fp||^2 / ||z_fp||^2, from the recorded noise, on the steps both grids share."""
+    """Return the mean of ||z - z_fp||^2 / ||z_fp||^2 over the steps that both grids share, from the recorded noise."""
     stride = calibration.num_inference_steps // num_inference_steps
     reference = calibration.trajectory[:, ::stride]
     steps = denoise(model, calibration.scheduler(), calibration.trajectory[:, 0], num_inference_steps)
@@ -145,13 +148,19 @@ def transition_prices(
     """Return how far each layer's next transition moves the model's output on `batch` (weighted squared distance)."""
     sample, timestep, _, weight = batch
     layers = fake_quant_layers(model)
-    before = model(sample, timestep).sample
+    # A copy with rounded weights: one pass for each layer, and rounding all the others again would double its time.
+    frozen = freeze_(copy.deepcopy(model))
+    before = frozen(sample, timestep).sample
     prices = {}
     for name in controller.movable(ignore_frozen=True):
         narrower = controller.narrower(name)
         assert narrower is not None
+        rounded = frozen.get_parameter(f"{name}.weight")
+        kept = rounded.clone()
         with at_bits(layers[name], narrower):
-            prices[name] = weighted_error(model(sample, timestep).sample, before, weight).item()
+            rounded.copy_(layers[name].weight)
+        prices[name] = weighted_error(frozen(sample, timestep).sample, before, weight).item()
+        rounded.copy_(kept)
     return prices
 
 
@@ -160,7 +169,8 @@ def weight_prices(reference: nn.Module, controller: BitController) -> dict[str, 
     prices = {}
     for name in controller.movable(ignore_frozen=True):
         weight, narrower = reference.get_submodule(name).weight, controller.narrower(name)
-        assert narrower is not None and isinstance(weight, Tensor)
+        assert narrower is not None
+        assert isinstance(weight, Tensor)
         after, before = (relative_weight_error(weight, WeightSpec(bits)) for bits in (narrower, controller.bits[name]))
         prices[name] = after - before
     return prices
@@ -176,7 +186,7 @@ class ProgressiveQuantizer:
         searched = match_modules(model, config)
         if not searched:
             raise ValueError(f"{type(model).__name__} has nothing to quantize.")
-        num_weights = {name: layer.weight.numel() for name, layer in searched.items()}  # type: ignore[union-attr,operator]
+        num_weights = {name: layer.weight.numel() for name, layer in searched.items()}
         self.controller = BitController(
             num_weights, config.bit_choices, settings.beta, settings.kappa, settings.trust, settings.cooldown
         )
@@ -188,6 +198,7 @@ class ProgressiveQuantizer:
         self.train_set, self.held_out = calibration.split()
         self.train, self.check = Batches(self.train_set), Batches(self.held_out)
         self.history = History()
+        self.perturbations: dict[str, float] = {}  # of each layer's next transition, as last measured
         self.progress = {"stage": 0, "round": 0, "forced": False, "recovered": 0}
         prepare_(model, config, self.controller.bits)
         model.eval()
@@ -214,15 +225,30 @@ class ProgressiveQuantizer:
     def observe(self, stage: int, round_index: int) -> None:
         """Update the momentum of every layer's price with this round's batches."""
         if self.settings.signal == "weight":
-            self.controller.observe(weight_prices(self.reference, self.controller))
-            return
-        for index in range(self.settings.price_batches):
-            batch = self.train.draw(self.settings.price_batch_size, self.seed(1, stage, round_index, index))
-            self.controller.observe(transition_prices(self.model, self.controller, batch))
+            measured = [weight_prices(self.reference, self.controller)]
+            self.controller.observe(measured[0])
+        else:
+            measured = []
+            for index in range(self.settings.price_batches):
+                batch = self.train.draw(self.settings.price_batch_size, self.seed(1, stage, round_index, index))
+                measured.append(transition_prices(self.model, self.controller, batch))
+                self.controller.observe(measured[-1])
+        self.perturbations = {name: sum(prices[name] for prices in measured) / len(measured) for name in measured[0]}
 
-    def move_units(self, moves: Iterable[Move], stage: int, round_index: int, *, may_roll_back: bool) -> list[str]:
-        """Carry out `moves` unit by unit, in execution order, with reconstruction; return what was rolled back."""
-        by_unit: dict[str, list[Move]] = {}
+    def move_units(
+        self,
+        moves: Iterable[Move],
+        stage: int,
+        round_index: int,
+        *,
+        may_roll_back: bool,
+        units: Iterable[str] = (),
+    ) -> list[str]:
+        """Carry out `moves` unit by unit, in execution order, with reconstruction; return what was rolled back.
+
+        `units` names further units to reconstruct although none of their layers moves.
+        """
+        by_unit: dict[str, list[Move]] = {name: [] for name in units}
         for move in moves:
             by_unit.setdefault(self.unit_of(move.layer), []).append(move)
         layers = fake_quant_layers(self.model)
@@ -237,11 +263,15 @@ class ProgressiveQuantizer:
                 set_bits_(layers[move.layer], move.to_bits)
             if self.settings.reconstruction.iterations:
                 io = capture_io(self.model, self.reference, name, samples[0], samples[1], samples[3])
-                result = reconstruct(unit, io, self.settings.reconstruction, name=name, seed=self.seed(4, stage, round_index))
+                seed = self.seed(4, stage, round_index)
+                result = reconstruct(unit, io, self.settings.reconstruction, name=name, seed=seed)
                 self.history.units.append(asdict(result) | {"stage": stage, "round": round_index})
+            if not unit_moves:
+                continue
             after = output_error(self.model, held_out)
             predicted = sum(move.predicted for move in unit_moves)
-            if may_roll_back and after - error > (1 + self.settings.roll_back_tolerance) * predicted:
+            # "not <=": a NaN is rolled back too.
+            if may_roll_back and not after - error <= (1 + self.settings.roll_back_tolerance) * predicted:
                 for move in unit_moves:
                     quantizer = weight_quantizer(layers[move.layer])
                     quantizer.spec = WeightSpec(before_bits[move.layer], quantizer.spec.group_size)
@@ -256,7 +286,8 @@ class ProgressiveQuantizer:
         """Append one round to the history."""
         controller = self.controller
         momenta = {name: controller.momentum(name) for name in controller.num_weights}
-        error = output_error(self.model, self.check.draw(self.settings.reconstruction_samples // 2, self.seed(2, stage)))
+        check = self.check.draw(self.settings.reconstruction_samples // 2, self.seed(2, stage))
+        error = output_error(self.model, check)
         self.history.rounds.append(
             {
                 "stage": stage,
@@ -268,6 +299,7 @@ class ProgressiveQuantizer:
                 "moves": [asdict(move) for move in moves],
                 "rolled_back": rolled_back,
                 "bits": dict(controller.bits),
+                "perturbation": self.perturbations,
                 "momentum": {name: momentum.mean(controller.beta) for name, momentum in momenta.items()},
                 "dispersion": {name: math.sqrt(momentum.dispersion) for name, momentum in momenta.items()},
             }
@@ -297,17 +329,33 @@ class ProgressiveQuantizer:
         controller, last = self.controller, stage == len(self.budgets) - 1
         if controller.over(self.budgets[stage]):
             self.observe(stage, 1_000)
-        moves = controller.forced_moves(self.budgets[stage])
+        controller.forced_moves(self.budgets[stage])
         if last:
-            moves += controller.polish_moves(self.budgets[stage])
+            controller.polish_moves(self.budgets[stage])
         before = bits_by_module(self.model)
         net = [
             Move(name, before[name], bits, controller.num_weights[name] * (before[name] - bits), 0.0)
             for name, bits in controller.bits.items()
             if bits != before[name]
         ]
-        self.move_units(net, stage, 1_000, may_roll_back=False)
+        # Bits are final after the last stage: every unit is reconstructed once more, on the inputs it will see.
+        self.move_units(net, stage, 1_000, may_roll_back=False, units=self.order if last else ())
         self.record(stage, len(self.history.rounds), "forced", net, [])
+
+    def correct_biases(self, stage: int) -> None:
+        """Correct the layers' mean outputs; kept only if the held-out output error falls."""
+        layers = fake_quant_layers(self.model)
+        sample, timestep, *_ = self.train.draw(self.settings.reconstruction_samples // 4, self.seed(6, stage))
+        held_out = self.check.draw(self.settings.reconstruction_samples // 2, self.seed(2, stage))
+        before, error = clone_state(self.model), output_error(self.model, held_out)
+        order = execution_order(self.model, layers, sample[:1], timestep[:1])
+        correct_biases_(self.model, self.reference, order, sample, timestep)
+        after = output_error(self.model, held_out)
+        if not after < error:
+            copy_state_(self.model, before)
+        self.history.units.append(
+            asdict(UnitResult("bias correction", error, after, after < error)) | {"stage": stage, "round": -1}
+        )
 
     def calibrate_activations(self) -> None:
         """Set static activation ranges on the training trajectories; nothing to do for float activations."""
@@ -322,6 +370,7 @@ class ProgressiveQuantizer:
                 "controller": self.controller.state_dict(),
                 "history": asdict(self.history),
                 "progress": self.progress,
+                "perturbations": self.perturbations,
             }
             save_checkpoint(path, state | extra)
 
@@ -331,7 +380,7 @@ class ProgressiveQuantizer:
         load_fake_quant_state_(self.model, state["model"])
         self.controller.load_state_dict(state["controller"])
         self.history = History(**state["history"])
-        self.progress = state["progress"]
+        self.progress, self.perturbations = state["progress"], state["perturbations"]
         return state
 
     def recover(self, stage: int, path: Path | None, resumed: dict[str, Any] | None, bar: Any) -> None:
@@ -385,6 +434,7 @@ class ProgressiveQuantizer:
                     self.save(path)
                 if not self.progress["forced"]:
                     self.force(stage)
+                    self.correct_biases(stage)
                     self.calibrate_activations()
                     self.progress["forced"] = True
                     self.save(path)
@@ -417,13 +467,13 @@ def progressive_quantize(
     settings = progressive or ProgressiveConfig()
     run = ProgressiveQuantizer(model, calibration, config, settings)
     history = run.run(None if checkpoint is None else Path(checkpoint), progress=progress)
+    originals = {name: run.reference.get_parameter(f"{name}.weight") for name in fake_quant_layers(model)}
     history.summary = {
         "average_bits": run.controller.average_bits(),
         "bits": dict(run.controller.bits),
         "trajectory_error": trajectory_error(model, run.held_out, calibration.num_inference_steps),
         "latent_shift": {
-            name: ((latent_weight(layer) - run.reference.get_submodule(name).weight).norm()
-                   / run.reference.get_submodule(name).weight.norm()).item()
+            name: ((latent_weight(layer) - originals[name]).norm() / originals[name].norm()).item()
             for name, layer in fake_quant_layers(model).items()
         },
     }

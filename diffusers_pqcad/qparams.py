@@ -1,14 +1,16 @@
 """Integer grids: what a bit-width means, how scales are chosen, how tensors are rounded onto a grid and back.
 
-Weights are symmetric and narrow. For b of 3 to 8 bits the levels are the integers -(2^(b-1) - 1) to 2^(b-1) - 1, so the
-most negative code is never used and zero is exact. Two bits would leave three levels that way; there the half-integer
-grid (-3/2, -1/2, 1/2, 3/2) is used, stored as the odd integers -3, -1, 1, 3 at half its scale. So everywhere
-`weight = level * scale` with an int8 level, whatever the width.
+Weights are symmetric and narrow. For b of 3 to 8 bits the levels are the integers -(2^(b-1) - 1) to 2^(b-1) - 1, so
+the most negative code is never used and zero is exact. Two bits would leave three levels that way; there the
+half-integer grid (-3/2, -1/2, 1/2, 3/2) is used, stored as the odd integers -3, -1, 1, 3 at half its scale. So
+everywhere `weight = level * scale` with an int8 level, whatever the width.
 
 Activations are asymmetric uint8: `x = (code - zero_point) * scale`, with a range that always includes zero.
 """
 
+from ctypes import c_float
 from dataclasses import dataclass
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -59,6 +61,13 @@ class ActivationQParams(NamedTuple):
     zero_point: Tensor
 
 
+class ScalarQParams(NamedTuple):
+    """One activation range as Python numbers, for kernels that take one a call; `scale` is an fp32 number."""
+
+    scale: float
+    zero_point: int
+
+
 def round_ste(x: Tensor) -> Tensor:
     """Return `x` rounded half to even, with the gradient of the identity (Bengio et al. 2013, arXiv:1308.3432)."""
     return x + (x.round() - x).detach()
@@ -70,7 +79,7 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 def as_groups(weight: Tensor, num_groups: int) -> Tensor:
-    """Return `weight` (C_out, ...) as (C_out, G, K / G): the view in which scales (C_out, G) broadcast once unsqueezed."""
+    """Return `weight` (C_out, ...) as (C_out, G, K / G): the view in which unsqueezed scales (C_out, G) broadcast."""
     return weight.reshape(weight.shape[0], num_groups, -1)
 
 
@@ -111,8 +120,8 @@ def dequantize_weight(levels: Tensor, scale: Tensor) -> Tensor:
 def fake_quantize_weight(weight: Tensor, scale: Tensor, spec: WeightSpec) -> Tensor:
     """Return `weight` rounded onto its grid, differentiable in the weight (STE, clipped) and in `scale` (LSQ).
 
-    `weight` is (C_out, ...), `scale` (C_out, G); equals dequantize(quantize(weight)) exactly. The gradient to the scale
-    is divided by sqrt(weights per scale * largest level), as in LSQ (arXiv:1902.08153, section 2.2).
+    `weight` is (C_out, ...), `scale` (C_out, G); equals dequantize(quantize(weight)) exactly. The gradient to the
+    scale is divided by sqrt(weights per scale * largest level), as in LSQ (arXiv:1902.08153, section 2.2).
     """
     groups = as_groups(weight, scale.shape[1])
     scale = scale_gradient(scale, (groups.shape[-1] * spec.level_max) ** -0.5).clamp(min=MIN_SCALE).unsqueeze(-1)
@@ -143,10 +152,29 @@ def unchecked_activation_qparams(minimum: Tensor, maximum: Tensor) -> Activation
 
 
 def dynamic_activation_qparams(x: Tensor) -> ActivationQParams:
-    """Return the 0-dim qparams of the range of `x`, per tensor and call."""
+    """Return the 0-dim qparams of the range of `x`, per tensor and call; those of zeros where `x` is empty."""
+    if x.numel() == 0:
+        x = x.new_zeros(1)
     # amin and amax apart: on channels_last tensors they are 20 times faster than aminmax.
     minimum, maximum = x.detach().amin().float().clamp(max=0), x.detach().amax().float().clamp(min=0)
     return unchecked_activation_qparams(minimum, maximum)
+
+
+def dynamic_scalar_qparams(x: Tensor) -> ScalarQParams:
+    """Return `dynamic_activation_qparams` of a non-empty `x` as Python numbers, the same ones to the last bit.
+
+    A dozen operators on 0-dim tensors take longer than a small layer. Each fp32 operation is done in double precision
+    and rounded once more, which is exact for sums and quotients: 53 bits >= 2 * 24 + 2 (Figueroa 1995).
+    """
+    minimum, maximum = min(_fp32(x.amin().item()), 0.0), max(_fp32(x.amax().item()), 0.0)  # in this order, NaN stays
+    span = _fp32(maximum - minimum)
+    scale = 1.0 if span == 0 else max(_fp32(span / ACTIVATION_QMAX), _fp32(MIN_SCALE))
+    quotient = _fp32(-minimum / scale)
+    return ScalarQParams(scale, min(round(quotient), ACTIVATION_QMAX) if isfinite(quotient) else 0)
+
+
+def _fp32(value: float) -> float:
+    return c_float(value).value
 
 
 def fake_quantize_activation(x: Tensor, qparams: ActivationQParams) -> Tensor:

@@ -4,8 +4,8 @@ Inspired by BRECQ (Li et al. 2021, arXiv:2102.05426) and Q-Diffusion (arXiv:2302
 weights in the place of AdaRound: latents carry over when the bits change, which a rounding of the original cannot.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +35,8 @@ class ReconstructionConfig:
 class UnitIO:
     """What one unit saw: `inputs` of the quantized model and of the full-precision one, and the latter's `target`.
 
-    Arguments as tuples, the last ones by the names `keywords`; tensors (n, ...). `weight` (n,) is each sample's squared
-    gain.
+    Arguments as tuples, the last ones by the names `keywords`; tensors (n, ...). `weight` (n,) is each sample's
+    squared gain.
     """
 
     inputs: tuple[Any, ...]
@@ -75,11 +75,12 @@ def find_units(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def execution_order(model: nn.Module, units: dict[str, nn.Module], sample: Tensor, timestep: Tensor) -> list[str]:
+def execution_order(model: nn.Module, units: Mapping[str, nn.Module], sample: Tensor, timestep: Tensor) -> list[str]:
     """Return the names of `units` as one forward pass meets them: registration order is not execution order."""
     order: list[str] = []
     hooks = [
-        unit.register_forward_pre_hook(lambda module, args, name=name: order.append(name)) for name, unit in units.items()
+        unit.register_forward_pre_hook(lambda module, args, name=name: order.append(name))
+        for name, unit in units.items()
     ]
     try:
         model(sample, timestep)
@@ -122,11 +123,8 @@ def capture_io(
         records = []
         for network in (model, reference):
             record: dict[str, Any] = {}
-            with recording(network.get_submodule(name), record):
-                try:
-                    network(sample[rows], timestep[rows])
-                except _Captured:
-                    pass
+            with recording(network.get_submodule(name), record), suppress(_Captured):
+                network(sample[rows], timestep[rows])
             records.append(record)
         seen, wanted = records
         names = list(seen["kwargs"])
@@ -174,7 +172,8 @@ def reconstruct(
 
     @torch.no_grad()
     def held_out_loss() -> float:
-        return unit_loss(unit, rows_of(io.inputs, held_out), io.keywords, io.target[held_out], io.weight[held_out]).item()
+        inputs = rows_of(io.inputs, held_out)
+        return unit_loss(unit, inputs, io.keywords, io.target[held_out], io.weight[held_out]).item()
 
     loss_before = held_out_loss()
     before = {key: value.clone() for key, value in unit.state_dict().items()}
@@ -201,3 +200,37 @@ def reconstruct(
     if not accepted:
         unit.load_state_dict(before)
     return UnitResult(name, loss_before, loss_after, accepted)
+
+
+def channel_mean(output: Tensor, layer: nn.Module) -> Tensor:
+    """Return the mean of a layer's `output` for each output channel, (C_out,)."""
+    return output.mean(dim=(0, 2, 3)) if isinstance(layer, nn.Conv2d) else output.flatten(0, -2).mean(dim=0)
+
+
+@torch.no_grad()
+def correct_biases_(
+    model: nn.Module, reference: nn.Module, order: list[str], sample: Tensor, timestep: Tensor
+) -> None:
+    """Shift the bias of each quantized layer so that its output's mean is the full-precision one, in place.
+
+    b += E[y_fp - y_q] for each output channel, in execution `order`, so that a layer sees the corrections before it
+    (Nagel et al. 2019, arXiv:1906.04721, section 4.2; exact for the samples given). Layers without a bias are left.
+    """
+    names = [name for name in order if model.get_submodule(name).bias is not None]
+    wanted: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda layer, args, output: wanted.update({name: channel_mean(output, layer)})
+
+    hooks = [reference.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        reference(sample, timestep)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name in names:
+        layer = model.get_submodule(name)
+        record: dict[str, Any] = {}
+        with recording(layer, record), suppress(_Captured):
+            model(sample, timestep)
+        model.get_parameter(f"{name}.bias").add_(wanted[name] - channel_mean(record["output"], layer))

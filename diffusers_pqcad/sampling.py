@@ -25,7 +25,7 @@ class SamplingStep(NamedTuple):
 
 
 def alpha_sigma(scheduler: Any, timestep: Tensor) -> tuple[Tensor, Tensor]:
-    """Return alpha_t and sigma_t, fp32, in the shape of `timestep`; a negative timestep means data (the final step)."""
+    """Return alpha_t and sigma_t, fp32, shaped like `timestep`; a negative timestep means data (the final step)."""
     table = scheduler.alphas_cumprod.to(timestep.device, torch.float64)
     final = torch.as_tensor(scheduler.final_alpha_cumprod, dtype=torch.float64, device=timestep.device)
     alphas_cumprod = torch.where(timestep >= 0, table[timestep.clamp(min=0)], final)
@@ -99,17 +99,18 @@ def timestep_grid(scheduler: Any, num_inference_steps: int) -> Tensor:
         )
     if config.timestep_spacing != "trailing":
         raise ValueError(
-            f"timestep_spacing: expected 'trailing', got {config.timestep_spacing!r}, whose grids of N and N/2 steps do "
-            "not nest. Use DDIMScheduler.from_config(scheduler.config, timestep_spacing='trailing')."
+            f"timestep_spacing: expected 'trailing', got {config.timestep_spacing!r}, whose grids of N and N/2 steps "
+            "do not nest. Use DDIMScheduler.from_config(scheduler.config, timestep_spacing='trailing')."
         )
     stride = config.num_train_timesteps // num_inference_steps
     timesteps = torch.arange(config.num_train_timesteps - 1, -1, -stride)
-    gain = step_gain(scheduler, timesteps[:1], previous_timesteps(scheduler, timesteps[:1], num_inference_steps)).item()
+    first = timesteps[:1]
+    gain = step_gain(scheduler, first, previous_timesteps(scheduler, first, num_inference_steps)).item()
     if config.prediction_type == "epsilon" and not gain <= MAX_STEP_GAIN:
         raise ValueError(
-            f"an epsilon-prediction model cannot start at timestep {timesteps[0].item()}: there is no signal left there, "
-            f"and the first DDIM step multiplies the model's error by {gain:.0f} (limit {MAX_STEP_GAIN:.0f}). Use a "
-            "v- or sample-prediction model, or a schedule that ends with some signal (linear betas)."
+            f"an epsilon-prediction model cannot start at timestep {first.item()}: there is no signal left there, and "
+            f"the first DDIM step multiplies the model's error by {gain:.0f} (limit {MAX_STEP_GAIN:.0f}). Use a v- or "
+            "sample-prediction model, or a schedule that ends with some signal (linear betas)."
         )
     return timesteps
 
@@ -128,9 +129,10 @@ def initial_noise(shape: tuple[int, ...], *, seed: int, start: int, count: int) 
 
 def sample_shape(model: nn.Module) -> tuple[int, int, int]:
     """Return (C, H, W) of the samples that an unconditional diffusers `model` denoises."""
-    size = model.config.sample_size
+    config: Any = model.config
+    size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    return model.config.in_channels, height, width
+    return config.in_channels, height, width
 
 
 @torch.no_grad()  # a decorator, for `with` around a yield would switch off the caller's gradients too

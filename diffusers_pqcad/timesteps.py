@@ -11,10 +11,11 @@ from torch import Tensor, nn
 class TimestepGroups:
     """Half-open intervals of the timestep value that cover every t, and the group of the call in progress.
 
-    `boundaries` [b1, ..., bk], increasing, make k + 1 groups: t < b1, b1 <= t < b2, ..., t >= bk. So a model calibrated
-    at some steps serves any number of steps. Registered as a forward-pre-hook of the model, it reads the `timestep`
-    argument of each call (never a call counter, which a retry or another step count would desynchronize); the layers
-    share this object. `current` is an int, a (B,) int64 tensor for a batch of several groups, or `None` before a call.
+    `boundaries` [b1, ..., bk], increasing, make k + 1 groups: t < b1, b1 <= t < b2, ..., t >= bk. So a model
+    calibrated at some steps serves any number of steps. Registered as a forward-pre-hook of the model, it reads the
+    `timestep` argument of each call (never a call counter, which a retry or another step count would desynchronize);
+    the layers share this object. `current` is an int, a (B,) int64 tensor for a batch of several groups, or `None`
+    before a call.
     """
 
     def __init__(self, boundaries: list[int] | tuple[int, ...]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fashion_mnist import load_split
+from fashion_mnist import LICENCE_NOTICE, load_split
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
@@ -52,22 +52,6 @@ class Settings:
     measure_noise_floor: bool = False  # measure the stored extractor instead of training
     measure_teacher: str | None = None  # a pipeline folder: measure it with the stored extractor instead of training
     num_inference_steps: int = 20  # of the measured teacher
-
-
-MIT_NOTICE = """\
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
-documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
-rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
-persons to whom the Software is furnished to do so, subject to the following conditions:
-
-The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
-Software.
-
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
-WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
-COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
-OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
-"""
 
 
 def augment(images: Tensor, generator: torch.Generator, max_shift: int) -> Tensor:
@@ -289,11 +273,7 @@ Load it with `diffusers_pqcad.evaluation.features.load_extractor(folder)`, which
 
 ## Licence of the data
 
-The weights and statistics were computed from Fashion-MNIST (https://github.com/zalandoresearch/fashion-mnist):
-
-The MIT License (MIT). Copyright © 2017 Zalando SE, https://tech.zalando.com
-
-{MIT_NOTICE}"""
+{LICENCE_NOTICE}"""
 
 
 def main(settings: Settings) -> dict[str, Any]:

@@ -8,19 +8,23 @@ v-prediction on a linear noise schedule, EMA weights, any number of processes. E
 
 import dataclasses
 import json
+import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
-from fashion_mnist import load_split
+from fashion_mnist import HUB_ID, LICENCE_NOTICE, load_split
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
+
+from diffusers_pqcad.checkpoint import load_checkpoint, save_checkpoint
 
 
 @dataclass
@@ -98,12 +102,12 @@ def train(settings: Settings) -> UNet2DModel:
     lr_schedule = get_cosine_schedule_with_warmup(optimizer, settings.lr_warmup_steps, num_steps)
     unet, optimizer = accelerator.prepare(unet, optimizer)
 
-    checkpoint = Path(settings.checkpoint_dir) / "state.pt"
+    checkpoint = Path(settings.checkpoint_dir) / "state.safetensors"
     log = Path(settings.checkpoint_dir) / "log.jsonl"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     first_step = 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = load_checkpoint(checkpoint)
         accelerator.unwrap_model(unet).load_state_dict(state["unet"])
         ema.load_state_dict(state["ema"])
         ema.to(accelerator.device)
@@ -111,8 +115,13 @@ def train(settings: Settings) -> UNet2DModel:
         lr_schedule.load_state_dict(state["lr_schedule"])
         first_step = state["step"]
 
-    bar = tqdm(range(first_step, num_steps), initial=first_step, total=num_steps, desc="train teacher",
-               disable=not accelerator.is_local_main_process)
+    bar = tqdm(
+        range(first_step, num_steps),
+        initial=first_step,
+        total=num_steps,
+        desc="train teacher",
+        disable=not accelerator.is_local_main_process,
+    )
     running_loss, started = 0.0, time.perf_counter()
     for step in bar:
         clean, noise, timesteps = (
@@ -146,8 +155,7 @@ def train(settings: Settings) -> UNet2DModel:
                 "lr_schedule": lr_schedule.state_dict(),
                 "step": step + 1,
             }
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
+            save_checkpoint(checkpoint, state)
 
     accelerator.wait_for_everyone()
     unet = accelerator.unwrap_model(unet)
@@ -155,8 +163,50 @@ def train(settings: Settings) -> UNet2DModel:
     if accelerator.is_main_process:
         DDIMPipeline(unet, scheduler).save_pretrained(settings.output_dir)
         recipe = dataclasses.asdict(settings) | {"num_steps": num_steps, "final_loss": running_loss}
+        recipe |= {"torch": torch.__version__, "machine": platform.machine()}
         Path(settings.output_dir, "training.json").write_text(json.dumps(recipe, indent=2) + "\n")
+        Path(settings.output_dir, "README.md").write_text(card(recipe, sum(p.numel() for p in unet.parameters())))
     return unet
+
+
+def card(recipe: dict[str, Any], num_parameters: int) -> str:
+    """Return the teacher's model card."""
+    remark = f"\n{recipe['remark']}\n" if "remark" in recipe else ""
+    return f"""---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+license: mit
+datasets: [{HUB_ID}]
+---
+# A small Fashion-MNIST diffusion model
+
+The teacher of the examples of diffusers-pqcad: an unconditional `UNet2DModel` of {num_parameters / 1e6:.2f} M
+parameters for 28x28 grey images, v-prediction on a linear noise schedule, with a `DDIMScheduler` on trailing
+timesteps.
+
+```python
+from diffusers import DiffusionPipeline
+
+image = DiffusionPipeline.from_pretrained("examples/models/fashion-mnist")(num_inference_steps=20).images[0]
+```
+
+## How it was trained
+
+`accelerate launch examples/train_teacher.py`: {recipe["num_train_epochs"]} epochs ({recipe["num_steps"]} updates of
+{recipe["train_batch_size"]} images), AdamW at {recipe["learning_rate"]:g} with a cosine schedule, EMA
+{recipe["ema_decay"]}, {recipe["mixed_precision"]} autocast, seed {recipe["seed"]}, torch {recipe["torch"]} on
+{recipe["machine"]} CPUs; final training loss (moving average) {recipe["final_loss"]:.4f}. All settings:
+`training.json`.
+{remark}
+## How good it is
+
+Its distance to the data, at three numbers of images and beside the noise floor, is in
+`../fashion-mnist-features/README.md`, measured by
+`examples/train_classifier.py --measure_teacher examples/models/fashion-mnist`.
+
+## Licence of the data
+
+{LICENCE_NOTICE}"""
 
 
 if __name__ == "__main__":

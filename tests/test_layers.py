@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from math import ceil
 
 import pytest
@@ -265,6 +266,64 @@ def test_adapters_train_through_int8_activations(quantized_unet: UNet2DModel, we
         quantized_unet(torch.randn(2, 1, 8, 8), 500)
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_adapters_of_peft_cannot_be_fused(quantized_unet: UNet2DModel, dora: bool) -> None:
+    """peft writes to `.weight.data`, which is computed: without an error, the adapter would silently be lost."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "conv1"], init_lora_weights=False, use_dora=dora)
+    peft.inject_adapter_in_model(config, quantized_unet)
+    adapted = [module for module in quantized_unet.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    assert {type(module.base_layer) for module in adapted} == {PQCADLinear, PQCADConv2d}
+    x = torch.randn(1, 1, 8, 8)
+    with torch.no_grad():
+        before = quantized_unet(x, 5).sample
+        for module in adapted:
+            for safe_merge in (False, True):
+                with pytest.raises(ValueError, match=r"\.(to_q|conv1): the weight of a packed layer .* unfused"):
+                    module.merge(safe_merge=safe_merge)
+            assert not module.merged
+        assert torch.equal(quantized_unet(x, 5).sample, before)
+
+
+def write_data(weight: Tensor) -> None:
+    weight.data = torch.zeros_like(weight)
+
+
+def write_index(weight: Tensor) -> None:
+    weight[0] = 1.0
+
+
+def write_augmented(weight: Tensor) -> None:
+    weight.data += 1.0
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        write_data,
+        write_index,
+        write_augmented,
+        lambda weight: weight.add_(1.0),
+        lambda weight: weight.data.copy_(torch.zeros_like(weight)),
+        nn.init.zeros_,
+    ],
+    ids=["data", "index", "augmented", "add_", "data.copy_", "init"],
+)
+def test_writing_to_a_computed_weight_is_refused(write: Callable[[Tensor], object]) -> None:
+    layer = packed("linear", 4)
+    with pytest.raises(ValueError, match=r"^block\.layer: .* cannot be written to"):
+        write(layer.weight)
+    write(layer.to_float().weight.detach())
+
+
+def test_what_is_computed_from_the_weight_is_plain() -> None:
+    weight = packed("linear", 4).weight
+    copies = [copy.deepcopy(weight), pickle.loads(pickle.dumps(weight)), torch.zeros(7, 12).copy_(weight)]
+    derived = [weight + 1, weight.detach(), weight.double(), weight[0], *copies]
+    assert {type(tensor) for tensor in derived} == {Tensor}
+    assert all(torch.equal(twin, weight) for twin in copies)
+
+
 @pytest.mark.parametrize("case", ["linear", "conv"])
 @pytest.mark.parametrize("copies", [1, 2])
 def test_mixed_timesteps_equal_the_calls_of_each_sample(case: str, copies: int) -> None:
@@ -284,7 +343,9 @@ def test_mixed_timesteps_equal_the_calls_of_each_sample(case: str, copies: int) 
             torch.testing.assert_close(
                 mixed[index * copies : (index + 1) * copies], layer(sample), rtol=1e-5, atol=1e-6
             )
-            scale, zero_point = layer.input_qparams(sample)
+            qparams = layer.input_qparams(sample)
+            assert qparams is not None
+            scale, zero_point = qparams
             assert scale == layer.input_scale[[2, 0, 1][index]]
             assert zero_point == layer.input_zero_point[[2, 0, 1][index]]
 
@@ -327,9 +388,9 @@ def test_average_bits_by_hand() -> None:
     assert average_bits(model) is None
     model[0].pack_(WeightSpec(3), activation_bits=8)
     model[1].pack_(WeightSpec(8), activation_bits=8)
-    over_packed, over_all = average_bits(model)
-    assert over_packed == (60 * 3 + 40 * 8) / 100
-    assert over_all == (60 * 3 + 40 * 8 + (40 + 12) * 32) / (100 + 40 + 12)
+    over_packed = (60 * 3 + 40 * 8) / 100
+    over_all = (60 * 3 + 40 * 8 + (40 + 12) * 32) / (100 + 40 + 12)
+    assert average_bits(model) == (over_packed, over_all)
     model.to(torch.bfloat16)
     assert average_bits(model) == (5.0, (500 + 52 * 16) / 152)
 

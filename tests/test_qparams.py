@@ -15,6 +15,7 @@ from diffusers_pqcad.qparams import (
     activation_qparams,
     dequantize_weight,
     dynamic_activation_qparams,
+    dynamic_scalar_qparams,
     fake_quantize_activation,
     fake_quantize_weight,
     min_max_weight_scale,
@@ -250,6 +251,33 @@ def test_dynamic_qparams_are_those_of_the_range(memory_format: torch.memory_form
     for shifted in (x, x + 10, x - 10, x * 0):
         expected = activation_qparams(shifted.min(), shifted.max())
         assert dynamic_activation_qparams(shifted) == expected
+
+
+# Bounds where rounding, clamping or the special numbers of fp32 could go another way in double precision.
+BOUNDS = [0.0, -0.0, 1e-45, -3e-39, 1e-12, -1e-12, 1.0, 255.0, 3.4e38, -3.4e38, np.inf, -np.inf, np.nan]
+
+
+@given(
+    low=st.one_of(st.floats(width=32), st.sampled_from(BOUNDS)),
+    high=st.one_of(st.floats(width=32), st.sampled_from(BOUNDS)),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float64]),
+)
+def test_scalar_qparams_are_the_same_numbers(low: float, high: float, dtype: torch.dtype) -> None:
+    x = torch.tensor([low, high], dtype=dtype)
+    scale, zero_point = dynamic_scalar_qparams(x)
+    expected = dynamic_activation_qparams(x)
+    np.testing.assert_array_equal(np.float64(scale), expected.scale.double().numpy())  # a NaN equals a NaN
+    assert zero_point == expected.zero_point
+
+
+def test_scalar_qparams_beyond_fp32() -> None:
+    x = torch.tensor([-1.0, 1e300], dtype=torch.float64)
+    scale, zero_point = dynamic_scalar_qparams(x)
+    assert (scale, zero_point) == tuple(value.item() for value in dynamic_activation_qparams(x)) == (float("inf"), 0)
+
+
+def test_an_empty_input_has_the_range_of_zeros() -> None:
+    assert dynamic_activation_qparams(torch.empty(0, 3)) == dynamic_activation_qparams(torch.zeros(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

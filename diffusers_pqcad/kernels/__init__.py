@@ -1,8 +1,8 @@
 """Kernels: how a quantized layer computes on this computer. Never saved; chosen per layer and call.
 
-A kernel is a module with `NAME`, `refusal(layer)` (why it cannot run this layer here, or `None`), `pack(layer)` (what it
-keeps beside the packed weights) and `run(layer, packed, x, qparams)`. `KERNELS` lists them, fastest first; `reference`
-can run everything and is the oracle for the others.
+A kernel is a module with `NAME`, `refusal(layer)` (why it cannot run this layer here, or `None`), `pack(layer)` (what
+it keeps beside the packed weights, until they or the activation ranges change) and `run(layer, packed, x)`. `KERNELS`
+lists them, fastest first; `reference` can run everything and is the oracle for the others.
 """
 
 import os
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from diffusers_pqcad.kernels import onednn, reference
-from diffusers_pqcad.qparams import ActivationQParams
 
 if TYPE_CHECKING:
     from diffusers_pqcad.layers import QuantizedLayer
@@ -32,13 +31,13 @@ class Kernel(Protocol):
         """Return why this kernel cannot run `layer` on this computer, or `None`."""
 
     def pack(self, layer: "QuantizedLayer") -> Any:
-        """Return the kernel's own form of the weights of `layer`: a cache, rebuilt when lost."""
+        """Return the kernel's own form of the weights and static ranges of `layer`: a cache, rebuilt when lost."""
 
-    def run(self, layer: "QuantizedLayer", packed: Any, x: Tensor, qparams: ActivationQParams | None) -> Tensor:
-        """Return the output of `layer` for `x`; `qparams` is `None` for floating-point activations."""
+    def run(self, layer: "QuantizedLayer", packed: Any, x: Tensor) -> Tensor:
+        """Return the output of `layer` for `x`; `packed` is what `pack` returned."""
 
 
-KERNELS: dict[str, Kernel] = {kernel.NAME: kernel for kernel in (onednn, reference)}  # type: ignore[misc]
+KERNELS: dict[str, Kernel] = {kernel.NAME: kernel for kernel in (onednn, reference)}
 _forced: str | None = None
 
 
@@ -76,10 +75,12 @@ def needs_gradient(layer: "QuantizedLayer", x: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
-def select_kernel(layer: "QuantizedLayer", x: Tensor, qparams: ActivationQParams | None) -> Kernel:
+def select_kernel(layer: "QuantizedLayer", x: Tensor) -> Kernel:
     """Return the kernel for this call of `layer`: the forced one, else the first that can run it."""
     name = forced()
-    mixed_timesteps = qparams is not None and qparams.scale.dim() > 0
+    if x.numel() == 0:
+        return KERNELS[reference.NAME]  # nothing to compute, and float operations know the shape of nothing
+    mixed_timesteps = isinstance(layer.input_group(), Tensor)
     if name is None:
         # One scale per call is all that an int8 kernel takes, and none of them has a backward.
         if mixed_timesteps or needs_gradient(layer, x):
@@ -97,7 +98,7 @@ def select_kernel(layer: "QuantizedLayer", x: Tensor, qparams: ActivationQParams
 
 
 def summary(layers: "list[QuantizedLayer]") -> str:
-    """Return one line that counts the layers by kernel, with the reasons: "48 of 51 layers: onednn; 3: reference (…)"."""
+    """Return one line that counts the layers by kernel, and those that the fast one refuses by reason."""
     chosen = Counter(layer.kernel_name() for layer in layers)
     reasons = Counter(reason for layer in layers if (reason := layer.refusal(onednn.NAME)) is not None)
     parts = [f"{chosen[name]} of {len(layers)} layers: {name}" for name in KERNELS if chosen[name]]

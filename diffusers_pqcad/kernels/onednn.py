@@ -1,4 +1,4 @@
-"""int8 convolution and linear on x86 CPUs through `torch.ops.onednn`: uint8 activations, int8 weights, float output."""
+"""int8 convolution and linear on x86 CPUs by `torch.ops.onednn`: uint8 activations, int8 weights, float output."""
 
 import warnings
 from functools import cache
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from diffusers_pqcad.qparams import (
     ACTIVATION_QMAX,
-    ActivationQParams,
+    ScalarQParams,
     WeightSpec,
     dequantize_weight,
+    dynamic_scalar_qparams,
     min_max_weight_scale,
     quantize_weight,
 )
@@ -25,12 +26,17 @@ OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
 MAX_BITS_WITHOUT_VNNI = 6
 
 
-class PackedWeight(NamedTuple):
-    """oneDNN's opaque weight tensor with its fp32 `scale` and int32 `zero_point`, both (C_out,)."""
+class PackedLayer(NamedTuple):
+    """What does not change from call to call.
 
-    weight: Tensor
-    scale: Tensor
-    zero_point: Tensor
+    `weight` is oneDNN's opaque weight tensor, with its fp32 scales and int32 zero points, both (C_out,). `geometry` is
+    a convolution's (stride, padding, dilation, groups). `ranges` are the static activation ranges, one per timestep
+    group, or `None` where each call chooses its own.
+    """
+
+    weight: tuple[Tensor, Tensor, Tensor]
+    geometry: tuple[list[int], list[int], list[int], int] | None
+    ranges: list[ScalarQParams] | None
 
 
 @cache
@@ -84,8 +90,8 @@ def refusal(layer: "QuantizedLayer") -> str | None:
     return None
 
 
-def pack(layer: "QuantizedLayer") -> PackedWeight:
-    """Return oneDNN's form of the weights.
+def pack(layer: "QuantizedLayer") -> PackedLayer:
+    """Return oneDNN's form of the weights, and the static activation ranges as plain numbers.
 
     Scales per output channel keep the stored levels as they are, at any bit-width. Several scales in a row (groups) do
     not fit the operator: such rows are re-quantized to 8 bits per channel, an error of at most 1/254 of a row's range.
@@ -98,40 +104,54 @@ def pack(layer: "QuantizedLayer") -> PackedWeight:
         levels = quantize_weight(weight, scale, spec)
     scale = scale.flatten().contiguous()
     zero_point = torch.zeros(len(scale), dtype=torch.int32)
-    if isinstance(layer, nn.Linear):
-        return PackedWeight(torch.ops.onednn.qlinear_prepack(levels.contiguous(), None), scale, zero_point)
+    ranges = None
+    if layer.input_scale is not None and layer.input_zero_point is not None:
+        ranges = list(map(ScalarQParams, layer.input_scale.tolist(), layer.input_zero_point.tolist()))
+    if not isinstance(layer, nn.Conv2d):
+        weight = torch.ops.onednn.qlinear_prepack(levels.contiguous(), None)
+        return PackedLayer((weight, scale, zero_point), None, ranges)
+    assert not isinstance(layer.padding, str)  # refused
     geometry = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
-    return PackedWeight(torch.ops.onednn.qconv_prepack(levels, scale, 1.0, 0, *geometry, None), scale, zero_point)
+    weight = torch.ops.onednn.qconv_prepack(levels, scale, 1.0, 0, *geometry, None)
+    return PackedLayer((weight, scale, zero_point), geometry, ranges)
 
 
-def quantize_to_uint8(x: Tensor, qparams: ActivationQParams) -> Tensor:
+def scalar_qparams(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor) -> ScalarQParams:
+    """Return the activation range of this call: the static one of its timestep, else that of `x`."""
+    if packed.ranges is None:
+        return dynamic_scalar_qparams(x)
+    group = layer.input_group()
+    assert isinstance(group, int)  # `select_kernel` sends a batch of several groups elsewhere
+    return packed.ranges[group]
+
+
+def quantize_to_uint8(x: Tensor, qparams: ScalarQParams) -> Tensor:
     """Return the uint8 codes of dense fp32 `x`, in its memory format."""
     # aten's fused pass is 10 times faster than the same arithmetic in separate operators; reading its storage avoids
     # the copy of int_repr().
     if not has_fused_quantize():
-        codes = (x * qparams.scale.reciprocal()).round_().add_(qparams.zero_point)
+        codes = (x * (1.0 / qparams.scale)).round_().add_(qparams.zero_point)
         return codes.clamp_(0, ACTIVATION_QMAX).to(torch.uint8)
     quantized = torch.quantize_per_tensor(x, qparams.scale, qparams.zero_point, torch.quint8)
     codes = torch.empty(0, dtype=torch.uint8)
     return codes.set_(quantized.untyped_storage(), 0, quantized.size(), quantized.stride())
 
 
-def run(layer: "QuantizedLayer", packed: PackedWeight, x: Tensor, qparams: ActivationQParams) -> Tensor:
+def run(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor) -> Tensor:
     """Return the int8 operation's output in the dtype of `x`; convolutions return channels_last."""
     dtype = x.dtype if x.dtype in OUTPUT_DTYPES else torch.float32
     bias = None if layer.bias is None else layer.bias.float()
-    scale, zero_point = qparams
-    if isinstance(layer, nn.Linear):
+    qparams = scalar_qparams(layer, packed, x)
+    if packed.geometry is None:
         codes = quantize_to_uint8(x.float().contiguous(), qparams)
-        output = torch.ops.onednn.qlinear_pointwise.tensor(
-            codes, scale, zero_point, *packed, bias, 1.0, 0, dtype, "none", [], ""
+        output = torch.ops.onednn.qlinear_pointwise.default(
+            codes, *qparams, *packed.weight, bias, 1.0, 0, dtype, "none", [], ""
         )
         return output.to(x.dtype)
     batched = x.dim() == 4
     x_nchw = x if batched else x.unsqueeze(0)
     codes = quantize_to_uint8(x_nchw.float().contiguous(memory_format=torch.channels_last), qparams)
-    geometry = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
-    output = torch.ops.onednn.qconv2d_pointwise.tensor(
-        codes, scale, zero_point, *packed, bias, *geometry, 1.0, 0, dtype, "none", [], ""
+    output = torch.ops.onednn.qconv2d_pointwise.default(
+        codes, *qparams, *packed.weight, bias, *packed.geometry, 1.0, 0, dtype, "none", [], ""
     )
     return (output if batched else output.squeeze(0)).to(x.dtype)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from diffusers_pqcad.qparams import ActivationQParams, fake_quantize_activation
+from diffusers_pqcad.qparams import fake_quantize_activation
 
 if TYPE_CHECKING:
     from diffusers_pqcad.layers import QuantizedLayer
@@ -21,8 +21,9 @@ def pack(layer: "QuantizedLayer") -> None:
     """Return nothing: weights are dequantized in every call, so no memory is held."""
 
 
-def run(layer: "QuantizedLayer", packed: None, x: Tensor, qparams: ActivationQParams | None) -> Tensor:
+def run(layer: "QuantizedLayer", packed: None, x: Tensor) -> Tensor:
     """Return the float operation on the dequantized weights and the fake-quantized `x`, in the dtype of `x`."""
+    qparams = layer.input_qparams(x)
     if qparams is not None:
         x = fake_quantize_activation(x, qparams)
     weight = layer.dequantized_weight().to(x.dtype)

@@ -19,11 +19,14 @@ from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear, QuantizedLayer
 from diffusers_pqcad.qparams import (
     WEIGHT_BITS,
     ActivationQParams,
+    ScalarQParams,
     WeightSpec,
     activation_qparams,
     dynamic_activation_qparams,
+    dynamic_scalar_qparams,
     fake_quantize_activation,
 )
+from diffusers_pqcad.timesteps import TimestepGroups
 
 pytestmark = pytest.mark.skipif(not onednn.available(), reason="this PyTorch has no oneDNN int8 operators")
 ROOT = Path(__file__).parents[2]
@@ -82,7 +85,7 @@ def codes_of(x: Tensor) -> tuple[np.ndarray, np.float32, int]:
 
 def fused_codes(x: Tensor) -> np.ndarray:
     """The codes of PyTorch's fused pass, which rounds ties after adding the zero point; see their own test below."""
-    return onednn.quantize_to_uint8(x.float().contiguous(), dynamic_activation_qparams(x)).numpy()
+    return onednn.quantize_to_uint8(x.float().contiguous(), dynamic_scalar_qparams(x)).numpy()
 
 
 def oracle(layer: QuantizedLayer, x: Tensor, *, kernel: str = "") -> Tensor:
@@ -257,7 +260,7 @@ def test_codes_are_the_nearest_integers(seed: int, exponent: int, shift: float) 
     real = (x.double().numpy() / np.float64(scale) + zero_point).clip(0, 255)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         dense = x.contiguous(memory_format=memory_format)
-        actual = onednn.quantize_to_uint8(dense, qparams)
+        actual = onednn.quantize_to_uint8(dense, dynamic_scalar_qparams(x))
         assert actual.is_contiguous(memory_format=memory_format)
         for rounded in (actual.numpy(), codes):
             assert np.abs(rounded - real).max() <= 0.5 + 5e-5  # three fp32 roundings of numbers up to 255
@@ -269,7 +272,7 @@ def test_codes_are_the_nearest_integers(seed: int, exponent: int, shift: float) 
 def test_codes_without_the_fused_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch has announced the end of `quantize_per_tensor`; the codes are the same without it."""
     x = torch.cat([torch.randn(1000), torch.tensor([-9.0, 9.0])])  # reaches outside the static range
-    qparams = activation_qparams(torch.tensor(-2.0), torch.tensor(2.5))
+    qparams = ScalarQParams(*(value.item() for value in activation_qparams(torch.tensor(-2.0), torch.tensor(2.5))))
     fused = onednn.quantize_to_uint8(x, qparams)
     monkeypatch.setattr(onednn, "has_fused_quantize", lambda: False)
     plain = onednn.quantize_to_uint8(x, qparams)
@@ -329,10 +332,55 @@ def test_one_group_per_row_needs_no_requantization() -> None:
 def test_static_ranges_clip() -> None:
     layer = packed(linear(4, 3, bias=False), 4)
     qparams = activation_qparams(torch.tensor(-1.0), torch.tensor(1.0))
+    groups = TimestepGroups([])
+    groups.current = 0
+    layer.set_input_qparams_(ActivationQParams(qparams.scale.view(1), qparams.zero_point.view(1)), groups)
     x = torch.tensor([[-50.0, 50.0, 0.3, -0.2]])
-    actual = onednn.run(layer, onednn.pack(layer), x, ActivationQParams(*qparams))
+    actual = onednn.run(layer, onednn.pack(layer), x)
     clipped = torch.fake_quantize_per_tensor_affine(x, qparams.scale, qparams.zero_point, 0, 255)
     assert_near(actual, (clipped.double() @ layer.dequantized_weight().double().T), 1e-6)
+
+
+@pytest.mark.fast
+def test_static_ranges_are_those_of_the_timestep_and_follow_every_change() -> None:
+    """The kernel keeps them as plain numbers; whatever changes the buffers must drop those."""
+    layer, x, groups = packed(linear(16, 8), 4), torch.randn(5, 16) * 3, TimestepGroups([500])
+    with torch.no_grad():
+        layer(x)  # the kernel has seen the layer without static ranges
+        layer.set_input_qparams_(activation_qparams(torch.tensor([-1.0, -4.0]), torch.tensor([2.0, 4.0])), groups)
+        other = packed(linear(16, 8), 4)
+        other.set_input_qparams_(activation_qparams(torch.tensor([-0.5, -3.0]), torch.tensor([0.1, 3.0])), groups)
+        for change in (lambda: None, lambda: layer.load_state_dict(other.state_dict()), layer.float):
+            change()
+            outputs = []
+            for groups.current in (0, 1):
+                outputs.append(layer(x))
+                with kernels.use("reference"):
+                    assert_near(outputs[-1], layer(x).double(), 1e-2)  # a code may differ at a tie
+                assert onednn.scalar_qparams(layer, layer._cache[1], x) == (
+                    layer.input_scale[groups.current].item(),
+                    layer.input_zero_point[groups.current].item(),
+                )
+            assert (outputs[0] - outputs[1]).abs().max() > 0.1 * outputs[1].abs().max()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(linear(8, 6), (0, 8)), (linear(8, 6), (2, 0, 8)), (conv(4, 6, 3), (0, 4, 5, 5))],
+    ids=["linear", "linear_3d", "conv"],
+)
+def test_an_empty_batch_gives_an_empty_output(make, shape: tuple[int, ...], static: bool) -> None:
+    layer = packed(make, 4)
+    if static:
+        layer.set_input_qparams_(activation_qparams(torch.tensor([-1.0]), torch.tensor([1.0])), TimestepGroups([]))
+        layer.timestep_groups.current = 0
+    x = torch.empty(shape)
+    with torch.no_grad():
+        assert layer(x).shape == layer.to_float()(x).shape
+        with kernels.use("onednn"):
+            assert layer(x).shape == layer.to_float()(x).shape
 
 
 @pytest.mark.fast

@@ -1,0 +1,455 @@
+# /// script
+# dependencies = ["diffusers-pqcad[train]"]
+# ///
+"""Compress an unconditional diffusers pipeline: progressive quantization, then distillation to half the steps.
+
+    accelerate launch examples/distill.py                       # the bundled teacher, about a quarter of an hour
+    accelerate launch examples/distill.py --pretrained_model_name_or_path my/pipeline --weight_bits 3
+
+Stages: calibration set, PQ, CAD, evaluation, saving. Every stage leaves its result in `output_dir`; the same command
+goes on after a kill and ends with the same weights. The output folder is a loadable pipeline with a model card.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+import sys
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import DDIMScheduler, DiffusionPipeline
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from diffusers_pqcad import (
+    CalibrationSet,
+    DistillConfig,
+    PQCADConfig,
+    ProgressiveConfig,
+    collect_calibration_set,
+    convert_,
+    distill,
+    evaluate,
+    hub,
+    progressive_quantize,
+    quantize_,
+)
+from diffusers_pqcad.calibration import check_unconditional
+from diffusers_pqcad.checkpoint import load_checkpoint, save_checkpoint
+from diffusers_pqcad.evaluation import generate_samples, load_extractor, to_uint8
+from diffusers_pqcad.evaluation.speed import environment
+from diffusers_pqcad.fake_quant import fake_quant_state, freeze_, load_fake_quant_state_
+from diffusers_pqcad.plots import plot_bits, plot_curves, plot_samples
+from diffusers_pqcad.reconstruction import ReconstructionConfig
+from diffusers_pqcad.sampling import generate, initial_noise, sample_shape
+
+HERE = Path(__file__).resolve().parent
+BUNDLED_TEACHER = HERE / "models" / "fashion-mnist"
+BUNDLED_EXTRACTOR = HERE / "models" / "fashion-mnist-features"
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "full": {
+        "num_images": 10_000,
+        "num_trajectories": 512,
+        "reconstruction_iterations": 300,
+        "recovery_steps": 600,
+        "max_train_steps": 3_000,
+        "ablations": True,
+    },
+    "smoke": {
+        "num_images": 8,
+        "num_trajectories": 8,
+        "num_inference_steps": 4,
+        "rounds_per_stage": 1,
+        "price_batch_size": 2,
+        "reconstruction_iterations": 2,
+        "reconstruction_samples": 16,
+        "recovery_steps": 4,
+        "max_train_steps": 4,
+        "train_batch_size": 4,
+        "evaluation_steps": 2,
+        "num_latency_rounds": 1,
+    },
+}
+# What may change between two runs in a folder: the rows there stay as they are.
+NEUTRAL_SETTINGS = ("output_dir", "num_threads", "push_to_hub", "hub_model_id", "hub_private_repo", "ablations")
+LOCAL_SETTINGS = ("pretrained_model_name_or_path", "output_dir", "extractor")  # paths of one computer
+CALIBRATION_SEED_OFFSET = 1_000_000  # the images that are measured must not be those that were trained on
+
+
+@dataclass
+class Settings:
+    """Settings of one run; a YAML file (`--config`) and `--preset` change the defaults, flags come last."""
+
+    pretrained_model_name_or_path: str | None = None  # default: the bundled teacher
+    output_dir: str = "outputs/distill"
+    weight_bits: float = 4.0
+    activation_bits: int = 8  # 0: floating point
+    num_inference_steps: int = 20  # of the teacher; the student takes half
+    num_trajectories: int = 128  # full-precision calibration set
+    rounds_per_stage: int = 3
+    price_batch_size: int = 16  # images for each of a round's price measurements
+    reconstruction_iterations: int = 100
+    reconstruction_samples: int = 256
+    recovery_steps: int = 150  # per stage
+    max_train_steps: int = 300  # of the distillation
+    train_batch_size: int = 48
+    learning_rate: float = 1e-4
+    evaluation_steps: int = 50
+    num_images: int = 1_000  # per row of the table
+    num_latency_rounds: int = 3
+    ablations: bool = False
+    extractor: str | None = None  # folder of a feature extractor; the bundled one for the bundled teacher
+    num_threads: int = 0  # 0: all cores of this process (accelerate launch sets a single OpenMP thread)
+    seed: int = 42
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool = False
+    license: str | None = None  # of the teacher, for the card
+
+
+def parse_settings(arguments: list[str]) -> Settings:
+    """Return the settings of a command line: defaults, then preset, then YAML file, then flags."""
+
+    first = ArgumentParser(add_help=False)
+    first.add_argument("--config", help="YAML file of settings; flags override it")
+    first.add_argument("--preset", choices=tuple(PRESETS), default="default")
+    chosen, rest = first.parse_known_args(arguments)
+    defaults = dict(PRESETS[chosen.preset])
+    if chosen.config:
+        defaults |= yaml.safe_load(Path(chosen.config).read_text()) or {}
+    unknown = sorted(set(defaults) - {item.name for item in dataclasses.fields(Settings)})
+    if unknown:
+        raise ValueError(f"{chosen.config}: unknown settings {unknown}.")
+    parser = HfArgumentParser(Settings, parents=[first], description=(__doc__ or "").split("\n\n")[0])
+    parser.set_defaults(**defaults)
+    return parser.parse_args_into_dataclasses(rest)[0]
+
+
+def set_threads(num_threads: int) -> None:
+    """Use `num_threads`, or every core this process may run on."""
+
+    torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
+
+
+class Run:
+    """One run: its folder, what is in it already, and the stages that fill it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.folder = Path(settings.output_dir)
+        self.state = self.folder / "state"
+        self.teacher_path = settings.pretrained_model_name_or_path or BUNDLED_TEACHER
+
+    def claim_folder(self) -> None:
+        """Take the folder for these settings, or refuse one that was begun with others."""
+        recipe = self.folder / "recipe.yaml"
+        mine = dataclasses.asdict(self.settings)
+        if recipe.exists():
+            theirs = yaml.safe_load(recipe.read_text())
+            changed = {key: (theirs.get(key), value) for key, value in mine.items() if theirs.get(key) != value}
+            changed = {key: values for key, values in changed.items() if key not in NEUTRAL_SETTINGS}
+            if changed:
+                raise ValueError(
+                    f"{self.folder} was begun with other settings; (there, now): {changed}. Give another "
+                    "--output_dir, or delete the folder to start over."
+                )
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise ValueError(f"{self.folder} is not empty and holds no recipe.yaml; give another --output_dir.")
+        self.state.mkdir(parents=True, exist_ok=True)
+        recipe.write_text(yaml.safe_dump(mine, sort_keys=False))
+
+    def load_teacher(self) -> Any:
+        """Return the full-precision pipeline with a DDIM scheduler on a trailing grid."""
+
+        pipeline = DiffusionPipeline.from_pretrained(self.teacher_path)
+        if not hasattr(pipeline, "unet"):
+            raise ValueError(
+                f"{type(pipeline).__name__} has no `unet`; only unconditional UNet pipelines are supported."
+            )
+        check_unconditional(pipeline.unet)
+        config = pipeline.scheduler.config
+        if not isinstance(pipeline.scheduler, DDIMScheduler) or config.timestep_spacing != "trailing":
+            say(
+                f"scheduler: {type(pipeline.scheduler).__name__}, {config.timestep_spacing} -> DDIMScheduler, trailing"
+            )
+            pipeline.register_modules(scheduler=DDIMScheduler.from_config(config, timestep_spacing="trailing"))
+        pipeline.unet.eval()
+        return pipeline
+
+    def load_extractor(self) -> Any:
+        """Return the feature extractor of the settings, or `None`: then the table has no distance."""
+
+        folder = self.settings.extractor
+        if folder is None and self.teacher_path == BUNDLED_TEACHER and BUNDLED_EXTRACTOR.exists():
+            folder = str(BUNDLED_EXTRACTOR)
+        return None if folder is None else load_extractor(folder)
+
+    def collect(self, pipeline: Any) -> Any:
+        """Return the calibration set, recorded or loaded."""
+
+        path = self.state / "calibration.safetensors"
+        if not path.exists():
+            collect_calibration_set(
+                pipeline,
+                num_trajectories=self.settings.num_trajectories,
+                num_inference_steps=self.settings.num_inference_steps,
+                seed=self.settings.seed + CALIBRATION_SEED_OFFSET,
+            ).save(path)
+        calibration = CalibrationSet.load(path)
+        calibration.check(pipeline.unet, pipeline.scheduler)
+        calibration.check_student_steps()
+        return calibration
+
+    def quantization_config(self, **overrides: Any) -> Any:
+        """Return the PQCADConfig of the settings."""
+
+        values = {"weight_bits": self.settings.weight_bits, "activation_bits": self.settings.activation_bits or None}
+        return PQCADConfig(**values | overrides)
+
+    def progressive(self, pipeline: Any, calibration: Any, name: str = "pq", **overrides: Any) -> tuple[Any, Any]:
+        """Return the fake-quantized model of a PQ run and its history; `overrides` make the ablations."""
+
+        settings, model = self.settings, copy.deepcopy(pipeline.unet)
+        progressive = ProgressiveConfig(
+            rounds_per_stage=settings.rounds_per_stage,
+            price_batch_size=settings.price_batch_size,
+            reconstruction=ReconstructionConfig(iterations=settings.reconstruction_iterations),
+            reconstruction_samples=settings.reconstruction_samples,
+            recovery_steps=settings.recovery_steps,
+            recovery_batch_size=settings.train_batch_size,
+            evaluation_steps=settings.evaluation_steps,
+            seed=settings.seed,
+            beta=overrides.pop("beta", ProgressiveConfig.beta),
+            kappa=overrides.pop("kappa", ProgressiveConfig.kappa),
+        )
+        history = progressive_quantize(
+            model,
+            calibration,
+            self.quantization_config(**overrides),
+            progressive,
+            checkpoint=self.state / f"{name}.safetensors",
+        )
+        return model, history
+
+    def distill(
+        self, name: str, quantized: Any, teacher: Any, calibration: Any, **switches: Any
+    ) -> tuple[Any, list[Any]]:
+        """Return a distilled student and the statistics of its training; `switches` make the ablations."""
+
+        settings, student = self.settings, copy.deepcopy(quantized)
+        path = self.state / f"{name}.safetensors"
+        config = DistillConfig(
+            max_train_steps=settings.max_train_steps,
+            train_batch_size=settings.train_batch_size,
+            learning_rate=settings.learning_rate,
+            scale_learning_rate=settings.learning_rate / 10,
+            evaluation_steps=settings.evaluation_steps,
+            seed=settings.seed,
+            **switches,
+        )
+        if path.exists():
+            saved = load_checkpoint(path)
+            load_fake_quant_state_(student, saved["student"])
+            return student, saved["stats"]
+        log = self.state / f"{name}-log.jsonl"
+        stats = distill(student, teacher, calibration, config, checkpoint=self.state / f"{name}-resume.safetensors")
+        with tqdm(total=settings.max_train_steps, desc=name, unit="update") as bar, log.open("a") as stream:
+            for entry in stats:
+                bar.update(entry.step - bar.n)
+                if entry.held_out_error is not None:
+                    bar.set_postfix(held_out=f"{entry.held_out_error:.4f}", best=f"{entry.best_error:.4f}")
+                    stream.write(json.dumps(dataclasses.asdict(entry)) + "\n")
+                    stream.flush()
+        entries = {row["step"]: row for row in map(json.loads, log.read_text().splitlines())}
+        save_checkpoint(
+            path, {"student": fake_quant_state(student), "stats": [entries[step] for step in sorted(entries)]}
+        )
+        return student, [entries[step] for step in sorted(entries)]
+
+    def pipeline_of(self, teacher: Any, model: Any) -> Any:
+        """Return a pipeline like the teacher's around `model`."""
+        return type(teacher)(unet=model, scheduler=teacher.scheduler)
+
+    def measure(self, key: str, name: str, pipeline: Any, steps: int, context: dict[str, Any]) -> dict[str, Any]:
+        """Return one row of the table, measured or read back."""
+
+        path, weights = self.state / "rows" / f"{key}.json", self.state / "models" / key
+        if not path.exists():
+            pipeline.unet.save_pretrained(weights)
+            report = evaluate(
+                pipeline,
+                context["teacher"],
+                num_images=self.settings.num_images,
+                num_inference_steps=steps,
+                seed=self.settings.seed,
+                extractor=context["extractor"],
+                reference_num_inference_steps=self.settings.num_inference_steps,
+                num_latency_rounds=self.settings.num_latency_rounds,
+                reference_samples=context["reference_samples"],
+                weights_path=weights / "diffusion_pytorch_model.safetensors",
+            )
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps({"key": key, "name": name} | report.to_dict(), indent=1) + "\n")
+        return json.loads(path.read_text())
+
+    def reference_samples(self, teacher: Any) -> Any:
+        """Return the teacher's samples at N steps, generated or read back."""
+
+        path = self.state / "reference_samples.safetensors"
+        if not path.exists():
+            samples = generate_samples(
+                teacher,
+                num_images=self.settings.num_images,
+                num_inference_steps=self.settings.num_inference_steps,
+                seed=self.settings.seed,
+                description="teacher's samples",
+            )
+            save_checkpoint(path, {"samples": samples})
+        return load_checkpoint(path)["samples"]
+
+
+def say(text: str) -> None:
+    """Print a heading between the progress bars."""
+    print(f"\n== {text}", flush=True)
+
+
+def rows_to_measure(run: Run, teacher: Any, calibration: Any, quantized: Any) -> Iterator[tuple[str, str, Any, int]]:
+    """Yield (key, name, pipeline, steps) of every row; students are distilled when their turn comes."""
+
+    settings, steps = run.settings, run.settings.num_inference_steps
+    half = steps // 2
+    widths = [bits for bits in PQCADConfig().bit_choices if bits <= settings.weight_bits]
+    fixed_bits = max(widths)
+    fixed = quantize_(copy.deepcopy(teacher.unet), run.quantization_config(method="fixed", weight_bits=fixed_bits))
+    yield "float", "full precision", teacher, steps
+    yield "float_half", "full precision", teacher, half
+    yield "fixed", f"fixed-bit ({fixed_bits}, round to nearest)", run.pipeline_of(teacher, fixed), steps
+    load_time = quantize_(copy.deepcopy(teacher.unet), run.quantization_config())
+    yield "load_time", "progressive, load time (weights alone)", run.pipeline_of(teacher, load_time), steps
+    packed = run.pipeline_of(teacher, convert_(copy.deepcopy(quantized)))
+    yield "pq", "PQ", packed, steps
+    yield "pq_half", "PQ, not distilled", packed, half
+
+    frozen = freeze_(copy.deepcopy(quantized))
+    arms: list[tuple[str, str, Any, dict[str, Any]]] = [("pq_cad", "PQ + CAD", frozen, {})]
+    if settings.ablations:
+        arms += [
+            ("cad_calibration_only", "CAD: calibration only", None, {"teacher": "none"}),
+            ("cad_float_teacher", "CAD: full-precision teacher", teacher.unet, {"teacher": "fp"}),
+            ("cad_no_gate", "CAD: gate off", frozen, {"gate": False}),
+            ("cad_no_calibration", "CAD: no calibration, gate off", frozen, {"gate": False, "calibration": False}),
+        ]
+    for key, name, model, switches in arms:
+        say(f"distillation: {name}")
+        student, _ = run.distill(key, quantized, model, calibration, **switches)
+        yield key, name, run.pipeline_of(teacher, convert_(student, num_inference_steps=half)), half
+    if settings.ablations:
+        say("PQ without momentum")
+        plain, _ = run.progressive(teacher, calibration, "pq_no_momentum", beta=0.0, kappa=0.0)
+        yield "pq_no_momentum", "PQ without momentum", run.pipeline_of(teacher, convert_(plain)), steps
+        say("fixed bits with PQ's reconstruction and recovery")
+        overrides = {"weight_bits": fixed_bits, "bit_choices": (fixed_bits,)}
+        recovered, _ = run.progressive(teacher, calibration, "fixed_recovered", **overrides)
+        yield (
+            "fixed_recovered",
+            f"fixed-bit ({fixed_bits}) + recovery",
+            run.pipeline_of(teacher, convert_(recovered)),
+            steps,
+        )
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Run the whole script and return its metrics."""
+    settings = parse_settings(sys.argv[1:] if arguments is None else arguments)
+
+    if Accelerator().num_processes > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "this script runs in one process so far; start it with `accelerate launch --num_processes 1`."
+        )
+
+    set_threads(settings.num_threads)
+    set_seed(settings.seed)
+    if settings.push_to_hub:
+        if not settings.hub_model_id:
+            raise ValueError("--push_to_hub needs --hub_model_id user/name.")
+        hub.check_access()
+    run = Run(settings)
+
+    teacher = run.load_teacher()
+    extractor = run.load_extractor()
+    run.quantization_config()  # refuses bad settings before the folder is touched
+    run.claim_folder()
+    say(f"calibration set: {settings.num_trajectories} full-precision trajectories")
+    calibration = run.collect(teacher)
+    say(f"progressive quantization to {settings.weight_bits:g} bits")
+    quantized, history = run.progressive(teacher, calibration)
+    context = {"teacher": teacher, "extractor": extractor, "reference_samples": run.reference_samples(teacher)}
+
+    rows, pipelines = [], {}
+    for key, name, pipeline, steps in rows_to_measure(run, teacher, calibration, quantized):
+        say(f"measuring: {name}, {steps} steps")
+        rows.append(run.measure(key, name, pipeline, steps, context))
+        pipelines[key] = pipeline, steps
+
+    say("saving")
+    final, half = pipelines["pq_cad"]
+    stats = run.distill("pq_cad", quantized, None, calibration)[1]
+    is_bundled = run.teacher_path == BUNDLED_TEACHER
+    best = stats[-1]
+    metrics = {
+        "teacher_id": "fashion-mnist (bundled)" if is_bundled else settings.pretrained_model_name_or_path,
+        "settings": {key: value for key, value in dataclasses.asdict(settings).items() if key not in LOCAL_SETTINGS},
+        "calibration_seed": calibration.manifest["seed"],
+        "pq": {
+            "average_bits": history.summary["average_bits"],
+            "num_rounds": len(history.rounds),
+            "num_stages": len({entry["stage"] for entry in history.rounds}),
+            "num_roll_backs": sum(len(entry["rolled_back"]) for entry in history.rounds),
+            "bits": history.summary["bits"],
+        },
+        "cad": {"best_step": best["best_step"], "best_error": best["best_error"], "steps": settings.max_train_steps},
+        "environment": environment(),
+        "rows": rows,
+    }
+    final.save_pretrained(run.folder)
+    (run.folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    history.save(run.folder / "history.json")
+    assets = run.folder / "assets"
+    assets.mkdir(exist_ok=True)
+    noise = initial_noise(sample_shape(teacher.unet), seed=settings.seed, start=0, count=min(12, settings.num_images))
+    shown = {"teacher": "float", "PQ": "pq", "PQ + CAD": "pq_cad"}
+    grid = {
+        f"{name}, {pipelines[key][1]}": to_uint8(
+            generate(pipelines[key][0].unet, teacher.scheduler, noise, pipelines[key][1])
+        )
+        for name, key in shown.items()
+    }
+    plot_samples(assets / "samples.png", grid)
+    plot_bits(assets / "bits.png", history.rounds)
+    logs = {path.stem.removesuffix("-log"): path for path in sorted(run.state.glob("*-log.jsonl"))}
+    curves = {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in logs.items()}
+    plot_curves(assets / "curves.png", history.recovery, curves)
+    repo = settings.hub_model_id or str(run.folder)
+    license_id = settings.license or ("mit" if is_bundled else None)
+    hub.write_card(run.folder, hub.model_card(metrics, repo=repo, license_id=license_id))
+    print("\n" + hub.results_table(metrics) + "\n\n" + hub.table_notes(metrics))
+    print(f"\nSaved in {run.folder}. Load it: DiffusionPipeline.from_pretrained({str(run.folder)!r})")
+    if settings.push_to_hub:
+        say(f"pushed: {hub.push(run.folder, settings.hub_model_id or '', private=settings.hub_private_repo)}")
+    return metrics
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"distill.py: {error}")

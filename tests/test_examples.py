@@ -1,0 +1,153 @@
+"""The example scripts as a user runs them: through `accelerate launch`, on a tiny teacher."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from diffusers_pqcad.layers import average_bits, packed_layers
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = (
+    *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no"),
+)
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command(teacher: Path, output: Path, *flags: str) -> list[str]:
+    settings = ("--preset", "smoke", "--pretrained_model_name_or_path", str(teacher), "--output_dir", str(output))
+    return [*LAUNCH, str(ROOT / "examples" / "distill.py"), *settings, "--num_threads", "1", *flags]
+
+
+def launch(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=400, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A teacher folder of the smallest useful kind, made once."""
+    import torch
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        add_attention=False,
+    )
+    scheduler = DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False)
+    folder = tmp_path_factory.mktemp("teacher")
+    DDIMPipeline(unet, scheduler).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(teacher, tmp_path_factory):
+    """The output folder of one uninterrupted smoke run."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    result = launch(teacher, output)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "| PQ + CAD |" in result.stdout
+    return output
+
+
+def weights(folder: Path) -> dict:
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_the_folder_is_a_pipeline_with_everything_beside_it(finished):
+    pipeline = DiffusionPipeline.from_pretrained(finished)
+    assert packed_layers(pipeline.unet)
+    assert average_bits(pipeline.unet)[0] <= 4.0
+    assert pipeline.unet.config.quantization_config.num_inference_steps == 2
+    for name in ("README.md", "metrics.json", "history.json", "recipe.yaml"):
+        assert (finished / name).stat().st_size > 0
+    for name in ("samples.png", "bits.png", "curves.png"):
+        assert (finished / "assets" / name).read_bytes().startswith(b"\x89PNG")
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert [row["key"] for row in metrics["rows"]] == [
+        "float", "float_half", "fixed", "load_time", "pq", "pq_half", "pq_cad",
+    ]  # fmt: skip
+    assert all(row["metric_name"] is None for row in metrics["rows"])  # no extractor for somebody's own teacher
+    card = (finished / "README.md").read_text()
+    assert f"{metrics['rows'][-1]['sqnr_db']:.2f}" in card
+    assert "distance" not in card.split("## Results")[1].split("\n|")[1]
+
+
+def test_killed_and_resumed_it_ends_with_the_same_weights(teacher, finished, tmp_path):
+    output = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(teacher, output),
+        env=ENVIRONMENT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    deadline = time.monotonic() + 300
+    while not (output / "state" / "pq.safetensors").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (output / "model_index.json").exists(), "the run was over before it could be killed"
+
+    result = launch(teacher, output)
+    assert result.returncode == 0, result.stdout + result.stderr
+    resumed, whole = weights(output), weights(finished)
+    assert resumed.keys() == whole.keys()
+    assert all((resumed[name] == whole[name]).all() for name in whole)
+
+
+def test_changed_settings_on_an_old_folder_are_refused(teacher, finished):
+    before = weights(finished)
+    result = launch(teacher, finished, "--weight_bits", "3")
+    assert result.returncode != 0
+    assert "weight_bits" in result.stderr
+    assert "Traceback" not in result.stderr.split("distill.py:")[0]
+    assert all((weights(finished)[name] == before[name]).all() for name in before)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--num_inference_steps", "5"), "odd"),
+        (("--num_inference_steps", "6"), "divide"),
+        (("--weight_bits", "1"), "weight_bits"),
+        (("--activation_bits", "5"), "activation_bits"),
+    ],
+)
+def test_bad_settings_end_with_one_sentence(teacher, tmp_path, flags, message):
+    result = launch(teacher, tmp_path / "bad", *flags)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert not (tmp_path / "bad" / "model_index.json").exists()
+
+
+def test_a_recipe_sets_defaults_and_unknown_keys_are_refused(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import distill
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"weight_bits": 3.0, "seed": 7}))
+    settings = distill.parse_settings(["--config", str(recipe), "--seed", "8", "--preset", "smoke"])
+    assert (settings.weight_bits, settings.seed, settings.num_images) == (3.0, 8, 8)
+    recipe.write_text(yaml.safe_dump({"weight_bit": 3.0}))
+    with pytest.raises(ValueError, match="weight_bit"):
+        distill.parse_settings(["--config", str(recipe)])

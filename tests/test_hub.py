@@ -1,0 +1,290 @@
+"""Specification of tables, cards and pushing: every number is measured, and only publishable files leave."""
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import yaml
+
+from diffusers_pqcad import hub
+from diffusers_pqcad.hub import END, START, model_card, push, results_table, table_notes, write_card
+
+pytestmark = pytest.mark.fast
+
+
+def row(key: str, name: str, **changes: Any) -> dict[str, Any]:
+    """One row as `EvaluationReport.to_dict` writes it; all of its numbers are different."""
+    return {
+        "key": key,
+        "name": name,
+        "num_images": 1013,
+        "num_inference_steps": 22,
+        "reference_num_inference_steps": 26,
+        "seed": 43,
+        "sqnr_db": 17.171,
+        "sqnr_interval_db": [16.161, 18.181],
+        "metric_name": "tiny classifier distance (d=16)",
+        "frechet_distance": 5.151,
+        "size_bytes": 3_330_000,
+        "average_bits": 3.939,
+        "latency_ms": {"median_ms": 7.771},
+        "reference_latency_ms": {"median_ms": 15.542},
+        "latency_batch_size": 19,
+        "environment": {"cpu": "Example CPU", "threads": 67, "torch": "2.71", "flags": ["avx2"]},
+    } | changes
+
+
+@pytest.fixture
+def metrics() -> dict[str, Any]:
+    teacher = row("float", "teacher", sqnr_db="inf", sqnr_interval_db=["inf", "inf"], average_bits=32.0,
+                  size_bytes=23_310_000, num_inference_steps=26)  # fmt: skip
+    return {
+        "teacher_id": "someone/some-model",
+        "settings": {
+            "weight_bits": 4.0,
+            "activation_bits": 8,
+            "num_trajectories": 128,
+            "num_inference_steps": 28,
+            "recovery_steps": 211,
+            "max_train_steps": 313,
+        },
+        "calibration_seed": 1_000_047,
+        "pq": {"average_bits": 3.858, "num_rounds": 13, "num_stages": 2, "num_roll_backs": 17},
+        "cad": {"best_step": 251, "best_error": 0.02},
+        "rows": [
+            teacher,
+            row("pq", "PQ", sqnr_db=18.282, frechet_distance=6.262),
+            row("pq_cad", "PQ + CAD", num_inference_steps=14),
+        ],
+    }
+
+
+def card_of(metrics: dict[str, Any], **changes: Any) -> str:
+    return model_card(metrics, **{"repo": "me/my-model", "license_id": "mit"} | changes)
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    assert card.startswith("---\n")
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_the_table_by_hand(metrics: dict[str, Any]) -> None:
+    header, rule, teacher, pq, student = cells(results_table(metrics))
+    assert header == ["model", "avg. bits", "steps", "size MB", "ms an image", "speed-up", "SQNR dB", "distance"]
+    assert len(rule) == 8
+    assert teacher == ["teacher", "32.00", "26", "23.31", "7.77", "2.00", "(reference)", "5.15"]
+    assert pq == ["PQ", "3.94", "22", "3.33", "7.77", "2.00", "18.28 [16.16, 18.18]", "6.26"]
+    assert student == ["PQ + CAD", "3.94", "14", "3.33", "7.77", "2.00", "17.17 [16.16, 18.18]", "5.15"]
+
+
+def test_a_distance_that_was_not_measured_leaves_no_column(metrics: dict[str, Any]) -> None:
+    for entry in metrics["rows"]:
+        entry["metric_name"] = entry["frechet_distance"] = None
+    lines = cells(results_table(metrics))
+    assert {len(line) for line in lines} == {7}
+    assert "distance" not in lines[0]
+    assert "distance" not in table_notes(metrics)
+    assert "None" not in card_of(metrics)
+
+
+def test_the_notes_say_how_it_was_measured(metrics: dict[str, Any]) -> None:
+    notes = table_notes(metrics)
+    facts = ["n = 1013 images, seed 43", "at 26 steps", "batch 19", "tiny classifier distance (d=16), lower is better"]
+    for fact in [*facts, "cpu Example CPU", "threads 67", "torch 2.71"]:
+        assert fact in notes
+    assert "avx2" not in notes
+
+
+CHANGES = {
+    "settings/weight_bits": 3.0,
+    "settings/activation_bits": None,
+    "settings/num_trajectories": 97,
+    "settings/num_inference_steps": 34,
+    "settings/recovery_steps": 212,
+    "settings/max_train_steps": 314,
+    "calibration_seed": 1_000_048,
+    "pq/average_bits": 3.7,
+    "pq/num_rounds": 14,
+    "pq/num_stages": 3,
+    "pq/num_roll_backs": 18,
+    "cad/best_step": 252,
+    "teacher_id": "someone/else",
+    "rows/0/num_images": 1014,
+    "rows/0/seed": 44,
+    "rows/0/reference_num_inference_steps": 27,
+    "rows/0/latency_batch_size": 20,
+    "rows/0/size_bytes": 24_310_000,
+    "rows/0/environment/threads": 68,
+    "rows/1/sqnr_db": 18.5,
+    "rows/1/sqnr_interval_db/0": 15.0,
+    "rows/1/sqnr_interval_db/1": 19.0,
+    "rows/1/frechet_distance": 6.5,
+    "rows/1/average_bits": 3.5,
+    "rows/1/latency_ms/median_ms": 8.8,
+    "rows/2/reference_latency_ms/median_ms": 16.5,
+    "rows/2/num_inference_steps": 12,
+    "rows/2/size_bytes": 3_500_000,
+}
+
+
+@pytest.mark.parametrize("path", CHANGES)
+def test_a_changed_measurement_changes_the_card(metrics: dict[str, Any], path: str) -> None:
+    changed = copy.deepcopy(metrics)
+    *folders, last = [int(part) if part.isdigit() else part for part in path.split("/")]
+    place: Any = changed
+    for part in folders:
+        place = place[part]
+    assert place[last] != CHANGES[path]
+    place[last] = CHANGES[path]
+    assert card_of(changed) != card_of(metrics)
+
+
+def test_every_number_of_the_card_is_measured(metrics: dict[str, Any]) -> None:
+    numbers = set(re.findall(r"\d+(?:\.\d+)?", card_of(metrics).split("## Use")[0].split(START)[1]))
+    numbers |= set(re.findall(r"\d+(?:\.\d+)?", card_of(metrics).split("## How it was made")[1]))
+    measured = (
+        "1013 43 26 22 14 28 19 67 2.71 23.31 3.33 7.77 2.00 32.00 3.94 17.17 18.28 16.16 18.18 5.15 6.26 3.86 128"
+    )
+    measured = {*measured.split(), "1000047", "13", "2", "17", "211", "313", "251"}
+    measured |= {"7.0", "4", "8", "16"}  # times smaller; W4A8; d=16
+    definitions = {"95", "8", "1", "2", "3", "4"}  # interval in per cent; int8; numbers of the list
+    assert numbers <= measured | definitions
+    assert "7.0 times smaller, 14 steps" in card_of(metrics)
+
+
+def test_the_card_is_finished(metrics: dict[str, Any]) -> None:
+    card = card_of(metrics)
+    assert not re.search(r"TODO|FIXME|XXX|TBD|placeholder|\$\{?\w|<[a-z ]+>|None|nan\b", card)
+    assert 'from_pretrained("me/my-model")' in card
+    assert "num_inference_steps=14" in card
+    assert all(f"assets/{name}.png" in card for name in ("samples", "bits", "curves"))
+
+
+def test_the_front_matter_is_what_the_hub_reads(metrics: dict[str, Any]) -> None:
+    assert front_matter(card_of(metrics)) == {
+        "library_name": "diffusers",
+        "pipeline_tag": "unconditional-image-generation",
+        "base_model": "someone/some-model",
+        "base_model_relation": "quantized",
+        "tags": ["pqcad", "quantized", "distillation", "w4a8"],
+        "license": "mit",
+    }
+    assert "license" not in front_matter(card_of(metrics, license_id=None))
+
+
+@pytest.mark.parametrize(
+    "teacher", ["fashion-mnist (bundled)", "./models/teacher", "a/b/c", "C: here", "/tmp/teacher"]
+)
+def test_a_teacher_that_is_not_on_the_hub_is_no_base_model(metrics: dict[str, Any], teacher: str) -> None:
+    """The Hub refuses the whole upload otherwise (huggingface/trl#1873)."""
+    matter = front_matter(card_of(metrics | {"teacher_id": teacher}))
+    assert "base_model" not in matter
+    assert "base_model_relation" not in matter
+    assert teacher in card_of(metrics | {"teacher_id": teacher})
+
+
+def test_the_card_says_when_distillation_did_not_help(metrics: dict[str, Any]) -> None:
+    assert "the state after 251 updates was the best" in card_of(metrics)
+    metrics["cad"]["best_step"] = 0
+    assert "no trained state beat the undistilled start" in card_of(metrics)
+
+
+def test_a_written_card_keeps_what_others_wrote(metrics: dict[str, Any], tmp_path: Path) -> None:
+    path = write_card(tmp_path, card_of(metrics))
+    assert path.read_text() == card_of(metrics)
+    before, after = path.read_text().split(START)
+    path.write_text(f"{before}A note above.\n\n{START}{after}\nA note below.\n")
+    metrics["pq"]["num_rounds"] = 99
+    write_card(tmp_path, card_of(metrics))
+    text = path.read_text()
+    assert "A note above." in text
+    assert text.endswith(f"{END}\n\nA note below.\n")
+    assert text.index("A note above.") < text.index(START)
+    assert "99 rounds" in text
+    assert "13 rounds" not in text
+    assert text.count(START) == text.count(END) == text.count("library_name") == 1
+    write_card(tmp_path, card_of(metrics))
+    assert path.read_text() == text  # writing twice is writing once
+
+
+def test_new_front_matter_replaces_the_old(metrics: dict[str, Any], tmp_path: Path) -> None:
+    write_card(tmp_path, card_of(metrics))
+    metrics["settings"]["weight_bits"] = 3.0
+    write_card(tmp_path, card_of(metrics))
+    assert front_matter((tmp_path / "README.md").read_text())["tags"][-1] == "w3a8"
+
+
+def test_only_publishable_files_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published = {
+        "README.md",
+        "recipe.yaml",
+        "metrics.json",
+        "history.json",
+        "model_index.json",
+        "assets/samples.png",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "scheduler/scheduler_config.json",
+    }
+    private = {
+        "state/pq.safetensors",
+        "state/models/pq/config.json",
+        "state/models/pq/diffusion_pytorch_model.safetensors",
+        "state/rows/pq.json",
+        "state/pq_cad-log.jsonl",
+        "unet/diffusion_pytorch_model.safetensors.partial",
+        "model.partial",
+        "optimizer.pt",
+        "unet/weights.bin",
+        "pickle.pkl",
+        ".env",
+        "notes.txt",
+        "assets/raw.npy",
+    }
+    for name in published | private:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    created: dict[str, Any] = {}
+    committed: dict[str, Any] = {}
+
+    def create_repo(self: Any, repo_id: str, **settings: Any) -> str:
+        created.update(repo_id=repo_id, **settings)
+        return f"https://hub.example/{repo_id}"
+
+    def create_commit(self: Any, repo_id: str, operations: Any, **settings: Any) -> Any:
+        committed.update(repo_id=repo_id, files={operation.path_in_repo for operation in operations}, **settings)
+        url = f"https://huggingface.co/{repo_id}/commit/1"
+        return huggingface_hub.CommitInfo(commit_url=url, commit_message="", commit_description="", oid="1")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    # What asks the Hub in between; without Xet, the client ends in `create_commit`.
+    monkeypatch.setattr(huggingface_hub.HfApi, "_validate_yaml", lambda *_, **__: None, raising=False)
+    monkeypatch.setattr("huggingface_hub.hf_api.is_xet_available", lambda: False, raising=False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
+    assert push(tmp_path, "me/my-model", private=True) == "https://hub.example/me/my-model"
+    assert created == {"repo_id": "me/my-model", "private": True, "exist_ok": True}
+    assert committed["repo_id"] == "me/my-model"
+    assert committed["files"] == published
+
+
+def test_access_is_checked_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", refuse)
+    with pytest.raises(ValueError, match="OSError: no network.*hf auth login"):
+        hub.check_access()
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", lambda self: {"name": "me"})
+    hub.check_access()
+
+
+def test_metrics_of_a_file_make_the_same_card(metrics: dict[str, Any]) -> None:
+    assert card_of(json.loads(json.dumps(metrics))) == card_of(metrics)

@@ -1,0 +1,34 @@
+"""The README's code runs and its tables are those of the committed runs."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_tables_come_from_the_committed_metrics(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "results"))
+    import update_readme
+
+    assert update_readme.render(README) == README
+    assert len(re.findall(r"<!-- results:(?!end)", README)) >= 1
+
+
+def test_the_quick_start_runs(monkeypatch, tmp_path):
+    code = re.search(r"## Quick start\n\n```python\n(.*?)```", README, re.DOTALL).group(1)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["image"].size == (28, 28)
+
+
+@pytest.mark.parametrize("module", ["diffusers_pqcad"])
+def test_every_public_name_is_in_the_readme_or_resolves(module):
+    package = sys.modules.get(module) or __import__(module)
+    for name in package.__all__:
+        assert getattr(package, name) is not None
