@@ -73,6 +73,16 @@ class CalibrationSet:
             raise ValueError(f"{path}: not a calibration set; it holds {sorted(state)}.")
         return cls(**state)
 
+    def to(self, device: torch.device | str) -> "CalibrationSet":
+        """Return the set with its tensors on `device`: the model's, while it is trained."""
+        return CalibrationSet(
+            self.trajectory.to(device),
+            self.timestep.to(device),
+            self.model_output.to(device),
+            self.manifest,
+            {name: values.to(device) for name, values in self.conditioning.items()},
+        )
+
     def select(self, rows: slice) -> "CalibrationSet":
         """Return the set of the trajectories `rows`."""
         return CalibrationSet(
@@ -99,7 +109,7 @@ class CalibrationSet:
         scheduler = self.scheduler()
         timesteps = timestep_grid(scheduler, steps)
         gain = step_gain(scheduler, timesteps, previous_timesteps(scheduler, timesteps, steps))
-        return (gain / gain.mean()).clamp(*GAIN_LIMITS)
+        return (gain / gain.mean()).clamp(*GAIN_LIMITS).to(self.timestep.device)
 
     def check(self, model: nn.Module, scheduler: Any | None = None) -> None:
         """Raise ValueError unless the set was recorded with the weights of `model` and the settings of `scheduler`."""

@@ -86,7 +86,7 @@ class Jumps:
     @classmethod
     def of(cls, timestep: Tensor) -> "Jumps":
         """Return the jumps of a student on the teacher's grid `timestep` (N,)."""
-        following = torch.cat([timestep, torch.tensor([-1])])
+        following = torch.cat([timestep, timestep.new_tensor([-1])])
         return cls(timestep[0::2], timestep[1::2], following[2::2])
 
 
@@ -154,6 +154,10 @@ class Distillation:
             found = "missing" if teacher is None else "given"
             raise ValueError(f"teacher={config.teacher!r}, but teacher is {found}.")
         recorded = calibration.manifest["model_hash"]
+        if getattr(student, "pqcad_source_hash", recorded) != recorded:
+            raise ValueError(
+                "student: it was quantized from another model than the one that the calibration set was recorded with."
+            )
         if teacher is not None and config.teacher == "fp" and model_hash(teacher) != recorded:
             raise ValueError("teacher='fp': this is not the model that the calibration set was recorded with.")
         self.config, self.calibration = config, calibration
@@ -172,7 +176,7 @@ class Distillation:
         """Return re-noised data at the start of the jumps `rows`: no data set needed, end points are the data."""
         clean = data[torch.randint(0, len(data), (len(rows),), generator=generator)]
         alpha, sigma = map(_column, alpha_sigma(self.scheduler, self.jumps.start[rows]))
-        return alpha * clean + sigma * torch.randn(clean.shape, generator=generator)
+        return alpha * clean + sigma * torch.randn(clean.shape, generator=generator).to(clean.device)
 
     def teacher_target(self, sample: Tensor, rows: Tensor) -> Tensor:
         """Return the output that lands where two steps of the teacher do."""
@@ -209,7 +213,7 @@ class Distillation:
         config = self.config
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 8191 + rank)
         num_jumps, size = len(self.jumps.start), config.train_batch_size
-        total, teacher_loss, calibration_loss = torch.zeros(()), None, None
+        total, teacher_loss, calibration_loss = self.weight.new_zeros(()), None, None
         if self.teacher is not None:
             rows = torch.randint(0, num_jumps, (size,), generator=generator)
             sample = self.fresh_batch(rows, generator, data)
@@ -248,7 +252,7 @@ def distill(
     Raises ValueError for an odd N, a calibration set of another model, or switches that leave nothing to learn from.
     """
     config = config or DistillConfig()
-    run = Distillation(student, teacher, calibration, config)
+    run = Distillation(student, teacher, calibration.to(next(student.parameters()).device), config)
     accelerator = accelerator or Accelerator(cpu=True)
     path = None if checkpoint is None else Path(checkpoint)
     data = run.train_set.trajectory[:, -1] if data is None else data
@@ -280,7 +284,7 @@ def distill(
         started = time.perf_counter()
         if gate is not None and step % config.gate_steps == 0:
             gate.update(run.held_out_error_per_jump(student, two_steps=False))
-        open_by = torch.ones(len(run.jumps.start)) if gate is None else gate.value()
+        open_by = torch.ones_like(run.weight) if gate is None else gate.value()
         loss, teacher_loss, calibration_loss = run.losses(model, step, accelerator.process_index, open_by, data)
         if loss.requires_grad:  # a closed gate without a calibration term leaves nothing to learn from this time
             accelerator.backward(loss)

@@ -333,6 +333,7 @@ def convert_(model: nn.Module, *, num_inference_steps: int | None = None) -> nn.
         if groups is not None and quantizer is not None:
             layer.set_input_qparams_(ActivationQParams(quantizer.scale, quantizer.zero_point), groups)
     del model.pqcad_config
+    model.__dict__.pop("pqcad_source_hash", None)
     finish_(model, config)
     mark_quantized_(model, config)
     return model

@@ -194,13 +194,15 @@ class ProgressiveQuantizer:
         self.model, self.config, self.settings = model, config, settings
         # A copy, because the latents move away from the original weights, which the targets need.
         self.reference = copy.deepcopy(model).eval().requires_grad_(False)
-        self.calibration = calibration
-        self.train_set, self.held_out = calibration.split()
+        device = next(model.parameters()).device
+        self.calibration = calibration.to(device)
+        self.train_set, self.held_out = self.calibration.split()
         self.train, self.check = Batches(self.train_set), Batches(self.held_out)
         self.history = History()
         self.perturbations: dict[str, float] = {}  # of each layer's next transition, as last measured
         self.progress = {"stage": 0, "round": 0, "forced": False, "recovered": 0}
         prepare_(model, config, self.controller.bits)
+        model.pqcad_source_hash = calibration.manifest["model_hash"]  # distill compares it
         model.eval()
         sample, timestep, *_ = self.train.draw(1, 0)
         self.units = find_units(model)

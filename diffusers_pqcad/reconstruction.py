@@ -184,7 +184,7 @@ def reconstruct(
         rows = torch.randint(0, train.stop, (config.batch_size,), generator=generator)
         inputs, float_inputs = rows_of(io.inputs, rows), rows_of(io.float_inputs, rows)
         mixed = tuple(
-            torch.where(torch.rand(own.shape, generator=generator) < config.input_mix, full, own)
+            torch.where((torch.rand(own.shape, generator=generator) < config.input_mix).to(own.device), full, own)
             if isinstance(own, Tensor)
             else own
             for own, full in zip(inputs, float_inputs, strict=True)

@@ -133,11 +133,15 @@ def test_changed_settings_on_an_old_folder_are_refused(teacher, finished):
         (("--activation_bits", "5"), "activation_bits"),
     ],
 )
-def test_bad_settings_end_with_one_sentence(teacher, tmp_path, flags, message):
-    result = launch(teacher, tmp_path / "bad", *flags)
-    assert result.returncode != 0
-    assert message in result.stderr
-    assert not (tmp_path / "bad" / "model_index.json").exists()
+def test_bad_settings_are_refused(teacher, tmp_path, monkeypatch, flags, message):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import distill
+
+    folder = tmp_path / "bad"
+    arguments = command(teacher, folder, *flags)
+    with pytest.raises(ValueError, match=message):
+        distill.main(arguments[arguments.index("--preset") :])
+    assert not (folder / "model_index.json").exists()
 
 
 def test_a_recipe_sets_defaults_and_unknown_keys_are_refused(monkeypatch, tmp_path):

@@ -1,0 +1,103 @@
+"""`examples/train_teacher.py` on a handful of images: what it writes, and that a killed run resumes exactly."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Import the example scripts as `accelerate launch` would find them."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import fashion_mnist
+    import train_teacher
+
+    return train_teacher, fashion_mnist
+
+
+@pytest.fixture
+def idx_folder(tmp_path):
+    """A training split of 12 random images in the format of the Debian package."""
+    images = np.random.default_rng(0).integers(0, 256, (12, 28, 28), dtype=np.uint8)
+    labels = np.arange(12, dtype=np.uint8) % 10
+    for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+        header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+        (tmp_path / f"train-{name}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
+    return tmp_path, images, labels
+
+
+def test_the_idx_reader_returns_what_was_written(scripts, idx_folder):
+    _, fashion_mnist = scripts
+    folder, images, labels = idx_folder
+    loaded, loaded_labels = fashion_mnist.load_split("train", str(folder))
+    assert loaded.shape == (12, 1, 28, 28)
+    assert np.array_equal(loaded[:, 0].numpy(), images)
+    assert np.array_equal(loaded_labels.numpy(), labels)
+
+
+def test_another_file_is_refused(scripts, tmp_path):
+    _, fashion_mnist = scripts
+    path = tmp_path / "file.gz"
+    path.write_bytes(gzip.compress(b"not an IDX file"))
+    with pytest.raises(ValueError, match=r"file\.gz: expected an IDX file"):
+        fashion_mnist.read_idx(path)
+
+
+def test_a_killed_training_ends_with_the_same_weights(scripts, idx_folder, tmp_path, monkeypatch):
+    train_teacher, _ = scripts
+
+    def settings(name):
+        return train_teacher.Settings(
+            output_dir=str(tmp_path / name),
+            checkpoint_dir=str(tmp_path / f"{name}-checkpoint"),
+            train_data_dir=str(idx_folder[0]),
+            num_train_epochs=2,
+            train_batch_size=4,
+            lr_warmup_steps=1,
+            checkpointing_steps=2,
+            mixed_precision="no",
+            num_threads=1,
+        )
+
+    whole = train_teacher.train(settings("whole")).state_dict()
+
+    class Killed(Exception):
+        pass
+
+    save = train_teacher.save_checkpoint
+
+    def save_then_die(path, state):
+        save(path, state)
+        raise Killed
+
+    monkeypatch.setattr(train_teacher, "save_checkpoint", save_then_die)
+    with pytest.raises(Killed):
+        train_teacher.train(settings("killed"))
+    monkeypatch.setattr(train_teacher, "save_checkpoint", save)
+    resumed = train_teacher.train(settings("killed")).state_dict()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "whole")
+    assert pipeline.scheduler.config.timestep_spacing == "trailing"
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert json.loads((tmp_path / "whole" / "training.json").read_text())["num_steps"] == 6
+    assert "Zalando" in (tmp_path / "whole" / "README.md").read_text()
+
+
+def test_the_bundled_teacher_is_what_the_script_builds(scripts):
+    train_teacher, _ = scripts
+    bundled = DiffusionPipeline.from_pretrained(ROOT / "examples" / "models" / "fashion-mnist")
+    built = train_teacher.build_unet()
+    assert {name: tensor.shape for name, tensor in bundled.unet.state_dict().items()} == {
+        name: tensor.shape for name, tensor in built.state_dict().items()
+    }
+    assert bundled.unet.num_parameters() < 1.2e6
+    folder = ROOT / "examples" / "models" / "fashion-mnist"
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 8e6
