@@ -120,11 +120,14 @@ class BitController:
     def observe(self, perturbations: Mapping[str, float]) -> None:
         """Update the momentum of each layer's next transition with its measured perturbation (>= 0)."""
         for layer, perturbation in perturbations.items():
-            narrower = self.narrower(layer)
-            if narrower is None:
+            if self.narrower(layer) is None:
                 continue
-            price = max(perturbation, 0.0) / (self.num_weights[layer] * (self.bits[layer] - narrower))
+            price = max(perturbation, 0.0) / self.saved_bits(layer)
             self.momenta.setdefault((layer, self.bits[layer]), Momentum()).update(price, self.beta)
+
+    def saved_bits(self, layer: str) -> int:
+        """Return the bits that the layer's next transition saves, over all its weights; 0 at the narrowest width."""
+        return self.num_weights[layer] * (self.bits[layer] - (self.narrower(layer) or self.bits[layer]))
 
     def momentum(self, layer: str) -> Momentum:
         """Return the momentum of the layer's next transition.
@@ -147,9 +150,8 @@ class BitController:
         return self.momentum(layer).priority(self.beta, self.kappa)
 
     def _move(self, layer: str) -> Move:
-        from_bits, to_bits = self.bits[layer], self.narrower(layer)
+        from_bits, to_bits, saved = self.bits[layer], self.narrower(layer), self.saved_bits(layer)
         assert to_bits is not None
-        saved = self.num_weights[layer] * (from_bits - to_bits)
         return Move(layer, from_bits, to_bits, saved, self.momentum(layer).mean(self.beta) * saved)
 
     def propose(self, budget: float, *, rounds_left: int = 1, perturbation: float = math.inf) -> list[Move]:
@@ -178,7 +180,8 @@ class BitController:
     def roll_back(self, move: Move, realised: float) -> None:
         """Undo `move`, teach its momentum what it really cost, and freeze the layer: the second time for good."""
         self.bits[move.layer] = move.from_bits
-        self.observe({move.layer: realised})
+        if math.isfinite(realised):  # a NaN would stay in the average for good
+            self.observe({move.layer: realised})
         self.roll_backs[move.layer] = self.roll_backs.get(move.layer, 0) + 1
         self.frozen_for[move.layer] = self.cooldown + 1 if self.roll_backs[move.layer] == 1 else math.inf
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -167,6 +167,7 @@ def collect_calibration_set(
     if getattr(model, "is_quantized", False) or fake_quant_layers(model):
         raise ValueError("the calibration set must come from the full-precision model, but this one is quantized.")
     check_unconditional(model)
+    check_float32(model)
     timesteps = timestep_grid(scheduler, num_inference_steps)
     if num_trajectories < 4:
         raise ValueError(f"num_trajectories: expected at least 4 (2 are held out), got {num_trajectories}.")
@@ -178,6 +179,8 @@ def collect_calibration_set(
         steps = list(denoise(model, scheduler, noise.to(model.device), num_inference_steps))
         samples.append(torch.stack([step.sample for step in steps], dim=1).float().cpu())
         outputs.append(torch.stack([step.model_output for step in steps[:-1]], dim=1).float().cpu())
+    if not all(torch.isfinite(sample).all() for sample in samples):
+        raise ValueError("the trajectories hold a NaN or an infinity; check the model's weights and the scheduler.")
     manifest = {
         "model_hash": model_hash(model),
         "model_class": type(model).__name__,
@@ -188,12 +191,28 @@ def collect_calibration_set(
     return CalibrationSet(torch.cat(samples), timesteps, torch.cat(outputs), manifest)
 
 
-def check_unconditional(model: nn.Module) -> None:
-    """Raise ValueError for a denoiser that needs more than a sample and a timestep."""
-    config = getattr(model, "config", {})
-    conditional = [key for key in ("class_embed_type", "num_class_embeds", "cross_attention_dim") if config.get(key)]
-    if conditional or not hasattr(model, "config") or "in_channels" not in config:
+def check_float32(model: nn.Module) -> None:
+    """Raise ValueError for a model in half precision: its latents would be, too."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if dtypes != {torch.float32}:
         raise ValueError(
-            f"{type(model).__name__} is conditional ({', '.join(conditional) or 'not a UNet2DModel'}); only "
-            "unconditional pipelines are supported so far."
+            f"expected a model in float32, got {sorted(map(str, dtypes))}. Load it with dtype=torch.float32."
         )
+
+
+def check_unconditional(model: nn.Module) -> None:
+    """Raise ValueError for a denoiser that is not an unconditional UNet of images with one output for each input."""
+    if not isinstance(model, UNet2DModel):
+        raise ValueError(
+            f"expected an unconditional UNet2DModel, got {type(model).__name__}; no other is supported so far."
+        )
+    config = model.config
+    if config.class_embed_type or config.num_class_embeds:
+        raise ValueError("this UNet2DModel is conditional (on classes); only unconditional ones are supported so far.")
+    if config.in_channels != config.out_channels:
+        raise ValueError(
+            f"out_channels: expected {config.in_channels} as in_channels, got {config.out_channels}; models that also "
+            "predict a variance are not supported so far."
+        )
+    if config.sample_size is None:
+        raise ValueError("sample_size: this UNet2DModel does not say how large its images are.")

@@ -68,9 +68,27 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a file of this package: its metadata has no {STRUCTURE_KEY!r}.")
     structure = metadata[STRUCTURE_KEY]
     found = tensors_hash(tensors, structure)
-    if metadata.get(DIGEST_KEY, found) != found:
+    if metadata.get(DIGEST_KEY) != found:
         raise ValueError(f"{path}: this file is damaged (its contents have another SHA-256). Delete it to start over.")
     return _join(json.loads(structure), tensors)
+
+
+def check_request(path: str | Path, saved: dict[str, Any], request: dict[str, Any]) -> None:
+    """Raise ValueError unless a resume file was `saved` for this `request` (plain values): another one is no start."""
+    theirs, mine = json.loads(saved["request"]), json.loads(json.dumps(request))
+    changed = {key: (theirs.get(key), mine.get(key)) for key in theirs | mine if theirs.get(key) != mine.get(key)}
+    if changed:
+        raise ValueError(
+            f"{path} was begun with other settings; (there, now): {changed}. Delete it to start over, or name another."
+        )
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically: a kill leaves the old one."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 @torch.no_grad()

@@ -69,6 +69,8 @@ class InputFakeQuantize(nn.Module):
         if self.scale is None or self.zero_point is None or self.groups is None:
             return fake_quantize_activation(x, dynamic_activation_qparams(x))
         group = self.groups.current
+        if group is None:
+            raise ValueError(f"{self.name}: no timestep was seen. Call the whole model, which records it.")
         qparams = ActivationQParams(self.scale[group], self.zero_point[group])
         if isinstance(group, Tensor):
             qparams = ActivationQParams(*(per_sample(values, x, self.name) for values in qparams))
@@ -102,7 +104,7 @@ def prepare_(model: nn.Module, config: PQCADConfig, bits: Mapping[str, int]) -> 
             layer.input_fake_quantize = InputFakeQuantize(name)
             layer.register_forward_pre_hook(round_input)
     model.pqcad_config = config
-    return model
+    return model.requires_grad_(True)  # latents are trained, also where the float model was frozen
 
 
 def fake_quant_layers(model: nn.Module) -> dict[str, FloatLayer]:

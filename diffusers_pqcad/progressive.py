@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffusers_pqcad.allocation import BitController, Move, stage_budgets
-from diffusers_pqcad.calibration import CalibrationSet
-from diffusers_pqcad.checkpoint import clone_state, copy_state_, load_checkpoint, save_checkpoint
+from diffusers_pqcad.calibration import CalibrationSet, check_float32
+from diffusers_pqcad.checkpoint import check_request, clone_state, copy_state_, load_checkpoint, save_checkpoint
 from diffusers_pqcad.config import PQCADConfig
 from diffusers_pqcad.convert import match_modules, relative_weight_error
 from diffusers_pqcad.fake_quant import (
@@ -143,13 +143,15 @@ def trajectory_error(model: nn.Module, calibration: CalibrationSet, num_inferenc
 
 @torch.no_grad()
 def transition_prices(
-    model: nn.Module, controller: BitController, batch: tuple[Tensor, Tensor, Tensor, Tensor]
+    model: nn.Module, frozen: nn.Module, controller: BitController, batch: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> dict[str, float]:
-    """Return how far each layer's next transition moves the model's output on `batch` (weighted squared distance)."""
+    """Return how far each layer's next transition moves the model's output on `batch` (weighted squared distance).
+
+    `frozen` is a copy of `model` with rounded weights (`freeze_`): a price takes one pass, and rounding all the other
+    layers again in each would double its time.
+    """
     sample, timestep, _, weight = batch
     layers = fake_quant_layers(model)
-    # A copy with rounded weights: one pass for each layer, and rounding all the others again would double its time.
-    frozen = freeze_(copy.deepcopy(model))
     before = frozen(sample, timestep).sample
     prices = {}
     for name in controller.movable(ignore_frozen=True):
@@ -164,14 +166,17 @@ def transition_prices(
     return prices
 
 
-def weight_prices(reference: nn.Module, controller: BitController) -> dict[str, float]:
+def weight_prices(reference: nn.Module, controller: BitController, group_size: int | None = None) -> dict[str, float]:
     """Return each layer's added relative weight error in its next transition: the abstract's signal."""
     prices = {}
     for name in controller.movable(ignore_frozen=True):
-        weight, narrower = reference.get_submodule(name).weight, controller.narrower(name)
+        layer, narrower = reference.get_submodule(name), controller.narrower(name)
         assert narrower is not None
-        assert isinstance(weight, Tensor)
-        after, before = (relative_weight_error(weight, WeightSpec(bits)) for bits in (narrower, controller.bits[name]))
+        groups = group_size if isinstance(layer, nn.Linear) else None
+        weight = reference.get_parameter(f"{name}.weight")
+        after, before = (
+            relative_weight_error(weight, WeightSpec(bits, groups)) for bits in (narrower, controller.bits[name])
+        )
         prices[name] = after - before
     return prices
 
@@ -182,10 +187,13 @@ class ProgressiveQuantizer:
     def __init__(
         self, model: nn.Module, calibration: CalibrationSet, config: PQCADConfig, settings: ProgressiveConfig
     ) -> None:
+        check_float32(model)
         calibration.check(model)
         searched = match_modules(model, config)
         if not searched:
             raise ValueError(f"{type(model).__name__} has nothing to quantize.")
+        if config.method == "fixed":  # one width everywhere; reconstruction and recovery as with any other
+            config = replace(config, method="progressive", bit_choices=(int(config.weight_bits),))
         num_weights = {name: layer.weight.numel() for name, layer in searched.items()}
         self.controller = BitController(
             num_weights, config.bit_choices, settings.beta, settings.kappa, settings.trust, settings.cooldown
@@ -198,13 +206,19 @@ class ProgressiveQuantizer:
         self.calibration = calibration.to(device)
         self.train_set, self.held_out = self.calibration.split()
         self.train, self.check = Batches(self.train_set), Batches(self.held_out)
+        sample, timestep, *_ = self.train.draw(1, 0)
+        unused = sorted(set(searched) - set(execution_order(model, searched, sample, timestep)))
+        if unused:
+            raise ValueError(f"{unused[0]}: the model never calls this layer; name it in modules_to_not_convert.")
         self.history = History()
-        self.perturbations: dict[str, float] = {}  # of each layer's next transition, as last measured
-        self.progress = {"stage": 0, "round": 0, "forced": False, "recovered": 0}
+        # Of each layer's next transition, as last measured: what it does to the output, and that for each bit saved.
+        self.perturbations: dict[str, float] = {}
+        self.prices: dict[str, float] = {}
+        self.progress = {"stage": 0, "round": 0, "forced": False}
+        self.request: dict[str, Any] = {}  # what a resume file must have been begun with
         prepare_(model, config, self.controller.bits)
         model.pqcad_source_hash = calibration.manifest["model_hash"]  # distill compares it
         model.eval()
-        sample, timestep, *_ = self.train.draw(1, 0)
         self.units = find_units(model)
         self.order = execution_order(model, self.units, sample, timestep)
 
@@ -227,15 +241,17 @@ class ProgressiveQuantizer:
     def observe(self, stage: int, round_index: int) -> None:
         """Update the momentum of every layer's price with this round's batches."""
         if self.settings.signal == "weight":
-            measured = [weight_prices(self.reference, self.controller)]
-            self.controller.observe(measured[0])
+            measured = [weight_prices(self.reference, self.controller, self.config.group_size)]
         else:
-            measured = []
-            for index in range(self.settings.price_batches):
-                batch = self.train.draw(self.settings.price_batch_size, self.seed(1, stage, round_index, index))
-                measured.append(transition_prices(self.model, self.controller, batch))
-                self.controller.observe(measured[-1])
+            frozen = freeze_(copy.deepcopy(self.model))
+            seeds = (self.seed(1, stage, round_index, index) for index in range(self.settings.price_batches))
+            batches = [self.train.draw(self.settings.price_batch_size, seed) for seed in seeds]
+            measured = [transition_prices(self.model, frozen, self.controller, batch) for batch in batches]
+        for prices in measured:
+            self.controller.observe(prices)
         self.perturbations = {name: sum(prices[name] for prices in measured) / len(measured) for name in measured[0]}
+        saved = {name: self.controller.saved_bits(name) for name in self.perturbations}
+        self.prices = {name: perturbation / saved[name] for name, perturbation in self.perturbations.items()}
 
     def move_units(
         self,
@@ -302,6 +318,7 @@ class ProgressiveQuantizer:
                 "rolled_back": rolled_back,
                 "bits": dict(controller.bits),
                 "perturbation": self.perturbations,
+                "price": self.prices,
                 "momentum": {name: momentum.mean(controller.beta) for name, momentum in momenta.items()},
                 "dispersion": {name: math.sqrt(momentum.dispersion) for name, momentum in momenta.items()},
             }
@@ -373,17 +390,19 @@ class ProgressiveQuantizer:
                 "history": asdict(self.history),
                 "progress": self.progress,
                 "perturbations": self.perturbations,
+                "prices": self.prices,
+                "request": json.dumps(self.request),
             }
             save_checkpoint(path, state | extra)
 
-    def load(self, path: Path) -> dict[str, Any]:
-        """Go on from the resume file; return it."""
-        state = load_checkpoint(path)
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from the contents of a resume file."""
         load_fake_quant_state_(self.model, state["model"])
         self.controller.load_state_dict(state["controller"])
         self.history = History(**state["history"])
-        self.progress, self.perturbations = state["progress"], state["perturbations"]
-        return state
+        self.progress, self.perturbations, self.prices = (
+            state[key] for key in ("progress", "perturbations", "prices")
+        )
 
     def recover(self, stage: int, path: Path | None, resumed: dict[str, Any] | None, bar: Any) -> None:
         """Train the whole network on the calibration set; keep the best state by held-out trajectory error."""
@@ -419,9 +438,10 @@ class ProgressiveQuantizer:
         best.restore_(model)
         self.history.recovery.extend(log)
 
-    def run(self, path: Path | None = None, *, progress: bool = True) -> History:
-        """Run all stages, from the resume file where there is one."""
-        resumed = self.load(path).get("recovery") if path is not None and path.exists() else None
+    def run(
+        self, path: Path | None = None, *, resumed: dict[str, Any] | None = None, progress: bool = True
+    ) -> History:
+        """Run all stages; `resumed` is the recovery in progress of a resume file, `path` where to write one."""
         settings = self.settings
         total = len(self.budgets) * (settings.rounds_per_stage + settings.recovery_steps)
         with tqdm(total=total, desc="PQ", disable=not progress) as bar:
@@ -445,7 +465,7 @@ class ProgressiveQuantizer:
                     resumed = None
                 if stage + 1 < len(self.budgets):
                     enable_activations_(self.model, False)
-                self.progress = {"stage": stage + 1, "round": 0, "forced": False, "recovered": stage + 1}
+                self.progress = {"stage": stage + 1, "round": 0, "forced": False}
                 self.save(path)
         return self.history
 
@@ -466,9 +486,22 @@ def progressive_quantize(
     `progressive.seed`. Raises ValueError, with the model unchanged, for a calibration set of another model, a budget
     that cannot be met, or weights that are not finite.
     """
+    path = None if checkpoint is None else Path(checkpoint)
+    state = load_checkpoint(path) if path is not None and path.exists() else None  # damaged: before the model changes
     settings = progressive or ProgressiveConfig()
+    request = {
+        "config": config.to_dict(),
+        "settings": asdict(settings),
+        "calibration": calibration.manifest | {"num_trajectories": len(calibration)},
+        "num_inference_steps": calibration.num_inference_steps,
+    }
+    if path is not None and state is not None:
+        check_request(path, state, request)
     run = ProgressiveQuantizer(model, calibration, config, settings)
-    history = run.run(None if checkpoint is None else Path(checkpoint), progress=progress)
+    run.request = request
+    if state is not None:
+        run.load(state)
+    history = run.run(path, resumed=None if state is None else state.get("recovery"), progress=progress)
     originals = {name: run.reference.get_parameter(f"{name}.weight") for name in fake_quant_layers(model)}
     history.summary = {
         "average_bits": run.controller.average_bits(),

@@ -472,7 +472,6 @@ def test_settings_that_leave_nothing_to_learn_from_are_refused() -> None:
         DistillConfig(teacher="float")
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(("teacher", "given"), [("none", True), ("quantized", False), ("fp", False)])
 def test_a_teacher_that_is_missing_or_not_wanted_is_refused(
     tiny_quantized: UNet2DModel,
@@ -485,7 +484,6 @@ def test_a_teacher_that_is_missing_or_not_wanted_is_refused(
         train(tiny_quantized, tiny_unet if given else None, tiny_calibration_set, teacher=teacher)
 
 
-@pytest.mark.fast
 def test_a_float_teacher_of_another_set_is_refused(
     tiny_quantized: UNet2DModel, tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet
 ) -> None:
@@ -497,7 +495,6 @@ def test_a_float_teacher_of_another_set_is_refused(
             train(copy.deepcopy(tiny_quantized), teacher, tiny_calibration_set, teacher="fp")
 
 
-@pytest.mark.fast
 def test_a_float_student_is_refused(
     tiny_unet: UNet2DModel, tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet
 ) -> None:
@@ -505,23 +502,17 @@ def test_a_float_student_is_refused(
         train(tiny_unet, tiny_quantized, tiny_calibration_set)
 
 
-@pytest.mark.fast
 def test_an_odd_number_of_steps_is_refused(tiny_quantized: UNet2DModel, tiny_pipeline: DDIMPipeline) -> None:
     odd = collect_calibration_set(tiny_pipeline, num_trajectories=4, num_inference_steps=5, seed=0, progress=False)
     with pytest.raises(ValueError, match="num_inference_steps=5 is odd"):
         train(tiny_quantized, None, odd, teacher="none")
 
 
-@pytest.mark.fast
 def test_too_few_trajectories_are_refused(tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet) -> None:
     with pytest.raises(ValueError, match="at least 4 trajectories"):
         train(tiny_quantized, None, tiny_calibration_set.select(slice(0, 3)), teacher="none")
 
 
-@pytest.mark.fast
-@pytest.mark.xfail(
-    strict=True, reason="latents move, so their model_hash says nothing; PQ would have to leave its source's"
-)
 def test_a_set_of_another_model_than_the_students_is_refused(
     tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet
 ) -> None:

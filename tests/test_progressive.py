@@ -21,6 +21,7 @@ from diffusers_pqcad.fake_quant import (
     bits_by_module,
     calibrate_activations_,
     fake_quant_layers,
+    freeze_,
     input_quantizers,
     prepare_,
     timestep_boundaries,
@@ -134,7 +135,7 @@ def test_a_price_is_what_one_transition_does_to_the_output(
     prepare_(tiny_unet, config, controller.bits)
     batch = Batches(tiny_calibration_set).draw(4, 0)
     state = clone_state(tiny_unet)
-    prices = transition_prices(tiny_unet, controller, batch)
+    prices = transition_prices(tiny_unet, freeze_(copy.deepcopy(tiny_unet)), controller, batch)
     assert prices.keys() == layers.keys()
     assert all(torch.equal(value, state[name]) for name, value in tiny_unet.state_dict().items())
     sample, timestep, _, weight = batch
@@ -260,7 +261,7 @@ def test_recovery_that_makes_it_worse_leaves_the_start(
         "reconstruction": ReconstructionConfig(iterations=0),
         "recovery_steps": 1,
     }
-    config = PQCADConfig(weight_bits=4, bit_choices=(8, 4))
+    config = PQCADConfig(weight_bits=4, bit_choices=(4,))
     history = quantize(tiny_unet, tiny_calibration_set, quick_progressive, config, **changes)
     assert history.summary["trajectory_error"] < 0.1 < history.recovery[-1]["trajectory_error"]
     assert max(history.summary["latent_shift"].values()) == 0
@@ -486,7 +487,8 @@ def test_a_budget_out_of_reach_is_refused(
     before = clone_state(tiny_unet)
     with pytest.raises(ValueError, match="cannot be met"):
         PQCADConfig(weight_bits=3, bit_choices=(8, 4))
-    config = PQCADConfig(method="fixed", weight_bits=2, bit_choices=(8, 4))
+    config = PQCADConfig(weight_bits=4, bit_choices=(8, 4))
+    config.weight_bits = 2  # after its own checks
     with pytest.raises(ValueError, match="an average of 2 bits cannot be met"):
         quantize(tiny_unet, tiny_calibration_set, quick_progressive, config)
     assert_untouched(tiny_unet, before)
