@@ -217,10 +217,12 @@ class Distillation:
         if self.teacher is not None:
             rows = torch.randint(0, num_jumps, (size,), generator=generator)
             sample = self.fresh_batch(rows, generator, data)
-            if bool(gate.any()):
+            spoken = gate[rows] > 0  # the others add nothing to the mean, and need not be computed
+            if bool(spoken.any()):
+                rows, sample = rows[spoken], sample[spoken]
                 target = self.teacher_target(sample, rows)
                 output = model(sample, self.jumps.start[rows]).sample
-                teacher_loss = weighted_error(output, target, self.weight[rows] * gate[rows])
+                teacher_loss = weighted_error(output, target, self.weight[rows] * gate[rows]) * len(rows) / size
                 total = total + teacher_loss
         if config.calibration:
             rows = torch.randint(0, num_jumps, (size,), generator=generator)

@@ -11,7 +11,7 @@ Activations are asymmetric uint8: `x = (code - zero_point) * scale`, with a rang
 from ctypes import c_float
 from dataclasses import dataclass
 from math import isfinite
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -177,12 +177,29 @@ def _fp32(value: float) -> float:
     return c_float(value).value
 
 
+class _FakeQuantizeActivation(torch.autograd.Function):
+    """Rounds onto the uint8 grid; one mask is all that the backward needs.
+
+    Element-wise passes cost as much as the convolutions between them when a small model is trained on a CPU: written
+    in place this takes less than half the time of the same operators under autograd, and of torch's own operator.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        codes = (x * scale.reciprocal()).round_().add_(zero_point)
+        ctx.save_for_backward((codes >= 0) & (codes <= ACTIVATION_QMAX))
+        return codes.clamp_(0, ACTIVATION_QMAX).sub_(zero_point).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (inside,) = ctx.saved_tensors
+        return gradient * inside, None, None
+
+
 def fake_quantize_activation(x: Tensor, qparams: ActivationQParams) -> Tensor:
     """Return `x` rounded to uint8 codes and back; qparams broadcast against `x`.
 
     Straight-through inside the range, no gradient outside it; the scale gets none. Computed in fp32: in half precision
     the codes themselves would be off by one.
     """
-    inverse_scale = qparams.scale.reciprocal()
-    codes = (round_ste(x.float() * inverse_scale) + qparams.zero_point).clamp(0, ACTIVATION_QMAX)
-    return ((codes - qparams.zero_point) * qparams.scale).to(x.dtype)
+    return _FakeQuantizeActivation.apply(x.float(), *qparams).to(x.dtype)

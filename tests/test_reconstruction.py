@@ -19,6 +19,7 @@ from diffusers_pqcad.reconstruction import (
     correct_biases_,
     execution_order,
     find_units,
+    random_mask,
     reconstruct,
     unit_loss,
 )
@@ -200,6 +201,16 @@ def test_the_result_is_a_function_of_the_seed(model: UNet2DModel, reference: UNe
         weights.append(torch.cat([value.flatten() for value in unit.state_dict().values()]))
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.25, 0.5, 0.75, 1.0])
+def test_a_random_mask_has_its_share(share: float) -> None:
+    mask = random_mask(torch.Size((101, 203, 7)), share, torch.Generator().manual_seed(0))  # not a multiple of four
+    assert (mask.dtype, mask.shape) == (torch.bool, (101, 203, 7))
+    spread = (share * (1 - share) / mask.numel()) ** 0.5
+    assert mask.float().mean().item() == pytest.approx(round(256 * share) / 256, abs=5 * spread)
+    assert torch.equal(mask, random_mask(mask.shape, share, torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize(("input_mix", "expected"), [(0.0, 0.0), (1.0, 1.0), (0.5, 0.5)])
