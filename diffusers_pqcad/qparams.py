@@ -191,7 +191,7 @@ class _FakeQuantizeActivation(torch.autograd.Function):
         return codes.clamp_(0, ACTIVATION_QMAX).sub_(zero_point).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (inside,) = ctx.saved_tensors
         return gradient * inside, None, None
 
