@@ -7,9 +7,10 @@ that lets the teacher speak only while it is better than the student.
 """
 
 import copy
+import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +19,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffusers_pqcad.calibration import CalibrationSet
-from diffusers_pqcad.checkpoint import load_checkpoint, model_hash, save_checkpoint
+from diffusers_pqcad.checkpoint import check_request, load_checkpoint, model_hash, save_checkpoint
 from diffusers_pqcad.fake_quant import (
+    bits_by_module,
     calibrate_activations_,
     fake_quant_layers,
     fake_quant_state,
@@ -40,10 +42,10 @@ class DistillConfig:
     teacher: Literal["quantized", "fp", "none"] = "quantized"  # which model speaks: for labels and checks only
     calibration: bool = True  # the full-precision calibration term
     gate: bool = True  # let the teacher speak only while it is better than the student
-    max_train_steps: int = 300
-    train_batch_size: int = 48  # per term and process
-    learning_rate: float = 1e-4  # latent weights and biases, Adam, linear decay to 0
-    scale_learning_rate: float = 1e-5
+    max_train_steps: int = 200
+    train_batch_size: int = 32  # per term and process
+    learning_rate: float = 2e-5  # latent weights and biases, Adam, linear decay to 0
+    scale_learning_rate: float = 2e-6
     max_grad_norm: float = 1.0
     calibration_weight: float = 1.0
     gate_momentum: float = 0.7
@@ -251,13 +253,23 @@ def distill(
     error at N / 2 steps; the undistilled start competes (`best_step` 0 means that it won). `checkpoint` names a resume
     file.
 
-    Raises ValueError for an odd N, a calibration set of another model, or switches that leave nothing to learn from.
+    Raises ValueError for an odd N, a calibration set of another model, switches that leave nothing to learn from, or a
+    resume file that was begun with other settings.
     """
     config = config or DistillConfig()
     run = Distillation(student, teacher, calibration.to(next(student.parameters()).device), config)
     accelerator = accelerator or Accelerator(cpu=True)
     path = None if checkpoint is None else Path(checkpoint)
     data = run.train_set.trajectory[:, -1] if data is None else data
+    state = load_checkpoint(path) if path is not None and path.exists() else None
+    request = {
+        "config": asdict(config),
+        "calibration": calibration.manifest | {"num_trajectories": len(calibration)},
+        "num_inference_steps": calibration.num_inference_steps,
+        "bits": bits_by_module(student),
+    }
+    if path is not None and state is not None:
+        check_request(path, state, request)
 
     run.calibrate_activations()
     adam = AveragedAdam(
@@ -272,8 +284,7 @@ def distill(
     if teacher is not None and config.gate:
         gate = Gate(run.held_out_error_per_jump(teacher, two_steps=True), config.gate_momentum)
     best, first = BestState(student, run.trajectory_error()), 0
-    if path is not None and path.exists():
-        state = load_checkpoint(path)
+    if state is not None:
         load_fake_quant_state_(student, state["model"])
         adam.load_state_dict(state["adam"])
         best.load_state_dict(state["best"])
@@ -304,6 +315,7 @@ def distill(
                     "best": best.state_dict(),
                     "student_error": None if gate is None else gate.student_error,
                     "step": done,
+                    "request": json.dumps(request),
                 }
                 save_checkpoint(path, state)
         yield StepStats(

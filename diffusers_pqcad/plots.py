@@ -69,6 +69,7 @@ def plot_curves(
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("updates")
         axis.set_ylabel("held-out trajectory error")
+        axis.set_yscale("log")
         if axis.lines:
             axis.legend(fontsize=7)
     figure.tight_layout()

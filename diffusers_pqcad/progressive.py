@@ -21,7 +21,14 @@ from tqdm.auto import tqdm
 
 from diffusers_pqcad.allocation import BitController, Move, stage_budgets
 from diffusers_pqcad.calibration import CalibrationSet, check_float32
-from diffusers_pqcad.checkpoint import check_request, clone_state, copy_state_, load_checkpoint, save_checkpoint
+from diffusers_pqcad.checkpoint import (
+    check_request,
+    clone_state,
+    copy_state_,
+    load_checkpoint,
+    save_checkpoint,
+    write_text,
+)
 from diffusers_pqcad.config import PQCADConfig
 from diffusers_pqcad.convert import match_modules, relative_weight_error
 from diffusers_pqcad.fake_quant import (
@@ -65,17 +72,17 @@ class ProgressiveConfig:
     perturbation_floor: float = 1e-4  # of the output's power: what 8 bits cost anyway
     roll_back_tolerance: float = 0.5  # a move may cost up to 1.5 times its prediction
     cooldown: int = 2
-    rounds_per_stage: int = 3
+    rounds_per_stage: int = 2  # planned; the trust region and roll-backs may take as many again
     price_batches: int = 2  # momentum updates per round
-    price_batch_size: int = 16
+    price_batch_size: int = 8
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     reconstruction_samples: int = 256
-    recovery_steps: int = 150  # per stage; 0 switches the whole-network recovery off
-    recovery_batch_size: int = 48
+    recovery_steps: int = 75  # per stage; 0 switches the whole-network recovery off
+    recovery_batch_size: int = 32
     recovery_learning_rate: float = 3e-5
     recovery_scale_learning_rate: float = 3e-6
     recovery_ema_decay: float = 0.98
-    evaluation_steps: int = 50  # updates between two measurements on the held-out trajectories
+    evaluation_steps: int = 25  # updates between two measurements on the held-out trajectories
     seed: int = 0
 
 
@@ -90,7 +97,7 @@ class History:
 
     def save(self, path: str | Path) -> None:
         """Write the history as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -270,7 +277,7 @@ class ProgressiveQuantizer:
         for move in moves:
             by_unit.setdefault(self.unit_of(move.layer), []).append(move)
         layers = fake_quant_layers(self.model)
-        held_out = self.check.draw(self.settings.reconstruction_samples // 2, self.seed(2, stage))
+        held_out = self.check.draw(self.settings.reconstruction_samples // 4, self.seed(2, stage))
         samples = self.train.draw(self.settings.reconstruction_samples, self.seed(3, stage, round_index))
         error = output_error(self.model, held_out)
         rolled_back = []
@@ -304,7 +311,7 @@ class ProgressiveQuantizer:
         """Append one round to the history."""
         controller = self.controller
         momenta = {name: controller.momentum(name) for name in controller.num_weights}
-        check = self.check.draw(self.settings.reconstruction_samples // 2, self.seed(2, stage))
+        check = self.check.draw(self.settings.reconstruction_samples // 4, self.seed(2, stage))
         error = output_error(self.model, check)
         self.history.rounds.append(
             {
@@ -330,7 +337,7 @@ class ProgressiveQuantizer:
         if not controller.over(budget) or not controller.movable():
             return False
         self.observe(stage, round_index)
-        held_out = self.check.draw(self.settings.reconstruction_samples // 2, self.seed(2, stage))
+        held_out = self.check.draw(self.settings.reconstruction_samples // 4, self.seed(2, stage))
         power = (held_out[2].square().flatten(1).mean(dim=1) * held_out[3]).mean().item()
         perturbation = output_error(self.model, held_out) + self.settings.perturbation_floor * power
         if self.settings.signal == "weight":
@@ -365,7 +372,7 @@ class ProgressiveQuantizer:
         """Correct the layers' mean outputs; kept only if the held-out output error falls."""
         layers = fake_quant_layers(self.model)
         sample, timestep, *_ = self.train.draw(self.settings.reconstruction_samples // 4, self.seed(6, stage))
-        held_out = self.check.draw(self.settings.reconstruction_samples // 2, self.seed(2, stage))
+        held_out = self.check.draw(self.settings.reconstruction_samples // 4, self.seed(2, stage))
         before, error = clone_state(self.model), output_error(self.model, held_out)
         order = execution_order(self.model, layers, sample[:1], timestep[:1])
         correct_biases_(self.model, self.reference, order, sample, timestep)
@@ -447,7 +454,7 @@ class ProgressiveQuantizer:
         with tqdm(total=total, desc="PQ", disable=not progress) as bar:
             for stage in range(self.progress["stage"], len(self.budgets)):
                 # A round that was rolled back whole changes nothing but the momentum, so rounds are bounded.
-                for round_index in range(self.progress["round"], 4 * settings.rounds_per_stage):
+                for round_index in range(self.progress["round"], 2 * settings.rounds_per_stage):
                     if self.progress["forced"] or not self.round(stage, round_index):
                         break
                     bar.update()
@@ -484,7 +491,8 @@ def progressive_quantize(
     Leaves the fake-quantized model with its latent weights: `distill` trains them, `convert_` turns a copy into packed
     layers. `checkpoint` names a resume file: the same call after a kill goes on from it. Deterministic under
     `progressive.seed`. Raises ValueError, with the model unchanged, for a calibration set of another model, a budget
-    that cannot be met, or weights that are not finite.
+    that cannot be met, weights that are not finite or not float32, a layer that the model never calls, or a resume
+    file that was begun with other settings.
     """
     path = None if checkpoint is None else Path(checkpoint)
     state = load_checkpoint(path) if path is not None and path.exists() else None  # damaged: before the model changes

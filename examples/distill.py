@@ -43,7 +43,7 @@ from diffusers_pqcad import (
     quantize_,
 )
 from diffusers_pqcad.calibration import check_unconditional
-from diffusers_pqcad.checkpoint import load_checkpoint, save_checkpoint
+from diffusers_pqcad.checkpoint import load_checkpoint, save_checkpoint, write_text
 from diffusers_pqcad.evaluation import generate_samples, load_extractor, to_uint8
 from diffusers_pqcad.evaluation.speed import environment
 from diffusers_pqcad.fake_quant import fake_quant_state, freeze_, load_fake_quant_state_
@@ -59,9 +59,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "full": {
         "num_images": 10_000,
         "num_trajectories": 512,
+        "rounds_per_stage": 3,
+        "price_batch_size": 16,
         "reconstruction_iterations": 300,
         "recovery_steps": 600,
         "max_train_steps": 3_000,
+        "evaluation_steps": 100,
         "ablations": True,
     },
     "smoke": {
@@ -95,15 +98,15 @@ class Settings:
     activation_bits: int = 8  # 0: floating point
     num_inference_steps: int = 20  # of the teacher; the student takes half
     num_trajectories: int = 128  # full-precision calibration set
-    rounds_per_stage: int = 3
-    price_batch_size: int = 16  # images for each of a round's price measurements
+    rounds_per_stage: int = 2
+    price_batch_size: int = 8  # images for each of a round's price measurements
     reconstruction_iterations: int = 100
     reconstruction_samples: int = 256
-    recovery_steps: int = 150  # per stage
-    max_train_steps: int = 300  # of the distillation
-    train_batch_size: int = 48
-    learning_rate: float = 1e-4
-    evaluation_steps: int = 50
+    recovery_steps: int = 75  # per stage
+    max_train_steps: int = 200  # of the distillation
+    train_batch_size: int = 32
+    learning_rate: float = 2e-5  # of the distillation; Adam
+    evaluation_steps: int = 25  # updates between two measurements on the held-out trajectories
     num_images: int = 1_000  # per row of the table
     num_latency_rounds: int = 3
     ablations: bool = False
@@ -165,7 +168,7 @@ class Run:
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder} is not empty and holds no recipe.yaml; give another --output_dir.")
         self.state.mkdir(parents=True, exist_ok=True)
-        recipe.write_text(yaml.safe_dump(mine, sort_keys=False))
+        write_text(recipe, yaml.safe_dump(mine, sort_keys=False))
 
     def load_teacher(self) -> Any:
         """Return the full-precision pipeline with a DDIM scheduler on a trailing grid."""
@@ -260,20 +263,18 @@ class Run:
             saved = load_checkpoint(path)
             load_fake_quant_state_(student, saved["student"])
             return student, saved["stats"]
-        log = self.state / f"{name}-log.jsonl"
+        log = self.state / f"{name}-log.json"
+        entries = {entry["step"]: entry for entry in json.loads(log.read_text())} if log.exists() else {}
         stats = distill(student, teacher, calibration, config, checkpoint=self.state / f"{name}-resume.safetensors")
-        with tqdm(total=settings.max_train_steps, desc=name, unit="update") as bar, log.open("a") as stream:
+        with tqdm(total=settings.max_train_steps, desc=name, unit="update") as bar:
             for entry in stats:
                 bar.update(entry.step - bar.n)
                 if entry.held_out_error is not None:
-                    bar.set_postfix(held_out=f"{entry.held_out_error:.4f}", best=f"{entry.best_error:.4f}")
-                    stream.write(json.dumps(dataclasses.asdict(entry)) + "\n")
-                    stream.flush()
-        entries = {row["step"]: row for row in map(json.loads, log.read_text().splitlines())}
-        save_checkpoint(
-            path, {"student": fake_quant_state(student), "stats": [entries[step] for step in sorted(entries)]}
-        )
-        return student, [entries[step] for step in sorted(entries)]
+                    bar.set_postfix(held_out=f"{entry.held_out_error:.2e}", best=f"{entry.best_error:.2e}")
+                    entries[entry.step] = dataclasses.asdict(entry)
+                    write_text(log, json.dumps(list(entries.values()), indent=1) + "\n")
+        save_checkpoint(path, {"student": fake_quant_state(student), "stats": list(entries.values())})
+        return student, list(entries.values())
 
     def pipeline_of(self, teacher: Any, model: Any) -> Any:
         """Return a pipeline like the teacher's around `model`."""
@@ -298,7 +299,7 @@ class Run:
                 weights_path=weights / "diffusion_pytorch_model.safetensors",
             )
             path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps({"key": key, "name": name} | report.to_dict(), indent=1) + "\n")
+            write_text(path, json.dumps({"key": key, "name": name} | report.to_dict(), indent=1) + "\n")
         return json.loads(path.read_text())
 
     def reference_samples(self, teacher: Any) -> Any:
@@ -421,7 +422,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "rows": rows,
     }
     final.save_pretrained(run.folder)
-    (run.folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    write_text(run.folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     history.save(run.folder / "history.json")
     assets = run.folder / "assets"
     assets.mkdir(exist_ok=True)
@@ -435,8 +436,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     }
     plot_samples(assets / "samples.png", grid)
     plot_bits(assets / "bits.png", history.rounds)
-    logs = {path.stem.removesuffix("-log"): path for path in sorted(run.state.glob("*-log.jsonl"))}
-    curves = {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in logs.items()}
+    logs = sorted(run.state.glob("*-log.json"))
+    curves = {path.stem.removesuffix("-log"): json.loads(path.read_text()) for path in logs}
     plot_curves(assets / "curves.png", history.recovery, curves)
     repo = settings.hub_model_id or str(run.folder)
     license_id = settings.license or ("mit" if is_bundled else None)

@@ -219,6 +219,23 @@ def test_a_conditional_model_is_refused(tiny_pipeline: DDIMPipeline) -> None:
             collect(DDIMPipeline(model, tiny_pipeline.scheduler))
 
 
+def test_models_that_cannot_be_recorded_are_refused(tiny_pipeline: DDIMPipeline) -> None:
+    def pipeline(**settings: object) -> DDIMPipeline:
+        config = dict(tiny_pipeline.unet.config) | settings
+        return DDIMPipeline(UNet2DModel.from_config(config), tiny_pipeline.scheduler)
+
+    with pytest.raises(ValueError, match="predict a variance"):
+        collect(pipeline(out_channels=2))
+    with pytest.raises(ValueError, match="sample_size"):
+        collect(pipeline(sample_size=None))
+    with pytest.raises(ValueError, match=r"expected a model in float32, got \['torch.float16'\]"):
+        collect(DDIMPipeline(copy.deepcopy(tiny_pipeline.unet).half(), tiny_pipeline.scheduler))
+    with torch.no_grad():
+        tiny_pipeline.unet.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the trajectories hold a NaN"):
+        collect(tiny_pipeline)
+
+
 def test_damaged_and_edited_files_are_refused(tmp_path: Path, tiny_calibration_set: CalibrationSet) -> None:
     path = tmp_path / "set.safetensors"
     tiny_calibration_set.save(path)

@@ -13,7 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffusers_pqcad.checkpoint import clone_state, copy_state_, load_checkpoint, model_hash, save_checkpoint
+from diffusers_pqcad.checkpoint import (
+    check_request,
+    clone_state,
+    copy_state_,
+    load_checkpoint,
+    model_hash,
+    save_checkpoint,
+    write_text,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -175,3 +183,30 @@ def test_model_hash_takes_scalars_and_empty_tensors() -> None:
     model.register_buffer("scalar", torch.tensor(2.0))
     model.register_buffer("empty", torch.zeros(0))
     assert len(model_hash(model)) == 64
+
+
+def test_a_resume_file_of_another_request_is_refused_with_the_difference(tmp_path: Path) -> None:
+    saved = {"request": json.dumps({"bits": 4, "seed": 0, "only there": [1]})}
+    check_request(tmp_path / "resume", saved, {"bits": 4, "seed": 0, "only there": (1,)})  # as JSON stores it
+    with pytest.raises(ValueError, match=r"resume was begun with other settings.*'bits': \(4, 3\)") as refusal:
+        check_request(tmp_path / "resume", saved, {"bits": 3, "seed": 0, "only here": 2})
+    assert "'only there': ([1], None)" in str(refusal.value)
+    assert "'only here': (None, 2)" in str(refusal.value)
+    assert "seed" not in str(refusal.value)
+
+
+def test_a_kill_while_writing_a_text_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "row.json"
+    write_text(path, "old")
+
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    monkeypatch.undo()
+    write_text(path, "new")
+    assert path.read_text() == "new"
+    assert [file.name for file in tmp_path.iterdir()] == ["row.json"]

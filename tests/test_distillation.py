@@ -462,6 +462,18 @@ def test_a_truncated_resume_file_is_refused(
         train(tiny_quantized, None, tiny_calibration_set, teacher="none", checkpoint=path)
 
 
+def test_a_resume_file_of_other_settings_is_refused(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet, tmp_path: Path
+) -> None:
+    path, start = tmp_path / "cad.safetensors", copy.deepcopy(tiny_quantized)
+    train(tiny_quantized, None, tiny_calibration_set, teacher="none", checkpoint=path)
+    with pytest.raises(ValueError, match="cad.safetensors was begun with other settings.*learning_rate"):
+        train(copy.deepcopy(start), None, tiny_calibration_set, teacher="none", learning_rate=0.5, checkpoint=path)
+    few = tiny_calibration_set.select(slice(0, 8))
+    with pytest.raises(ValueError, match="num_trajectories"):
+        train(copy.deepcopy(start), None, few, teacher="none", checkpoint=path)
+
+
 # What is refused
 
 

@@ -432,6 +432,27 @@ def test_a_run_that_is_killed_at_every_save_ends_in_the_same_bits(
     assert json.loads(json.dumps(dataclasses.asdict(history))) == json.loads(json.dumps(dataclasses.asdict(pq_run[1])))
 
 
+def test_a_resume_file_of_other_settings_is_refused(
+    tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig, tmp_path: Path
+) -> None:
+    path, before = tmp_path / "pq.safetensors", clone_state(tiny_unet)
+    quantize(copy.deepcopy(tiny_unet), tiny_calibration_set, quick_progressive, checkpoint=path)
+    with pytest.raises(ValueError, match="pq.safetensors was begun with other settings.*weight_bits"):
+        quantize(tiny_unet, tiny_calibration_set, quick_progressive, PQCADConfig(weight_bits=3), checkpoint=path)
+    assert_untouched(tiny_unet, before)
+
+
+def test_a_fixed_width_is_reconstructed_and_recovered_too(
+    tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig
+) -> None:
+    config = PQCADConfig(method="fixed", weight_bits=3)
+    history = quantize(tiny_unet, tiny_calibration_set, quick_progressive, config)
+    assert set(bits_by_module(tiny_unet).values()) == {3}
+    assert any(unit["name"] != "bias correction" for unit in history.units)
+    assert [entry["step"] for entry in history.recovery] == [0, 1, 2]  # one stage: there is nothing to move
+    assert set(convert_(tiny_unet).config.quantization_config.weight_bits_by_module.values()) == {3}
+
+
 def test_a_round_is_a_function_of_the_seed(
     tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig
 ) -> None:
@@ -492,6 +513,28 @@ def test_a_budget_out_of_reach_is_refused(
     with pytest.raises(ValueError, match="an average of 2 bits cannot be met"):
         quantize(tiny_unet, tiny_calibration_set, quick_progressive, config)
     assert_untouched(tiny_unet, before)
+
+
+@pytest.mark.fast
+def test_a_model_in_half_precision_is_refused(
+    tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig
+) -> None:
+    with pytest.raises(ValueError, match=r"expected a model in float32, got \['torch.bfloat16'\]"):
+        quantize(tiny_unet.to(torch.bfloat16), tiny_calibration_set, quick_progressive)
+
+
+def test_a_layer_that_is_never_called_is_refused_by_name(
+    tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig
+) -> None:
+    tiny_unet.mid_block.resnets[0].unused = nn.Linear(2, 2)
+    manifest = tiny_calibration_set.manifest | {"model_hash": model_hash(tiny_unet)}
+    calibration = dataclasses.replace(tiny_calibration_set, manifest=manifest)
+    before = clone_state(tiny_unet)
+    with pytest.raises(ValueError, match="mid_block.resnets.0.unused: the model never calls this layer"):
+        quantize(tiny_unet, calibration, quick_progressive)
+    assert_untouched(tiny_unet, before)
+    skipped = PQCADConfig(modules_to_not_convert=["unused"])
+    assert quantize(tiny_unet, calibration, quick_progressive, skipped).summary["average_bits"] <= 4
 
 
 @pytest.mark.fast
