@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DModel
+
+from diffusers_pqcad import PQCADConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,3 +103,16 @@ def test_the_bundled_teacher_is_what_the_script_builds(scripts):
     assert bundled.unet.num_parameters() < 1.2e6
     folder = ROOT / "examples" / "models" / "fashion-mnist"
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 8e6
+
+
+def test_the_bundled_teacher_shrinks_to_a_sixth_and_comes_back_bit_for_bit(tmp_path):
+    teacher = ROOT / "examples" / "models" / "fashion-mnist"
+    unet = UNet2DModel.from_pretrained(
+        teacher, subfolder="unet", quantization_config=PQCADConfig(weight_bits=4, activation_bits=8)
+    )
+    unet.save_pretrained(tmp_path)
+    name = "diffusion_pytorch_model.safetensors"
+    assert 6 * (tmp_path / name).stat().st_size <= (teacher / "unet" / name).stat().st_size
+    state, again = unet.state_dict(), UNet2DModel.from_pretrained(tmp_path).state_dict()
+    assert state.keys() == again.keys()
+    assert all(state[key].dtype == again[key].dtype and torch.equal(state[key], again[key]) for key in state)

@@ -1,12 +1,14 @@
-"""Write the tables of the README from the committed `metrics.json` of each run in this folder.
+"""Write the tables of the README from the committed results in this folder.
 
     python examples/results/update_readme.py
 
-A test runs `render` and compares, so a table that was edited by hand, or left behind by a new run, fails.
+`NAME/metrics.json` is a run of `examples/distill.py`, `unet_step.json` one of `examples/benchmarks/unet_step.py`. A
+test runs `render` and compares, so a table that was edited by hand, or left behind by a new run, fails.
 """
 
 import json
 import re
+import sys
 from pathlib import Path
 
 from diffusers_pqcad.hub import results_table, table_notes
@@ -15,10 +17,25 @@ HERE = Path(__file__).resolve().parent
 README = HERE.parents[1] / "README.md"
 
 
-def block(name: str) -> str:
-    """Return the README's text for the run `name`: its table and its notes."""
-    metrics = json.loads((HERE / name / "metrics.json").read_text())
+def run_block(metrics: dict) -> str:
+    """Return the README's text for a run of `examples/distill.py`: its table and its notes."""
     return f"{results_table(metrics)}\n\n{table_notes(metrics)}"
+
+
+def benchmark_block(result: dict) -> str:
+    """Return the README's text for a run of `examples/benchmarks/unet_step.py`."""
+    sys.path.insert(0, str(HERE.parent / "benchmarks"))
+    from unet_step import markdown
+
+    return markdown(result)
+
+
+def block(name: str) -> str:
+    """Return the README's text for the results `name`."""
+    folder = HERE / name
+    if folder.is_dir():
+        return run_block(json.loads((folder / "metrics.json").read_text()))
+    return benchmark_block(json.loads((HERE / f"{name}.json").read_text()))
 
 
 def render(text: str) -> str:
