@@ -244,7 +244,7 @@ class Run:
         return model, history
 
     def distill(
-        self, name: str, quantized: Any, teacher: Any, calibration: Any, **switches: Any
+        self, name: str, quantized: Any, teacher: Any, calibration: Any, /, **switches: Any
     ) -> tuple[Any, list[Any]]:
         """Return a distilled student and the statistics of its training; `switches` make the ablations."""
 

@@ -1,4 +1,4 @@
-"""Specification of tables, cards and pushing: every number is measured, and only publishable files leave."""
+"""Specification of tables and cards: every number is measured."""
 
 import copy
 import json
@@ -6,12 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import yaml
 
-from diffusers_pqcad import hub
-from diffusers_pqcad.hub import END, START, model_card, push, results_table, table_notes, write_card
+from diffusers_pqcad.hub import END, START, model_card, results_table, table_notes, write_card
 
 pytestmark = pytest.mark.fast
 
@@ -220,70 +218,6 @@ def test_new_front_matter_replaces_the_old(metrics: dict[str, Any], tmp_path: Pa
     metrics["settings"]["weight_bits"] = 3.0
     write_card(tmp_path, card_of(metrics))
     assert front_matter((tmp_path / "README.md").read_text())["tags"][-1] == "w3a8"
-
-
-def test_only_publishable_files_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    published = {
-        "README.md",
-        "recipe.yaml",
-        "metrics.json",
-        "history.json",
-        "model_index.json",
-        "assets/samples.png",
-        "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors",
-        "scheduler/scheduler_config.json",
-    }
-    private = {
-        "state/pq.safetensors",
-        "state/models/pq/config.json",
-        "state/models/pq/diffusion_pytorch_model.safetensors",
-        "state/rows/pq.json",
-        "state/pq_cad-log.jsonl",
-        "unet/diffusion_pytorch_model.safetensors.partial",
-        "model.partial",
-        "optimizer.pt",
-        "unet/weights.bin",
-        "pickle.pkl",
-        ".env",
-        "notes.txt",
-        "assets/raw.npy",
-    }
-    for name in published | private:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x")
-    created: dict[str, Any] = {}
-    committed: dict[str, Any] = {}
-
-    def create_repo(self: Any, repo_id: str, **settings: Any) -> str:
-        created.update(repo_id=repo_id, **settings)
-        return f"https://hub.example/{repo_id}"
-
-    def create_commit(self: Any, repo_id: str, operations: Any, **settings: Any) -> Any:
-        committed.update(repo_id=repo_id, files={operation.path_in_repo for operation in operations}, **settings)
-        url = f"https://huggingface.co/{repo_id}/commit/1"
-        return huggingface_hub.CommitInfo(commit_url=url, commit_message="", commit_description="", oid="1")
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
-    # What asks the Hub in between; without Xet, the client ends in `create_commit`.
-    monkeypatch.setattr(huggingface_hub.HfApi, "_validate_yaml", lambda *_, **__: None, raising=False)
-    monkeypatch.setattr("huggingface_hub.hf_api.is_xet_available", lambda: False, raising=False)
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
-    assert push(tmp_path, "me/my-model", private=True) == "https://hub.example/me/my-model"
-    assert created == {"repo_id": "me/my-model", "private": True, "exist_ok": True}
-    assert committed["repo_id"] == "me/my-model"
-    assert committed["files"] == published
-
-
-def test_access_is_checked_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Any) -> None:
-        raise OSError("no network")
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", refuse)
-    with pytest.raises(ValueError, match="OSError: no network.*hf auth login"):
-        hub.check_access()
-    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", lambda self: {"name": "me"})
-    hub.check_access()
 
 
 def test_metrics_of_a_file_make_the_same_card(metrics: dict[str, Any]) -> None:
