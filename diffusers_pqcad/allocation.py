@@ -44,11 +44,13 @@ class Momentum:
         """Return the bias-corrected average (Kingma & Ba 2015, arXiv:1412.6980, section 3)."""
         return self.average / (1 - beta**self.count) if self.count else 0.0
 
+    def deviation(self, beta: float) -> float:
+        """Return the bias-corrected standard deviation."""
+        return math.sqrt(self.dispersion / (1 - beta**self.count)) if self.count else 0.0
+
     def priority(self, beta: float, kappa: float) -> float:
         """Return the mean plus `kappa` standard deviations: a noisy layer waits."""
-        if not self.count:
-            return 0.0
-        return self.mean(beta) + kappa * math.sqrt(self.dispersion / (1 - beta**self.count))
+        return self.mean(beta) + kappa * self.deviation(beta)
 
 
 @dataclass

@@ -134,13 +134,20 @@ class CalibrationSet:
             )
 
     def check_student_steps(self) -> int:
-        """Return N / 2, the steps of a student; raises ValueError where it is not a usable grid."""
+        """Return N / 2, the steps of a student; raises ValueError for a grid or a scheduler it cannot learn on."""
         steps = self.num_inference_steps
         if steps % 2:
             raise ValueError(
                 f"num_inference_steps={steps} is odd; a student takes half the steps, so record an even number."
             )
         timestep_grid(self.scheduler(), steps // 2)
+        clipping = [key for key in ("clip_sample", "thresholding") if self.manifest["scheduler"].get(key)]
+        if clipping:
+            raise ValueError(
+                f"{clipping[0]}: a clipped trajectory does not follow the DDIM formula that a student's targets are "
+                "computed by. Record with DDIMScheduler.from_config(scheduler.config, clip_sample=False, "
+                "thresholding=False)."
+            )
         return steps // 2
 
 

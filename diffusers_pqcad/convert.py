@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from diffusers_pqcad import kernels
 from diffusers_pqcad.allocation import allocate
@@ -77,6 +78,9 @@ def decide_bits(layers: Mapping[str, FloatLayer], config: PQCADConfig) -> dict[s
         missing = sorted(set(layers) - set(config.weight_bits_by_module))
         if missing:
             raise ValueError(f"weight_bits_by_module lacks {len(missing)} layers, such as {missing[:3]}.")
+        unknown = sorted(set(config.weight_bits_by_module) - set(layers))
+        if unknown:
+            raise ValueError(f"weight_bits_by_module: {unknown[0]!r} is not a layer that this config quantizes.")
         return {name: config.weight_bits_by_module[name] for name in layers}
 
     @cache
@@ -120,6 +124,10 @@ def quantize_(model: nn.Module, config: PQCADConfig) -> nn.Module:
     """
     if packed_layers(model):
         raise ValueError(f"{type(model).__name__} is quantized already; call its dequantize() first.")
+    if any(parametrize.is_parametrized(module, "weight") for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has parametrized weights; if progressive_quantize left them, call convert_."
+        )
     searched = match_modules(model, config)
     decided = decide_config(searched, config)
     layers = swap_(model, searched)
@@ -141,7 +149,14 @@ def finish_(model: nn.Module, config: PQCADConfig) -> None:
         # Not a bound method: pickle looks those up by name, and would bring back the class's own.
         model.num_parameters = partial(num_parameters, model)  # type: ignore[assignment]
     if layers:
-        logger.info("%s: %s", type(model).__name__, kernels.summary(list(layers.values())))
+        found = list(layers.values())
+        log_once(type(model).__name__, kernels.summary(found), slow=kernels.lacks_fast_kernel(found))
+
+
+@cache
+def log_once(name: str, summary: str, *, slow: bool) -> None:
+    """Log which kernels the layers of a model will take: a warning where this computer has no fast one for some."""
+    logger.log(logging.WARNING if slow else logging.INFO, "%s: %s", name, summary)
 
 
 def share_timestep_groups(model: nn.Module, groups: TimestepGroups) -> None:

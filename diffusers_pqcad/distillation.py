@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffusers_pqcad.calibration import CalibrationSet
-from diffusers_pqcad.checkpoint import check_request, load_checkpoint, model_hash, save_checkpoint
+from diffusers_pqcad.checkpoint import check_request, load_checkpoint, model_hash, save_checkpoint, tensors_hash
 from diffusers_pqcad.fake_quant import (
     bits_by_module,
     calibrate_activations_,
@@ -27,7 +27,7 @@ from diffusers_pqcad.fake_quant import (
     fake_quant_state,
     load_fake_quant_state_,
 )
-from diffusers_pqcad.optimization import AveragedAdam, BestState
+from diffusers_pqcad.optimization import AveragedAdam, BestState, check_minimum
 from diffusers_pqcad.progressive import trajectory_error, weighted_error
 from diffusers_pqcad.sampling import alpha_sigma, denoise, from_x_and_eps, to_x_and_eps
 
@@ -57,6 +57,8 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.teacher not in ("quantized", "fp", "none"):
             raise ValueError(f"teacher: expected 'quantized', 'fp' or 'none', got {self.teacher!r}.")
+        check_minimum(self, max_train_steps=1, train_batch_size=1, gate_steps=1, evaluation_steps=1)
+        check_minimum(self, learning_rate=0, scale_learning_rate=0, calibration_weight=0)
         if self.teacher == "none" and not self.calibration:
             raise ValueError("teacher='none' with calibration=False leaves nothing to learn from.")
 
@@ -213,7 +215,7 @@ class Distillation:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the loss of one update and its two terms; the draws are a function of (seed, step, rank)."""
         config = self.config
-        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 8191 + rank)
+        generator = torch.Generator().manual_seed(((config.seed * 1_000_003 + step) * 8191 + rank) % 2**63)
         num_jumps, size = len(self.jumps.start), config.train_batch_size
         total, teacher_loss, calibration_loss = self.weight.new_zeros(()), None, None
         if self.teacher is not None:
@@ -249,16 +251,18 @@ def distill(
 
     `student` is a fake-quantized model (`progressive_quantize`); `teacher` any frozen model of the same kind, or
     `None` with `teacher="none"`. Fresh inputs are re-noised `data` (n, C, H, W), by default the end points of the
-    calibration trajectories. When the generator is exhausted, the student is in its best state by held-out trajectory
-    error at N / 2 steps; the undistilled start competes (`best_step` 0 means that it won). `checkpoint` names a resume
-    file.
+    calibration trajectories. When the generator is exhausted or closed, the student is in its best state by held-out
+    trajectory error at N / 2 steps; the undistilled start competes (`best_step` 0 means that it won). `checkpoint`
+    names a resume file. `accelerator` defaults to fp32 on the student's device.
 
     Raises ValueError for an odd N, a calibration set of another model, switches that leave nothing to learn from, or a
     resume file that was begun with other settings.
     """
     config = config or DistillConfig()
-    run = Distillation(student, teacher, calibration.to(next(student.parameters()).device), config)
-    accelerator = accelerator or Accelerator(cpu=True)
+    device = next(student.parameters()).device
+    run = Distillation(student, teacher, calibration.to(device), config)
+    # Rounded weights trained under autocast would be other weights than those that are packed.
+    accelerator = accelerator or Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     path = None if checkpoint is None else Path(checkpoint)
     data = run.train_set.trajectory[:, -1] if data is None else data
     state = load_checkpoint(path) if path is not None and path.exists() else None
@@ -267,6 +271,9 @@ def distill(
         "calibration": calibration.manifest | {"num_trajectories": len(calibration)},
         "num_inference_steps": calibration.num_inference_steps,
         "bits": bits_by_module(student),
+        "student": model_hash(student),
+        "teacher": None if teacher is None else model_hash(teacher),
+        "data": tensors_hash({"data": data}),
     }
     if path is not None and state is not None:
         check_request(path, state, request)
@@ -289,26 +296,41 @@ def distill(
         adam.load_state_dict(state["adam"])
         best.load_state_dict(state["best"])
         if gate is not None:
-            gate.student_error = state["student_error"]
+            gate.student_error = state["student_error"].to(device)
         first = state["step"]
     model, adam.optimizer = accelerator.prepare(student, adam.optimizer)
+    images_per_update = config.train_batch_size * accelerator.num_processes
 
-    for step in range(first, config.max_train_steps):
-        started = time.perf_counter()
-        if gate is not None and step % config.gate_steps == 0:
-            gate.update(run.held_out_error_per_jump(student, two_steps=False))
-        open_by = torch.ones_like(run.weight) if gate is None else gate.value()
-        loss, teacher_loss, calibration_loss = run.losses(model, step, accelerator.process_index, open_by, data)
-        if loss.requires_grad:  # a closed gate without a calibration term leaves nothing to learn from this time
-            accelerator.backward(loss)
-            adam.update(step)
+    try:
+        for step in range(first, config.max_train_steps):
+            started = time.perf_counter()
+            if gate is not None and step % config.gate_steps == 0:
+                gate.update(run.held_out_error_per_jump(student, two_steps=False))
+            open_by = torch.ones_like(run.weight) if gate is None else gate.value()
+            loss, teacher_loss, calibration_loss = run.losses(model, step, accelerator.process_index, open_by, data)
+            if loss.requires_grad:  # a closed gate without a calibration term leaves nothing to learn from this time
+                accelerator.backward(loss)
+                adam.update(step)
 
-        done, error = step + 1, None
-        if done % config.evaluation_steps == 0 or done == config.max_train_steps:
-            with adam.averaged():
-                error = run.trajectory_error()
-                best.offer(student, done, error)
-            if path is not None and accelerator.is_main_process:
+            done, error = step + 1, None
+            if done % config.evaluation_steps == 0 or done == config.max_train_steps:
+                with adam.averaged():
+                    error = run.trajectory_error()
+                    best.offer(student, done, error)
+            yield StepStats(
+                step=done,
+                loss=loss.item(),
+                teacher_loss=None if teacher_loss is None else teacher_loss.item(),
+                calibration_loss=None if calibration_loss is None else calibration_loss.item(),
+                gate=None if teacher is None else open_by.mean().item(),
+                learning_rate=adam.learning_rate(step),
+                images_per_second=images_per_update / (time.perf_counter() - started),
+                held_out_error=error,
+                best_step=best.step,
+                best_error=best.error,
+            )
+            # Saved after it was reported: a kill in between repeats some updates, and loses no entry of a log.
+            if error is not None and path is not None and accelerator.is_main_process:
                 state = {
                     "model": fake_quant_state(student),
                     "adam": adam.state_dict(),
@@ -318,19 +340,9 @@ def distill(
                     "request": json.dumps(request),
                 }
                 save_checkpoint(path, state)
-        yield StepStats(
-            step=done,
-            loss=loss.item(),
-            teacher_loss=None if teacher_loss is None else teacher_loss.item(),
-            calibration_loss=None if calibration_loss is None else calibration_loss.item(),
-            gate=None if teacher is None else open_by.mean().item(),
-            learning_rate=adam.learning_rate(step),
-            images_per_second=config.train_batch_size * accelerator.num_processes / (time.perf_counter() - started),
-            held_out_error=error,
-            best_step=best.step,
-            best_error=best.error,
-        )
-
+    except GeneratorExit:
+        pass  # stopped early: the best state so far is the student
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     best.restore_(student)
     before = copy.deepcopy(fake_quant_state(student))
     run.calibrate_activations()

@@ -141,7 +141,10 @@ class QuantizedLayer(nn.Module):
         """
         weight = self.weight
         try:
-            scale = min_max_weight_scale(weight, spec) if scale is None else scale.detach().float().clone()
+            min_max = min_max_weight_scale(weight, spec)  # refuses weights that are not finite
+            scale = min_max if scale is None else scale.detach().float().clone()
+            if not bool(((scale > 0) & scale.isfinite()).all()):
+                raise ValueError("expected scales that are positive and finite.")
             levels = quantize_weight(weight, scale, spec)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None

@@ -12,6 +12,13 @@ from diffusers_pqcad.checkpoint import clone_state, copy_state_
 from diffusers_pqcad.fake_quant import fake_quant_layers, weight_quantizer
 
 
+def check_minimum(settings: Any, **minimum: float) -> None:
+    """Raise ValueError, naming the field, where a setting is below its minimum."""
+    for name, low in minimum.items():
+        if not getattr(settings, name) >= low:
+            raise ValueError(f"{name}: expected at least {low}, got {getattr(settings, name)}.")
+
+
 def parameter_groups(module: nn.Module, learning_rate: float, scale_learning_rate: float) -> list[dict[str, Any]]:
     """Return Adam's groups: quantization scales at their own rate, every other parameter at `learning_rate`."""
     scales = [weight_quantizer(layer).scale for layer in fake_quant_layers(module).values()]
@@ -73,6 +80,7 @@ class AveragedAdam:
         """Go on from `state_dict`."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load_state_dict(state["average"])
+        self.average.to(self.parameters[0].device)
 
 
 class BestState:

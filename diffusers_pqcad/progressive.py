@@ -45,7 +45,7 @@ from diffusers_pqcad.fake_quant import (
     set_bits_,
     weight_quantizer,
 )
-from diffusers_pqcad.optimization import AveragedAdam, BestState
+from diffusers_pqcad.optimization import AveragedAdam, BestState, check_minimum
 from diffusers_pqcad.qparams import WeightSpec
 from diffusers_pqcad.reconstruction import (
     ReconstructionConfig,
@@ -84,6 +84,15 @@ class ProgressiveConfig:
     recovery_ema_decay: float = 0.98
     evaluation_steps: int = 25  # updates between two measurements on the held-out trajectories
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.signal not in ("output", "weight"):
+            raise ValueError(f"signal: expected 'output' or 'weight', got {self.signal!r}.")
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"beta: expected 0 (no momentum) to below 1, got {self.beta}.")
+        check_minimum(self, kappa=0, trust=0, perturbation_floor=0, roll_back_tolerance=0, cooldown=0)
+        check_minimum(self, rounds_per_stage=1, price_batches=1, price_batch_size=1, reconstruction_samples=8)
+        check_minimum(self, recovery_steps=0, recovery_batch_size=1, evaluation_steps=1)
 
 
 @dataclass
@@ -327,7 +336,7 @@ class ProgressiveQuantizer:
                 "perturbation": self.perturbations,
                 "price": self.prices,
                 "momentum": {name: momentum.mean(controller.beta) for name, momentum in momenta.items()},
-                "dispersion": {name: math.sqrt(momentum.dispersion) for name, momentum in momenta.items()},
+                "dispersion": {name: momentum.deviation(controller.beta) for name, momentum in momenta.items()},
             }
         )
 

@@ -151,6 +151,10 @@ def check_loaded(model: nn.Module) -> None:
     for name, layer in packed_layers(model).items():
         if layer.qweight.dtype != torch.uint8:
             raise ValueError(f"{name}.qweight: expected uint8, got {layer.qweight.dtype}. The file was edited.")
+        if layer.qweight.device.type != "meta":
+            low, high = map(int, layer.levels().aminmax())  # at 8 bits the unused code comes out as -128
+            if low < -layer.spec.level_max or high > layer.spec.level_max:
+                raise ValueError(f"{name}.qweight: holds the code that no weight has. The file was edited.")
         for buffer in (*SCALE_BUFFERS, "input_zero_point"):
             values = layer._buffers[buffer]
             if values is None or values.device.type == "meta":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_pqcad.fake_quant import fake_quant_layers
-from diffusers_pqcad.optimization import parameter_groups
+from diffusers_pqcad.optimization import check_minimum, parameter_groups
 
 # Whole blocks where diffusers has them; a layer outside all of these is a unit of its own.
 RECONSTRUCTION_UNITS = ("ResnetBlock2D", "BasicTransformerBlock", "Attention", "Downsample2D", "Upsample2D")
@@ -29,6 +29,14 @@ class ReconstructionConfig:
     scale_learning_rate: float = 3e-5
     input_mix: float = 0.5  # share of full-precision inputs mixed in elementwise (QDrop, arXiv:2203.05740)
     held_out_fraction: float = 0.125
+
+    def __post_init__(self) -> None:
+        check_minimum(self, iterations=0, batch_size=1, learning_rate=0, scale_learning_rate=0)
+        if not (0 <= self.input_mix <= 1 and 0 < self.held_out_fraction < 1):
+            raise ValueError(
+                f"input_mix={self.input_mix}, held_out_fraction={self.held_out_fraction}: expected shares, the second "
+                "between 0 and 1."
+            )
 
 
 @dataclass(frozen=True)

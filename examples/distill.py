@@ -47,9 +47,10 @@ from diffusers_pqcad.checkpoint import load_checkpoint, save_checkpoint, write_t
 from diffusers_pqcad.evaluation import generate_samples, load_extractor, to_uint8
 from diffusers_pqcad.evaluation.speed import environment
 from diffusers_pqcad.fake_quant import fake_quant_state, freeze_, load_fake_quant_state_
+from diffusers_pqcad.optimization import check_minimum
 from diffusers_pqcad.plots import plot_bits, plot_curves, plot_samples
 from diffusers_pqcad.reconstruction import ReconstructionConfig
-from diffusers_pqcad.sampling import generate, initial_noise, sample_shape
+from diffusers_pqcad.sampling import generate, initial_noise, sample_shape, timestep_grid
 
 HERE = Path(__file__).resolve().parent
 BUNDLED_TEACHER = HERE / "models" / "fashion-mnist"
@@ -85,6 +86,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 # What may change between two runs in a folder: the rows there stay as they are.
 NEUTRAL_SETTINGS = ("output_dir", "num_threads", "push_to_hub", "hub_model_id", "hub_private_repo", "ablations")
 LOCAL_SETTINGS = ("pretrained_model_name_or_path", "output_dir", "extractor")  # paths of one computer
+MINIMUM = {
+    "num_trajectories": 4,
+    "rounds_per_stage": 1,
+    "price_batch_size": 1,
+    "reconstruction_iterations": 0,
+    "reconstruction_samples": 8,
+    "recovery_steps": 0,
+    "max_train_steps": 1,
+    "train_batch_size": 1,
+    "evaluation_steps": 1,
+    "num_images": 2,
+    "num_latency_rounds": 1,
+    "num_threads": 0,
+    "seed": 0,
+}
 CALIBRATION_SEED_OFFSET = 1_000_000  # the images that are measured must not be those that were trained on
 
 
@@ -128,6 +144,8 @@ def parse_settings(arguments: list[str]) -> Settings:
     chosen, rest = first.parse_known_args(arguments)
     defaults = dict(PRESETS[chosen.preset])
     if chosen.config:
+        if not Path(chosen.config).is_file():
+            raise ValueError(f"--config: there is no file {chosen.config!r}.")
         defaults |= yaml.safe_load(Path(chosen.config).read_text()) or {}
     unknown = sorted(set(defaults) - {item.name for item in dataclasses.fields(Settings)})
     if unknown:
@@ -140,7 +158,8 @@ def parse_settings(arguments: list[str]) -> Settings:
 def set_threads(num_threads: int) -> None:
     """Use `num_threads`, or every core this process may run on."""
 
-    torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(num_threads or ours)
 
 
 class Run:
@@ -151,13 +170,14 @@ class Run:
         self.folder = Path(settings.output_dir)
         self.state = self.folder / "state"
         self.teacher_path = settings.pretrained_model_name_or_path or BUNDLED_TEACHER
+        self.is_bundled = Path(self.teacher_path).resolve() == BUNDLED_TEACHER
 
     def claim_folder(self) -> None:
         """Take the folder for these settings, or refuse one that was begun with others."""
-        recipe = self.folder / "recipe.yaml"
+        begun = self.state / "settings.yaml"
         mine = dataclasses.asdict(self.settings)
-        if recipe.exists():
-            theirs = yaml.safe_load(recipe.read_text())
+        if begun.exists():
+            theirs = yaml.safe_load(begun.read_text())
             changed = {key: (theirs.get(key), value) for key, value in mine.items() if theirs.get(key) != value}
             changed = {key: values for key, values in changed.items() if key not in NEUTRAL_SETTINGS}
             if changed:
@@ -166,25 +186,62 @@ class Run:
                     "--output_dir, or delete the folder to start over."
                 )
         elif self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} is not empty and holds no recipe.yaml; give another --output_dir.")
+            raise ValueError(
+                f"{self.folder} is not empty and holds no state/settings.yaml; give another --output_dir."
+            )
         self.state.mkdir(parents=True, exist_ok=True)
-        write_text(recipe, yaml.safe_dump(mine, sort_keys=False))
+        write_text(begun, yaml.safe_dump(mine, sort_keys=False))
+        write_text(self.folder / "recipe.yaml", yaml.safe_dump(self.recipe(), sort_keys=False))
+
+    def recipe(self) -> dict[str, Any]:
+        """Return the settings that repeat this run anywhere: nothing of this computer, or of whoever pushes it."""
+        settings = dataclasses.asdict(self.settings)
+        recipe = {key: value for key, value in settings.items() if key not in (*NEUTRAL_SETTINGS, *LOCAL_SETTINGS)}
+        path = self.settings.pretrained_model_name_or_path
+        if path is not None and not Path(path).exists():  # on the Hub
+            recipe["pretrained_model_name_or_path"] = path
+        return recipe
+
+    def teacher_id(self) -> str:
+        """Return the teacher's name for cards: its Hub id, or the last part of a local path."""
+        if self.is_bundled:
+            return "fashion-mnist (bundled)"
+        path = Path(self.teacher_path)
+        return path.resolve().name if path.exists() else str(self.teacher_path)
+
+    def check_settings(self, scheduler: Any) -> None:
+        """Raise ValueError for settings that cannot work, before anything is written."""
+        settings = self.settings
+        check_minimum(settings, **MINIMUM)
+        self.quantization_config()
+        timestep_grid(scheduler, settings.num_inference_steps)
+        if settings.num_inference_steps % 2:
+            raise ValueError(
+                f"num_inference_steps={settings.num_inference_steps} is odd; a student takes half the steps."
+            )
+        timestep_grid(scheduler, settings.num_inference_steps // 2)
 
     def load_teacher(self) -> Any:
         """Return the full-precision pipeline with a DDIM scheduler on a trailing grid."""
 
         pipeline = DiffusionPipeline.from_pretrained(self.teacher_path)
-        if not hasattr(pipeline, "unet"):
+        if set(pipeline.components) != {"unet", "scheduler"}:
             raise ValueError(
-                f"{type(pipeline).__name__} has no `unet`; only unconditional UNet pipelines are supported."
+                f"{type(pipeline).__name__}: expected an unconditional pipeline of a `unet` and a `scheduler`, got "
+                f"{sorted(pipeline.components)}; no other is supported so far."
             )
         check_unconditional(pipeline.unet)
         config = pipeline.scheduler.config
-        if not isinstance(pipeline.scheduler, DDIMScheduler) or config.timestep_spacing != "trailing":
-            say(
-                f"scheduler: {type(pipeline.scheduler).__name__}, {config.timestep_spacing} -> DDIMScheduler, trailing"
+        if "beta_schedule" not in config:
+            raise ValueError(
+                f"scheduler: expected one of DDPM or DDIM kind, got {type(pipeline.scheduler).__name__}, which has no "
+                "`beta_schedule`."
             )
-            pipeline.register_modules(scheduler=DDIMScheduler.from_config(config, timestep_spacing="trailing"))
+        wanted = {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False}
+        changed = {key: value for key, value in wanted.items() if config.get(key, False) != value}
+        if changed or not isinstance(pipeline.scheduler, DDIMScheduler):
+            say(f"scheduler: {type(pipeline.scheduler).__name__} -> DDIMScheduler with {wanted}, which students need")
+            pipeline.register_modules(scheduler=DDIMScheduler.from_config(config, **wanted))
         pipeline.unet.eval()
         return pipeline
 
@@ -192,7 +249,7 @@ class Run:
         """Return the feature extractor of the settings, or `None`: then the table has no distance."""
 
         folder = self.settings.extractor
-        if folder is None and self.teacher_path == BUNDLED_TEACHER and BUNDLED_EXTRACTOR.exists():
+        if folder is None and self.is_bundled and BUNDLED_EXTRACTOR.exists():
             folder = str(BUNDLED_EXTRACTOR)
         return None if folder is None else load_extractor(folder)
 
@@ -372,11 +429,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the whole script and return its metrics."""
     settings = parse_settings(sys.argv[1:] if arguments is None else arguments)
 
-    if Accelerator().num_processes > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "this script runs in one process so far; start it with `accelerate launch --num_processes 1`."
         )
 
+    # On the CPU and in fp32, whatever the user's Accelerate config says: that is what the figures are for.
+    Accelerator(cpu=True, mixed_precision="no")
     set_threads(settings.num_threads)
     set_seed(settings.seed)
     if settings.push_to_hub:
@@ -387,7 +446,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     teacher = run.load_teacher()
     extractor = run.load_extractor()
-    run.quantization_config()  # refuses bad settings before the folder is touched
+    run.check_settings(teacher.scheduler)
     run.claim_folder()
     say(f"calibration set: {settings.num_trajectories} full-precision trajectories")
     calibration = run.collect(teacher)
@@ -404,10 +463,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     say("saving")
     final, half = pipelines["pq_cad"]
     stats = run.distill("pq_cad", quantized, None, calibration)[1]
-    is_bundled = run.teacher_path == BUNDLED_TEACHER
     best = stats[-1]
     metrics = {
-        "teacher_id": "fashion-mnist (bundled)" if is_bundled else settings.pretrained_model_name_or_path,
+        "teacher_id": run.teacher_id(),
         "settings": {key: value for key, value in dataclasses.asdict(settings).items() if key not in LOCAL_SETTINGS},
         "calibration_seed": calibration.manifest["seed"],
         "pq": {
@@ -440,7 +498,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     curves = {path.stem.removesuffix("-log"): json.loads(path.read_text()) for path in logs}
     plot_curves(assets / "curves.png", history.recovery, curves)
     repo = settings.hub_model_id or str(run.folder)
-    license_id = settings.license or ("mit" if is_bundled else None)
+    license_id = settings.license or ("mit" if run.is_bundled else None)
     hub.write_card(run.folder, hub.model_card(metrics, repo=repo, license_id=license_id))
     print("\n" + hub.results_table(metrics) + "\n\n" + hub.table_notes(metrics))
     print(f"\nSaved in {run.folder}. Load it: DiffusionPipeline.from_pretrained({str(run.folder)!r})")

@@ -29,7 +29,7 @@ from diffusers_pqcad.checkpoint import load_checkpoint, save_checkpoint
 
 @dataclass
 class Settings:
-    """Settings of one training run; the defaults made `examples/models/fashion-mnist`."""
+    """Settings of one run; `examples/models/fashion-mnist` was made with these but for what its card tells."""
 
     output_dir: str = "examples/models/fashion-mnist"
     train_data_dir: str | None = None  # a folder of IDX files; default: the Debian package, else the Hub
@@ -105,7 +105,7 @@ def train(settings: Settings) -> UNet2DModel:
     checkpoint = Path(settings.checkpoint_dir) / "state.safetensors"
     log = Path(settings.checkpoint_dir) / "log.jsonl"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    first_step = 0
+    first_step, running_loss = 0, 0.0
     if checkpoint.exists():
         state = load_checkpoint(checkpoint)
         accelerator.unwrap_model(unet).load_state_dict(state["unet"])
@@ -113,7 +113,7 @@ def train(settings: Settings) -> UNet2DModel:
         ema.to(accelerator.device)
         optimizer.load_state_dict(state["optimizer"])
         lr_schedule.load_state_dict(state["lr_schedule"])
-        first_step = state["step"]
+        first_step, running_loss = state["step"], state["running_loss"]
 
     bar = tqdm(
         range(first_step, num_steps),
@@ -122,7 +122,7 @@ def train(settings: Settings) -> UNet2DModel:
         desc="train teacher",
         disable=not accelerator.is_local_main_process,
     )
-    running_loss, started = 0.0, time.perf_counter()
+    started = time.perf_counter()
     for step in bar:
         clean, noise, timesteps = (
             tensor.to(accelerator.device)
@@ -141,7 +141,7 @@ def train(settings: Settings) -> UNet2DModel:
         ema.step(unet.parameters())
         if not accelerator.is_main_process:
             continue
-        running_loss = loss.item() if step == first_step else 0.99 * running_loss + 0.01 * loss.item()
+        running_loss = loss.item() if step == 0 else 0.99 * running_loss + 0.01 * loss.item()
         if (step + 1) % 100 == 0:
             bar.set_postfix(loss=f"{running_loss:.4f}")
             row = {"step": step + 1, "loss": running_loss, "seconds": time.perf_counter() - started}
@@ -154,6 +154,7 @@ def train(settings: Settings) -> UNet2DModel:
                 "optimizer": optimizer.state_dict(),
                 "lr_schedule": lr_schedule.state_dict(),
                 "step": step + 1,
+                "running_loss": running_loss,
             }
             save_checkpoint(checkpoint, state)
 

@@ -124,6 +124,7 @@ def test_momentum_is_the_bias_corrected_average(prices: list[float], beta: float
         deviations.append((price - mean) ** 2)
         dispersion = (weights * deviations).sum() / weights.sum()
         assert momentum.mean(beta) == pytest.approx(mean, rel=1e-9, abs=1e-9)
+        assert momentum.deviation(beta) == pytest.approx(math.sqrt(dispersion), rel=1e-6, abs=1e-6)
         expected = mean + kappa * math.sqrt(dispersion)
         assert momentum.priority(beta, kappa) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 

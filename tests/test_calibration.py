@@ -175,6 +175,13 @@ def test_an_odd_number_of_steps_records_but_has_no_student(tiny_pipeline: DDIMPi
     assert collect(tiny_pipeline, num_inference_steps=2).check_student_steps() == 1
 
 
+@pytest.mark.parametrize("setting", ["clip_sample", "thresholding"])
+def test_clipped_trajectories_record_but_have_no_student(tiny_pipeline: DDIMPipeline, setting: str) -> None:
+    recorded = collect(with_scheduler(tiny_pipeline, **{setting: True}))
+    with pytest.raises(ValueError, match=f"{setting}: a clipped trajectory"):
+        recorded.check_student_steps()
+
+
 @pytest.mark.parametrize("spacing", ["leading", "linspace"])
 def test_grids_that_do_not_nest_are_refused(tiny_pipeline: DDIMPipeline, spacing: str) -> None:
     with pytest.raises(ValueError, match="timestep_spacing: expected 'trailing'"):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import logging
 import pickle
 import warnings
 import weakref
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 from diffusers_pqcad import PQCADConfig, quantize_
-from diffusers_pqcad.convert import decide_bits, dequantize_, match_modules, relative_weight_error
+from diffusers_pqcad.convert import decide_bits, dequantize_, log_once, match_modules, relative_weight_error
+from diffusers_pqcad.kernels import onednn
 from diffusers_pqcad.layers import (
     PQCADConv2d,
     PQCADLinear,
@@ -294,6 +296,11 @@ REFUSALS = {
         None,
         r"weight_bits_by_module lacks \d+ layers, such as",
     ),
+    "parametrized weights": (
+        PQCADConfig(),
+        lambda model: nn.utils.parametrizations.weight_norm(model.conv_in),
+        "parametrized weights; if progressive_quantize left them, call convert_",
+    ),
 }
 
 
@@ -309,6 +316,26 @@ def test_a_refusal_leaves_the_model_unchanged(tiny_unet, case):
     assert_unchanged(tiny_unet, before)
     if prepare is None:
         quantize_(tiny_unet, PQCADConfig())  # and it can still be quantized
+
+
+def test_bits_for_an_unknown_layer_are_refused(tiny_unet):
+    bits = quantize_(copy.deepcopy(tiny_unet), PQCADConfig()).config.quantization_config.weight_bits_by_module
+    with pytest.raises(ValueError, match="weight_bits_by_module: 'typo' is not a layer"):
+        quantize_(tiny_unet, PQCADConfig(weight_bits_by_module=bits | {"typo": 4}))
+
+
+@pytest.mark.parametrize(("saturates", "level"), [(True, logging.WARNING), (False, logging.INFO)])
+def test_kernels_are_logged_once_and_a_slow_computer_warns(tiny_unet, monkeypatch, caplog, saturates, level):
+    monkeypatch.setattr(onednn, "available", lambda: True)
+    monkeypatch.setattr(onednn, "saturates", lambda: saturates)
+    log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="diffusers_pqcad.convert"):
+        for _ in range(2):
+            quantize_(copy.deepcopy(tiny_unet), PQCADConfig(method="fixed", weight_bits=8))
+    (record,) = caplog.records
+    count = len(packed_layers(quantize_(tiny_unet, PQCADConfig(method="fixed", weight_bits=8))))
+    assert record.levelno == level
+    assert f"{count} of {count} layers: {'reference' if saturates else 'onednn'}" in record.getMessage()
 
 
 def test_quantizing_twice_is_refused(tiny_unet):

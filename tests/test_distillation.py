@@ -462,6 +462,46 @@ def test_a_truncated_resume_file_is_refused(
         train(tiny_quantized, None, tiny_calibration_set, teacher="none", checkpoint=path)
 
 
+def test_stopped_early_the_student_is_the_best_state_so_far(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet
+) -> None:
+    config = dataclasses.replace(QUICK, teacher="none", learning_rate=0.05, evaluation_steps=1)  # training only harms
+    start = copy.deepcopy(tiny_quantized)
+    for entry in distill(tiny_quantized, None, tiny_calibration_set, config):
+        if entry.step == 2:
+            break
+    assert entry.best_step == 0
+    weights = {name: latent_weight(layer) for name, layer in fake_quant_layers(tiny_quantized).items()}
+    assert all(torch.equal(weights[name], latent_weight(layer)) for name, layer in fake_quant_layers(start).items())
+
+
+def test_a_resume_file_of_another_student_or_teacher_is_refused(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet, tmp_path: Path
+) -> None:
+    path, start, teacher = tmp_path / "cad.safetensors", copy.deepcopy(tiny_quantized), copy.deepcopy(tiny_quantized)
+    train(tiny_quantized, teacher, tiny_calibration_set, checkpoint=path)
+    other = copy.deepcopy(start)
+    with torch.no_grad():
+        other.conv_in.bias.add_(0.1)
+    with pytest.raises(ValueError, match="begun with other settings.*student"):
+        train(copy.deepcopy(other), teacher, tiny_calibration_set, checkpoint=path)
+    with pytest.raises(ValueError, match="begun with other settings.*teacher"):
+        train(copy.deepcopy(start), other, tiny_calibration_set, checkpoint=path)
+    with pytest.raises(ValueError, match="begun with other settings.*data"):
+        train(copy.deepcopy(start), teacher, tiny_calibration_set, checkpoint=path, data=torch.zeros(2, 1, 8, 8))
+
+
+def test_the_largest_seed_draws(tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet) -> None:
+    train(tiny_quantized, None, tiny_calibration_set, teacher="none", seed=2**32 - 1, max_train_steps=1)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", ["max_train_steps", "train_batch_size", "gate_steps", "evaluation_steps"])
+def test_settings_out_of_range_are_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+        DistillConfig(**{name: 0})
+
+
 def test_a_resume_file_of_other_settings_is_refused(
     tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet, tmp_path: Path
 ) -> None:

@@ -127,6 +127,12 @@ def test_changed_settings_on_an_old_folder_are_refused(teacher, finished):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--num_images", "1"), "num_images: expected at least 2, got 1"),
+        (("--max_train_steps", "0"), "max_train_steps: expected at least 1, got 0"),
+        (("--evaluation_steps", "0"), "evaluation_steps"),
+        (("--reconstruction_samples", "3"), "reconstruction_samples"),
+        (("--num_trajectories", "3"), "num_trajectories"),
+        (("--config", "nowhere.yaml"), "no file 'nowhere.yaml'"),
         (("--num_inference_steps", "5"), "odd"),
         (("--num_inference_steps", "6"), "divide"),
         (("--weight_bits", "1"), "weight_bits"),
@@ -141,7 +147,7 @@ def test_bad_settings_are_refused(teacher, tmp_path, monkeypatch, flags, message
     arguments = command(teacher, folder, *flags)
     with pytest.raises(ValueError, match=message):
         distill.main(arguments[arguments.index("--preset") :])
-    assert not (folder / "model_index.json").exists()
+    assert not folder.exists()  # the corrected command may have it
 
 
 def test_a_recipe_sets_defaults_and_unknown_keys_are_refused(monkeypatch, tmp_path):
@@ -155,3 +161,68 @@ def test_a_recipe_sets_defaults_and_unknown_keys_are_refused(monkeypatch, tmp_pa
     recipe.write_text(yaml.safe_dump({"weight_bit": 3.0}))
     with pytest.raises(ValueError, match="weight_bit"):
         distill.parse_settings(["--config", str(recipe)])
+
+
+def test_other_pipelines_are_refused_and_other_schedulers_converted(teacher, monkeypatch, tmp_path):
+    from diffusers import (
+        DDIMPipeline,
+        DDPMPipeline,
+        DDPMScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        LDMPipeline,
+        UNet2DModel,
+        VQModel,
+    )
+
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import distill
+
+    unet = UNet2DModel.from_pretrained(teacher, subfolder="unet")
+    DDPMPipeline(unet, DDPMScheduler(prediction_type="v_prediction")).save_pretrained(tmp_path / "ddpm")
+    settings = distill.Settings(pretrained_model_name_or_path=str(tmp_path / "ddpm"), output_dir=str(tmp_path / "out"))
+    scheduler = distill.Run(settings).load_teacher().scheduler
+    assert type(scheduler).__name__ == "DDIMScheduler"
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert (scheduler.config.timestep_spacing, scheduler.config.clip_sample) == ("trailing", False)
+
+    pipeline = DDIMPipeline.from_pretrained(teacher)
+    pipeline.register_modules(scheduler=FlowMatchEulerDiscreteScheduler())
+    monkeypatch.setattr(distill.DiffusionPipeline, "from_pretrained", lambda path: pipeline)
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler, which has no `beta_schedule`"):
+        distill.Run(settings).load_teacher()
+    pipeline = LDMPipeline(vqvae=VQModel(norm_num_groups=4, block_out_channels=(8,)), unet=unet, scheduler=scheduler)
+    with pytest.raises(ValueError, match=r"of a `unet` and a `scheduler`, got \['scheduler', 'unet', 'vqvae'\]"):
+        distill.Run(settings).load_teacher()
+
+
+def test_what_is_published_names_no_place_of_this_computer(finished):
+    for name in ("recipe.yaml", "metrics.json", "README.md", "history.json"):
+        assert str(finished.parent) not in (finished / name).read_text()
+        assert "/tmp" not in (finished / name).read_text()
+    recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
+    assert recipe["num_images"] == 8
+    assert not {"output_dir", "pretrained_model_name_or_path", "push_to_hub", "num_threads"} & set(recipe)
+
+
+def test_the_bundled_teacher_is_known_by_any_path(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import distill
+
+    monkeypatch.chdir(ROOT)
+    for path in (None, "examples/models/fashion-mnist", str(ROOT / "examples" / "models" / "fashion-mnist")):
+        run = distill.Run(distill.Settings(pretrained_model_name_or_path=path, output_dir=str(tmp_path)))
+        assert run.load_extractor() is not None
+        assert run.teacher_id() == "fashion-mnist (bundled)"
+
+
+def test_ablations_are_added_to_a_finished_run(teacher, finished):
+    before, metrics = weights(finished), json.loads((finished / "metrics.json").read_text())
+    result = launch(teacher, finished, "--ablations")
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = {row["key"]: row for row in json.loads((finished / "metrics.json").read_text())["rows"]}
+    assert [rows[row["key"]] for row in metrics["rows"]] == metrics["rows"]  # what was measured stays
+    assert set(rows) - {row["key"] for row in metrics["rows"]} == {
+        "cad_calibration_only", "cad_float_teacher", "cad_no_gate", "cad_no_calibration",
+        "pq_no_momentum", "fixed_recovered",
+    }  # fmt: skip
+    assert all((weights(finished)[name] == before[name]).all() for name in before)

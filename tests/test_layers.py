@@ -124,6 +124,15 @@ def test_a_layer_that_cannot_be_packed_stays_as_it_is(weight: float, spec: Weigh
     assert list(layer.state_dict()) == ["weight", "bias"]
 
 
+@pytest.mark.parametrize(("weight", "scale"), [(float("nan"), 1.0), (1.0, float("nan")), (1.0, 0.0)])
+def test_a_given_scale_hides_nothing(weight: float, scale: float) -> None:
+    layer = PQCADLinear(4, 2)
+    nn.init.constant_(layer.weight, weight)
+    with pytest.raises(ValueError, match="finite|NaN"):
+        layer.pack_(WeightSpec(4), activation_bits=8, scale=torch.full((2, 1), scale))
+    assert not layer.packed
+
+
 @pytest.mark.parametrize("case", FLOAT_LAYERS)
 def test_to_float_and_back(case: str) -> None:
     layer, x = packed(case, 4, activation_bits=None).eval(), input_of(case)

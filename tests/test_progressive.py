@@ -516,6 +516,31 @@ def test_a_budget_out_of_reach_is_refused(
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"signal": "weights"}, "signal: expected 'output' or 'weight', got 'weights'"),
+        ({"beta": 1.0}, "beta: expected 0"),
+        ({"rounds_per_stage": 0}, "rounds_per_stage: expected at least 1, got 0"),
+        ({"reconstruction_samples": 3}, "reconstruction_samples: expected at least 8, got 3"),
+        ({"evaluation_steps": 0}, "evaluation_steps: expected at least 1, got 0"),
+        ({"recovery_steps": -1}, "recovery_steps: expected at least 0, got -1"),
+        ({"trust": float("nan")}, "trust: expected at least 0, got nan"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ProgressiveConfig(**change)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("change", [{"batch_size": 0}, {"input_mix": 1.5}, {"held_out_fraction": 0.0}])
+def test_reconstruction_settings_out_of_range_are_refused(change: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(change))):
+        ReconstructionConfig(**change)
+
+
+@pytest.mark.fast
 def test_a_model_in_half_precision_is_refused(
     tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig
 ) -> None:

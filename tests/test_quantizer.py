@@ -742,6 +742,10 @@ EDITS = {
     "infinite scale": (set_scale(float("inf")), rf"{LAYER}.weight_scale: scales must be positive and finite"),
     "zero input scale": (set_scale(0.0, "input_scale"), rf"{LAYER}.input_scale: scales must be positive and finite"),
     "zero point": (set_scale(256, "input_zero_point"), rf"{LAYER}.input_zero_point: .* 0 to 255"),
+    "a code that no weight has": (
+        lambda stored: stored[f"{LAYER}.qweight"].fill_(255),
+        rf"{LAYER}.qweight: holds the code that no weight has",
+    ),
     "wrong scale shape": (
         replace("weight_scale", torch.ones(3, 1)),
         rf"{LAYER}.weight_scale: expected shape \(32, 1\)",

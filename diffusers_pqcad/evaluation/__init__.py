@@ -31,6 +31,8 @@ from diffusers_pqcad.evaluation.speed import (
     interleaved_latency,
     tensor_bytes,
 )
+from diffusers_pqcad.fake_quant import fake_quant_layers
+from diffusers_pqcad.layers import average_bits, kernel_cache_bytes
 from diffusers_pqcad.sampling import denoise, generate, initial_noise, sample_shape, timestep_grid
 
 __all__ = ["EvaluationReport", "evaluate", "generate_samples", "load_extractor", "to_uint8"]
@@ -70,6 +72,7 @@ class EvaluationReport:
     tensor_bytes: int  # of the denoiser, in memory
     average_bits: float  # over the quantized weights, 32 for a float32 model
     average_bits_all: float  # over all weights
+    kernel_cache_bytes: int  # int8 copies that kernels held in memory beside the packed weights
     latency_ms: Latency
     reference_latency_ms: Latency
     latency_batch_size: int
@@ -163,6 +166,11 @@ def evaluate(
             f"pipeline: expected samples of shape {reference_shape} as the reference makes, got {shape}. Compare with "
             "the model that this one was made from."
         )
+    if fake_quant_layers(pipeline.unet):
+        raise ValueError(
+            "pipeline: its weights are only rounded in simulation, so its size and time would mean nothing. Measure "
+            "convert_(copy.deepcopy(unet)) in its place."
+        )
     timesteps = _common_timesteps(pipeline.scheduler, num_inference_steps, reference.scheduler, reference_steps)
 
     seeding: dict[str, Any] = {"num_images": num_images, "seed": seed, "batch_size": batch_size, "progress": progress}
@@ -211,6 +219,7 @@ def evaluate(
         tensor_bytes=tensor_bytes(pipeline.unet),
         average_bits=average_bits,
         average_bits_all=average_bits_all,
+        kernel_cache_bytes=kernel_cache_bytes(pipeline.unet),
         latency_ms=latency,
         reference_latency_ms=reference_latency,
         latency_batch_size=latency_batch_size,
@@ -301,8 +310,6 @@ def _latencies(
 
 def _average_bits(model: nn.Module) -> tuple[float, float]:
     """Return the average bits over quantized and over all weights; a float model has its own width, twice."""
-    from diffusers_pqcad.layers import average_bits
-
     bits = average_bits(model)
     if bits is not None:
         return bits

@@ -104,3 +104,8 @@ def summary(layers: "list[QuantizedLayer]") -> str:
     parts = [f"{chosen[name]} of {len(layers)} layers: {name}" for name in KERNELS if chosen[name]]
     parts += [f"{count} without {onednn.NAME}: {reason}" for reason, count in reasons.items()]
     return "; ".join(parts)
+
+
+def lacks_fast_kernel(layers: "list[QuantizedLayer]") -> bool:
+    """Return whether this computer, not the model, is why some of `layers` take the slow kernel."""
+    return any(layer.refusal(onednn.NAME) in (onednn.NO_OPERATORS, onednn.NO_VNNI) for layer in layers)

@@ -24,6 +24,8 @@ NAME = "onednn"
 OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
 # Two neighbouring products of the widest inputs, 2 * 255 * 63, still fit a signed 16-bit intermediate sum.
 MAX_BITS_WITHOUT_VNNI = 6
+NO_OPERATORS = "this PyTorch has no oneDNN int8 operators"
+NO_VNNI = "this CPU has no VNNI, where 8-bit products saturate silently"
 
 
 class PackedLayer(NamedTuple):
@@ -81,12 +83,12 @@ def refusal(layer: "QuantizedLayer") -> str | None:
     if layer.activation_bits is None:
         return "its activations stay in floating point"
     if not available():
-        return "this PyTorch has no oneDNN int8 operators"
+        return NO_OPERATORS
     if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
         return f"padding {layer.padding!r} in mode {layer.padding_mode!r} is not supported"
     widens = layer.weight_scale.shape[1] > 1  # groups are re-quantized to 8 bits per channel
     if (layer.spec.bits > MAX_BITS_WITHOUT_VNNI or widens) and saturates():
-        return "this CPU has no VNNI, where 8-bit products saturate silently"
+        return NO_VNNI
     return None
 
 

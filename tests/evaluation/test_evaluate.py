@@ -10,9 +10,13 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
+from diffusers_pqcad import PQCADConfig, quantize_
+from diffusers_pqcad.convert import match_modules
 from diffusers_pqcad.evaluation import EvaluationReport, evaluate, generate_samples, to_uint8
 from diffusers_pqcad.evaluation.features import FeatureExtractor
 from diffusers_pqcad.evaluation.metrics import feature_statistics, frechet_distance
+from diffusers_pqcad.fake_quant import prepare_
+from diffusers_pqcad.layers import kernel_cache_bytes
 from diffusers_pqcad.sampling import initial_noise
 
 FAST = {"num_latency_rounds": 1, "latency_batch_size": 2, "progress": False}
@@ -289,6 +293,22 @@ class TestEvaluate:
     def test_refuses_models_of_different_shape(self, pipeline):
         with pytest.raises(ValueError, match=r"expected samples of shape \(1, 8, 8\)"):
             evaluate(tiny_pipeline(sample_size=16), pipeline, num_images=2, num_inference_steps=5, seed=0, **FAST)
+
+    def test_refuses_simulated_weights(self, pipeline):
+        simulated = DDIMPipeline(copy.deepcopy(pipeline.unet), pipeline.scheduler)
+        config = PQCADConfig()
+        prepare_(simulated.unet, config, dict.fromkeys(match_modules(simulated.unet, config), 4))
+        with pytest.raises(ValueError, match="only rounded in simulation"):
+            evaluate(simulated, pipeline, num_images=2, num_inference_steps=5, seed=0, **FAST)
+
+    def test_counts_the_copies_of_the_kernels(self, pipeline):
+        config = PQCADConfig(method="fixed", weight_bits=4)
+        quantized = DDIMPipeline(quantize_(copy.deepcopy(pipeline.unet), config), pipeline.scheduler)
+        report = evaluate(quantized, pipeline, num_images=2, num_inference_steps=5, seed=0, **FAST)
+        assert report.kernel_cache_bytes == kernel_cache_bytes(quantized.unet)
+        assert (
+            evaluate(pipeline, pipeline, num_images=2, num_inference_steps=5, seed=0, **FAST).kernel_cache_bytes == 0
+        )
 
     def test_names_the_cause_of_nan(self, pipeline):
         broken = perturbed(pipeline)
