@@ -90,7 +90,7 @@ class ProgressiveConfig:
             raise ValueError(f"signal: expected 'output' or 'weight', got {self.signal!r}.")
         if not 0 <= self.beta < 1:
             raise ValueError(f"beta: expected 0 (no momentum) to below 1, got {self.beta}.")
-        check_minimum(self, kappa=0, trust=0, perturbation_floor=0, roll_back_tolerance=0, cooldown=0)
+        check_minimum(self, kappa=0, trust=0, perturbation_floor=0, cooldown=0)
         check_minimum(self, rounds_per_stage=1, price_batches=1, price_batch_size=1, reconstruction_samples=8)
         check_minimum(self, recovery_steps=0, recovery_batch_size=1, evaluation_steps=1)
 

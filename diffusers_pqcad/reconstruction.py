@@ -31,7 +31,7 @@ class ReconstructionConfig:
     held_out_fraction: float = 0.125
 
     def __post_init__(self) -> None:
-        check_minimum(self, iterations=0, batch_size=1, learning_rate=0, scale_learning_rate=0)
+        check_minimum(self, iterations=0, batch_size=1)
         if not (0 <= self.input_mix <= 1 and 0 < self.held_out_fraction < 1):
             raise ValueError(
                 f"input_mix={self.input_mix}, held_out_fraction={self.held_out_fraction}: expected shares, the second "

@@ -3,7 +3,7 @@
 # ///
 """Compress an unconditional diffusers pipeline: progressive quantization, then distillation to half the steps.
 
-    accelerate launch examples/distill.py                       # the bundled teacher, about a quarter of an hour
+    accelerate launch examples/distill.py                       # the bundled teacher
     accelerate launch examples/distill.py --pretrained_model_name_or_path my/pipeline --weight_bits 3
 
 Stages: calibration set, PQ, CAD, evaluation, saving. Every stage leaves its result in `output_dir`; the same command
