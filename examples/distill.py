@@ -497,7 +497,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     logs = sorted(run.state.glob("*-log.json"))
     curves = {path.stem.removesuffix("-log"): json.loads(path.read_text()) for path in logs}
     plot_curves(assets / "curves.png", history.recovery, curves)
-    repo = settings.hub_model_id or str(run.folder)
+    repo = settings.hub_model_id or run.folder.name  # a local copy is loaded from where the reader put it
     license_id = settings.license or ("mit" if run.is_bundled else None)
     hub.write_card(run.folder, hub.model_card(metrics, repo=repo, license_id=license_id))
     print("\n" + hub.results_table(metrics) + "\n\n" + hub.table_notes(metrics))
