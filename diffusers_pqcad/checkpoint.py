@@ -75,7 +75,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def check_request(path: str | Path, saved: dict[str, Any], request: dict[str, Any]) -> None:
     """Raise ValueError unless a resume file was `saved` for this `request` (plain values): another one is no start."""
-    theirs, mine = json.loads(saved["request"]), json.loads(json.dumps(request))
+    theirs, mine = json.loads(saved.get("request", "{}")), json.loads(json.dumps(request))
     changed = {key: (theirs.get(key), mine.get(key)) for key in theirs | mine if theirs.get(key) != mine.get(key)}
     if changed:
         raise ValueError(

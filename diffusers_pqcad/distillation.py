@@ -237,6 +237,21 @@ class Distillation:
         return total, teacher_loss, calibration_loss
 
 
+def request_of(
+    student: nn.Module, teacher: nn.Module | None, calibration: CalibrationSet, config: DistillConfig, data: Tensor
+) -> dict[str, Any]:
+    """Return what a resume file must have been begun with, as plain values."""
+    return {
+        "config": asdict(config),
+        "calibration": calibration.manifest | {"num_trajectories": len(calibration)},
+        "num_inference_steps": calibration.num_inference_steps,
+        "bits": bits_by_module(student),
+        "student": model_hash(student),
+        "teacher": None if teacher is None else model_hash(teacher),
+        "data": tensors_hash({"data": data}),
+    }
+
+
 def distill(
     student: nn.Module,
     teacher: nn.Module | None,
@@ -266,15 +281,7 @@ def distill(
     path = None if checkpoint is None else Path(checkpoint)
     data = run.train_set.trajectory[:, -1] if data is None else data
     state = load_checkpoint(path) if path is not None and path.exists() else None
-    request = {
-        "config": asdict(config),
-        "calibration": calibration.manifest | {"num_trajectories": len(calibration)},
-        "num_inference_steps": calibration.num_inference_steps,
-        "bits": bits_by_module(student),
-        "student": model_hash(student),
-        "teacher": None if teacher is None else model_hash(teacher),
-        "data": tensors_hash({"data": data}),
-    }
+    request = request_of(student, teacher, calibration, config, data)
     if path is not None and state is not None:
         check_request(path, state, request)
 

@@ -144,7 +144,8 @@ class QuantizedLayer(nn.Module):
             min_max = min_max_weight_scale(weight, spec)  # refuses weights that are not finite
             scale = min_max if scale is None else scale.detach().float().clone()
             if not bool(((scale > 0) & scale.isfinite()).all()):
-                raise ValueError("expected scales that are positive and finite.")
+                low, high = scale.aminmax()
+                raise ValueError(f"scale: expected positive and finite numbers, got {low.item()} to {high.item()}.")
             levels = quantize_weight(weight, scale, spec)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None

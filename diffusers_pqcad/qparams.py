@@ -180,8 +180,8 @@ def _fp32(value: float) -> float:
 class _FakeQuantizeActivation(torch.autograd.Function):
     """Rounds onto the uint8 grid; one mask is all that the backward needs.
 
-    Element-wise passes cost as much as the convolutions between them when a small model is trained on a CPU: written
-    in place this takes less than half the time of the same operators under autograd, and of torch's own operator.
+    Element-wise passes weigh as much as convolutions when a small model is trained on a CPU: in place, this is faster
+    than the same operators under autograd, and than torch's own operator.
     """
 
     @staticmethod

@@ -155,7 +155,7 @@ def capture_io(
 def random_mask(shape: torch.Size, share: float, generator: torch.Generator) -> Tensor:
     """Return a bool tensor in which each element is true with probability `share`, to the nearest 1/256.
 
-    Four elements from each random integer: drawn one by one, the masks would take a third of a reconstruction's time.
+    Four elements from each random integer: drawn one by one, the masks would take a good part of a reconstruction.
     """
     threshold = round(256 * share)
     if threshold in (0, 256):

@@ -51,6 +51,7 @@ class TestUNetStep:
         result = unet_step.main(tiny_settings(unet_step, json=str(file)))
 
         assert json.loads(file.read_text()) == json.loads(json.dumps(result))
+        assert str(tmp_path) not in file.read_text()
         rows = {row["name"]: row for row in result["contestants"]}
         assert list(rows) == [
             "stock diffusers, fp32",

@@ -193,6 +193,8 @@ def test_a_resume_file_of_another_request_is_refused_with_the_difference(tmp_pat
     assert "'only there': ([1], None)" in str(refusal.value)
     assert "'only here': (None, 2)" in str(refusal.value)
     assert "seed" not in str(refusal.value)
+    with pytest.raises(ValueError, match="begun with other settings"):
+        check_request(tmp_path / "resume", {"trajectory": 0}, {"bits": 4})  # another kind of file
 
 
 def test_a_kill_while_writing_a_text_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,11 @@ def quantize(
     )
 
 
+def as_recorded_with(model: nn.Module, calibration: CalibrationSet) -> CalibrationSet:
+    """The set, claiming to be recorded with `model`."""
+    return dataclasses.replace(calibration, manifest=calibration.manifest | {"model_hash": model_hash(model)})
+
+
 def same_state(a: nn.Module, b: nn.Module) -> bool:
     first, second = a.state_dict(), b.state_dict()
     return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
@@ -552,8 +557,7 @@ def test_a_layer_that_is_never_called_is_refused_by_name(
     tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig
 ) -> None:
     tiny_unet.mid_block.resnets[0].unused = nn.Linear(2, 2)
-    manifest = tiny_calibration_set.manifest | {"model_hash": model_hash(tiny_unet)}
-    calibration = dataclasses.replace(tiny_calibration_set, manifest=manifest)
+    calibration = as_recorded_with(tiny_unet, tiny_calibration_set)
     before = clone_state(tiny_unet)
     with pytest.raises(ValueError, match="mid_block.resnets.0.unused: the model never calls this layer"):
         quantize(tiny_unet, calibration, quick_progressive)
@@ -569,8 +573,7 @@ def test_weights_that_are_not_finite_are_refused(
     model = tiny_unet
     with torch.no_grad():
         model.mid_block.resnets[0].conv2.weight[0] = float("nan")
-    manifest = tiny_calibration_set.manifest | {"model_hash": model_hash(model)}
-    recorded = dataclasses.replace(tiny_calibration_set, manifest=manifest)
+    recorded = as_recorded_with(model, tiny_calibration_set)
     before = clone_state(model)
     with pytest.raises(ValueError, match="mid_block.resnets.0.conv2.*NaN"):
         quantize(model, recorded, quick_progressive)

@@ -162,7 +162,7 @@ def benchmark(settings: Settings) -> dict[str, Any]:
     ]
     num_parameters = stock.num_parameters()
     return {
-        "settings": asdict(settings),
+        "settings": {key: value for key, value in asdict(settings).items() if key != "json"},
         "environment": circumstances,
         "num_parameters": num_parameters,
         "contestants": rows,
