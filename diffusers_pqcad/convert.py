@@ -81,8 +81,8 @@ def decide_bits(layers: Mapping[str, FloatLayer], config: PQCADConfig) -> dict[s
         unknown = sorted(set(config.weight_bits_by_module) - set(layers))
         if unknown:
             raise ValueError(
-                f"weight_bits_by_module: {unknown[0]!r} is not a layer that this config quantizes. Remove the entry, or "
-                "give the config that belongs to this model."
+                f"weight_bits_by_module: {unknown[0]!r} is not a layer that this config quantizes. Remove the "
+                "entry, or give the config that belongs to this model."
             )
         return {name: config.weight_bits_by_module[name] for name in layers}
 
