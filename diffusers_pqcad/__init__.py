@@ -1,15 +1,18 @@
 """Progressive quantization and calibration-assisted distillation for diffusers.
 
-Importing this package registers the quantization method "pqcad" with diffusers. Everything else loads on first use.
+Importing this package registers the quantization method "pqcad" with diffusers, and with transformers for
+the text encoders of its pipelines. Everything else loads on first use.
 """
 
 from importlib import import_module
 from typing import Any
 
-from diffusers.quantizers import auto as _auto
+from diffusers.quantizers import auto as _diffusers
+from transformers.quantizers import auto as _transformers
 
 from diffusers_pqcad.config import PQCADConfig
 from diffusers_pqcad.quantizer import PQCADQuantizer
+from diffusers_pqcad.transformers_quantizer import PQCADTransformersQuantizer
 
 __version__ = "0.1.0"
 
@@ -23,13 +26,15 @@ _LAZY = {
     "convert_": "fake_quant",
     "distill": "distillation",
     "evaluate": "evaluation",
+    "inspect": "inspection",
     "progressive_quantize": "progressive",
     "quantize_": "convert",
 }
 __all__ = ["PQCADConfig", "PQCADQuantizer", *_LAZY]
 
-_auto.AUTO_QUANTIZER_MAPPING["pqcad"] = PQCADQuantizer
-_auto.AUTO_QUANTIZATION_CONFIG_MAPPING["pqcad"] = PQCADConfig
+for _mappings, _quantizer in ((_diffusers, PQCADQuantizer), (_transformers, PQCADTransformersQuantizer)):
+    _mappings.AUTO_QUANTIZER_MAPPING["pqcad"] = _quantizer
+    _mappings.AUTO_QUANTIZATION_CONFIG_MAPPING["pqcad"] = PQCADConfig
 
 
 def __getattr__(name: str) -> Any:

@@ -15,8 +15,8 @@ from diffusers_pqcad.qparams import ACTIVATION_BITS, WEIGHT_BITS, WeightSpec
 
 FORMAT_VERSION = 1
 DENOISER_COMPONENTS = ("unet", "transformer", "transformer_2", "prior")
-# Top-level modules kept in floating point by default: few weights, and in an epsilon model conv_out at 8 bits alone
-# costs 16 dB, because the last layer's error is the step's error. Transformers name the same layers differently.
+# Modules kept in floating point by default: few weights, and in an epsilon model conv_out at 8 bits alone costs 16 dB,
+# because the last layer's error is the step's error. Each kind of model has its own names for them.
 EXEMPT_MODULES = (
     "conv_in",
     "conv_out",
@@ -27,11 +27,22 @@ EXEMPT_MODULES = (
     "pos_embed",
     "proj_out",
     "norm_out",
+    "proj_out_1",
+    "proj_out_2",
     "time_text_embed",
     "context_embedder",
     "x_embedder",
     "adaln_single",
     "caption_projection",
+    "controlnet_cond_embedding",
+    "controlnet_down_blocks",
+    "controlnet_mid_block",
+    "encoder.conv_in",
+    "encoder.conv_out",
+    "quant_conv",
+    "post_quant_conv",
+    "decoder.conv_in",
+    "decoder.conv_out",
 )
 
 
@@ -71,7 +82,7 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         modules_to_not_convert: names, parts of names or globs of layers that stay in floating point, besides the
             default exemptions.
         search_all_modules: also quantize what is exempt by default (first and last convolution, time embedding).
-        components: the pipeline components to quantize; `None`: the denoiser.
+        components: the pipeline components to quantize, text encoders included; `None`: the denoiser.
         weight_bits_by_module: bits of every quantized layer, as PQ decided; filled on quantization.
         timestep_boundaries: boundaries of the static activation ranges' timestep groups; `None`: dynamic ranges.
         num_inference_steps: the number of sampling steps that a student was distilled for.
@@ -151,7 +162,9 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
 
     def is_exempt(self, name: str) -> bool:
         """Return whether the module `name` stays in floating point."""
-        by_default = not self.search_all_modules and name.split(".")[0] in EXEMPT_MODULES
+        by_default = not self.search_all_modules and f"{name}.".startswith(
+            tuple(f"{part}." for part in EXEMPT_MODULES)
+        )
         return by_default or any(matches(name, pattern) for pattern in self.modules_to_not_convert)
 
     def check_patterns(self, names: Iterable[str]) -> None:
@@ -205,9 +218,4 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         """Answer diffusers' pipeline loader: a copy of this config for a chosen component, `None` for the others."""
         if module_name not in (DENOISER_COMPONENTS if self.components is None else self.components):
             return None
-        if not is_diffusers:
-            raise ValueError(
-                f"components: {module_name!r} is a transformers model, and PQCAD quantizes diffusers models only. "
-                "Leave it out of `components`."
-            )
         return copy.deepcopy(self)

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -14,10 +14,20 @@ from diffusers_pqcad import kernels
 from diffusers_pqcad.allocation import allocate
 from diffusers_pqcad.config import PQCADConfig
 from diffusers_pqcad.layers import QUANTIZED_LAYERS, FloatLayer, QuantizedLayer, packed_layers
+from diffusers_pqcad.overrides import override_methods_, restore_methods_
 from diffusers_pqcad.qparams import WeightSpec, dequantize_weight, min_max_weight_scale, quantize_weight
 from diffusers_pqcad.timesteps import TimestepGroups, install_timestep_groups, remove_timestep_groups
 
 logger = logging.getLogger(__name__)
+
+
+def quantizable_layers(model: nn.Module) -> dict[str, FloatLayer]:
+    """Return the layers of `model` that can be quantized and are not, by name, in registration order."""
+    return {
+        name: cast(FloatLayer, module)
+        for name, module in model.named_modules()
+        if type(module) in QUANTIZED_LAYERS or (isinstance(module, QuantizedLayer) and not module.packed)
+    }
 
 
 def match_modules(model: nn.Module, config: PQCADConfig) -> dict[str, FloatLayer]:
@@ -25,11 +35,7 @@ def match_modules(model: nn.Module, config: PQCADConfig) -> dict[str, FloatLayer
 
     Raises ValueError for a pattern that matches nothing or a group size that does not divide; warns if none is left.
     """
-    layers = {
-        name: cast(FloatLayer, module)
-        for name, module in model.named_modules()
-        if type(module) in QUANTIZED_LAYERS or (isinstance(module, QuantizedLayer) and not module.packed)
-    }
+    layers = quantizable_layers(model)
     if "" in layers:
         raise ValueError(f"{type(model).__name__} is a single layer; wrap it, as in nn.Sequential(layer).")
     config.check_patterns(layers)
@@ -148,9 +154,7 @@ def finish_(model: nn.Module, config: PQCADConfig) -> None:
         layer.name = name
     if config.timestep_boundaries is not None:
         share_timestep_groups(model, install_timestep_groups(model, config.timestep_boundaries))
-    if hasattr(type(model), "num_parameters"):
-        # Not a bound method: pickle looks those up by name, and would bring back the class's own.
-        model.num_parameters = partial(num_parameters, model)  # type: ignore[assignment]
+    override_methods_(model)
     if layers:
         found = list(layers.values())
         log_once(type(model).__name__, kernels.summary(found), slow=kernels.lacks_fast_kernel(found))
@@ -169,14 +173,6 @@ def share_timestep_groups(model: nn.Module, groups: TimestepGroups) -> None:
             layer.timestep_groups = groups
 
 
-def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    """Return the number of parameters of the float model that this quantized model stands for."""
-    count = type(self).num_parameters(self, only_trainable, exclude_embeddings)
-    if only_trainable:
-        return count
-    return count + sum(layer.weight_shape.numel() for layer in packed_layers(self).values())
-
-
 def mark_quantized_(model: Any, config: PQCADConfig) -> None:
     """Make a diffusers `model` that was quantized in memory look as if loaded so; other models are left alone."""
     if not hasattr(model, "register_to_config"):
@@ -192,7 +188,7 @@ def mark_quantized_(model: Any, config: PQCADConfig) -> None:
 def unmark_quantized_(model: Any) -> None:
     """Undo `mark_quantized_` and `finish_`."""
     remove_timestep_groups(model)
-    model.__dict__.pop("num_parameters", None)
+    restore_methods_(model)
     if hasattr(model, "_internal_dict"):
         # diffusers leaves the entry, so that a saved float model would say that it is quantized.
         kept = {

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusers_pqcad import kernels
+from diffusers_pqcad import graph_ops, kernels
 from diffusers_pqcad.packing import pack_levels, packed_row_bytes, unpack_levels
 from diffusers_pqcad.qparams import (
     ActivationQParams,
@@ -26,6 +26,7 @@ HOOKS = (
     "_forward_hooks_always_called",
 )
 SCALE_BUFFERS = ("weight_scale", "input_scale")  # always fp32, whatever the model's dtype
+DTYPE_MARKER = "dtype_marker"
 WRITING_OPERATORS = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
 
 
@@ -37,6 +38,7 @@ class ComputedWeight(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     layer_name = ""
+    _is_hf_initialized = True  # transformers writes random numbers into weights that it takes for missing
 
     def refuse(self, *args: Any, **kwargs: Any) -> Any:
         """Raise ValueError."""
@@ -63,7 +65,9 @@ class QuantizedLayer(nn.Module):
     """What `PQCADLinear` and `PQCADConv2d` share. A plain float layer until `pack_` or `allocate_packed_`.
 
     Buffers once packed: `qweight` uint8 (C_out, packed_row_bytes); `weight_scale` fp32 (C_out, G); where calibrated,
-    `input_scale` fp32 and `input_zero_point` int32, both (number of timestep groups,). `weight` is then computed.
+    `input_scale` fp32 and `input_zero_point` int32, both (number of timestep groups,). `weight` is then computed, with
+    the dtype of `dtype_marker`: an empty buffer that is never saved, and that diffusers finds before the fp32 scales
+    when it asks a layer without bias for its dtype.
     """
 
     # Class-level defaults: peft builds adapters with `type(base_layer)(...)`, and those must be plain float layers.
@@ -71,9 +75,10 @@ class QuantizedLayer(nn.Module):
     packed: bool = False
     activation_bits: int | None = None
     timestep_groups: TimestepGroups | None = None
-    weight_dtype: torch.dtype = torch.float32
     name: str = ""
+    perturbation: float | None = None  # ||Q(W) - W||^2 / ||W||^2 when it was packed; not saved
     _cache: tuple[str, Any] | None = None
+    handle: Tensor  # names this layer in a graph
     qweight: Tensor
     weight_scale: Tensor
     input_scale: Tensor | None
@@ -83,8 +88,10 @@ class QuantizedLayer(nn.Module):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Registered as None from the start: a parallel loader walks the buffers while others are being filled.
+        self.register_buffer(DTYPE_MARKER, None, persistent=False)
         for buffer in ("qweight", "weight_scale", "input_scale", "input_zero_point"):
             self.register_buffer(buffer, None)
+        self.handle = graph_ops.register(self)
 
     @property
     def weight(self) -> Tensor:
@@ -99,6 +106,12 @@ class QuantizedLayer(nn.Module):
         return weight
 
     @property
+    def weight_dtype(self) -> torch.dtype:
+        """Dtype of `weight`."""
+        marker = self._buffers[DTYPE_MARKER]
+        return self.weight.dtype if marker is None else marker.dtype
+
+    @property
     def weight_shape(self) -> torch.Size:
         """Shape of the float weight, (C_out, ...)."""
         raise NotImplementedError
@@ -111,23 +124,48 @@ class QuantizedLayer(nn.Module):
         """Return the int8 levels, in the shape of the float weight."""
         return unpack_levels(self.qweight, self.spec, self.weight_shape)
 
+    def channel_levels(self) -> tuple[Tensor, Tensor]:
+        """Return int8 levels in the shape of the float weight, and fp32 scales (C_out,): what int8 products take.
+
+        Scales per output channel keep the stored levels as they are, at any bit-width. Rows of several scales (groups)
+        are re-quantized to 8 bits per channel, an error of at most 1/254 of a row's range.
+        """
+        levels, scale = self.levels(), self.weight_scale
+        if scale.shape[1] > 1:
+            weight, spec = dequantize_weight(levels, scale), WeightSpec(8)
+            scale = min_max_weight_scale(weight, spec)
+            levels = quantize_weight(weight, scale, spec)
+        return levels, scale.flatten().contiguous()
+
     def dequantized_weight(self) -> Tensor:
         """Return the fp32 weight that the packed integers stand for."""
         return dequantize_weight(self.levels(), self.weight_scale)
 
     def allocate_packed_(
-        self, spec: WeightSpec, *, activation_bits: int | None, timestep_groups: TimestepGroups | None
+        self,
+        spec: WeightSpec,
+        *,
+        activation_bits: int | None,
+        timestep_groups: TimestepGroups | None,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
-        """Turn this layer into a packed one with empty buffers of the right shapes, for a checkpoint to fill."""
+        """Turn this layer into a packed one with empty buffers of the right shapes, for a checkpoint to fill.
+
+        `compute_dtype` is that of the computed weight; `None`: as before.
+        """
         rows, row_length = self.weight_shape[0], self.weight_shape[1:].numel()
-        device, self.weight_dtype = self.weight.device, self.weight.dtype
+        device, dtype = self.weight.device, compute_dtype or self.weight.dtype
+        on = "cpu" if device.type == "meta" else device  # no checkpoint fills this one
+        self._buffers[DTYPE_MARKER] = torch.empty(0, dtype=dtype, device=on)
         self.spec, self.activation_bits, self.timestep_groups = spec, activation_bits, timestep_groups
         self._buffers["qweight"] = torch.empty(
             rows, packed_row_bytes(row_length, spec.bits), dtype=torch.uint8, device=device
         )
-        self._buffers["weight_scale"] = torch.empty(rows, spec.num_groups(row_length), device=device)
+        self._buffers["weight_scale"] = torch.empty(
+            rows, spec.num_groups(row_length), dtype=torch.float32, device=device
+        )
         if timestep_groups is not None:
-            self._buffers["input_scale"] = torch.empty(len(timestep_groups), device=device)
+            self._buffers["input_scale"] = torch.empty(len(timestep_groups), dtype=torch.float32, device=device)
             self._buffers["input_zero_point"] = torch.empty(len(timestep_groups), dtype=torch.int32, device=device)
         self._parameters["weight"] = None
         self.packed, self._cache = True, None
@@ -149,6 +187,8 @@ class QuantizedLayer(nn.Module):
             levels = quantize_weight(weight, scale, spec)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
+        squared_error = dequantize_weight(levels, scale).sub_(weight).square().sum()
+        self.perturbation = (squared_error / weight.float().square().sum().clamp(min=1e-30)).item()
         self.allocate_packed_(spec, activation_bits=activation_bits, timestep_groups=None)
         self._buffers["qweight"] = pack_levels(levels, spec)
         self._buffers["weight_scale"] = scale
@@ -160,10 +200,16 @@ class QuantizedLayer(nn.Module):
         self.timestep_groups, self._cache = groups, None
 
     def input_group(self) -> int | Tensor | None:
-        """Return this call's static range: an int, (B,) int64 where there are several, `None` for dynamic ranges."""
+        """Return this call's static range: an int, (B,) int64 where there are several, `None` for dynamic ranges.
+
+        While `torch.compile` traces, an int64 tensor also for a single range.
+        """
         if self.activation_bits is None or self.input_scale is None:
             return None
-        group = 0 if self.timestep_groups is None else self.timestep_groups.current
+        if self.timestep_groups is None:
+            return 0
+        # In a graph a number would be a constant, and each group of timesteps would be compiled anew.
+        group = self.timestep_groups.index if torch.compiler.is_compiling() else self.timestep_groups.current
         if group is None:
             raise ValueError(
                 f"{self.name}: its activation ranges depend on the timestep, but no timestep was seen. Call the whole "
@@ -179,7 +225,7 @@ class QuantizedLayer(nn.Module):
         if group is None or self.input_scale is None or self.input_zero_point is None:
             return dynamic_activation_qparams(x)
         qparams = ActivationQParams(self.input_scale[group], self.input_zero_point[group])
-        if isinstance(group, int):
+        if isinstance(group, int) or group.dim() == 0:
             return qparams
         return ActivationQParams(*(per_sample(values, x, self.name) for values in qparams))
 
@@ -197,6 +243,10 @@ class QuantizedLayer(nn.Module):
         """Return the layer's output in the dtype of `x`."""
         if not self.packed:
             return super().forward(x)
+        if torch.compiler.is_compiling():
+            if kernels.needs_gradient(self, x):  # the operator has none; the reference kernel can be traced
+                return kernels.reference.run(self, None, x)
+            return graph_ops.call(self, x)
         kernel = kernels.select_kernel(self, x)
         if kernel.NAME == kernels.reference.NAME:
             return kernel.run(self, None, x)
@@ -232,7 +282,6 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         scales = {name: self._buffers.get(name) for name in SCALE_BUFFERS}
-        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         super()._apply(fn, recurse)
         for name, before in scales.items():
             after = self._buffers.get(name)
@@ -249,15 +298,23 @@ class QuantizedLayer(nn.Module):
         # oneDNN's packed tensors can be neither copied nor pickled; they are rebuilt on the next call.
         return self.__dict__ | {"_cache": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.handle = graph_ops.register(self)  # a copy is a layer of its own
+
+    def activation_scheme(self) -> str:
+        """Return "float", "uint8 dynamic" or "uint8 static xG" with G timestep groups."""
+        if self.activation_bits is None:
+            return "float"
+        ranges = "dynamic" if self.input_scale is None else f"static x{len(self.input_scale)}"
+        return f"uint{self.activation_bits} {ranges}"
+
     def extra_repr(self) -> str:
         """Add bits, activation scheme and kernel to the float layer's description."""
         if not self.packed:
             return super().extra_repr()
-        scheme = "float" if self.activation_bits is None else f"uint{self.activation_bits}"
-        if self.activation_bits is not None:
-            scheme += " dynamic" if self.input_scale is None else f" static x{len(self.input_scale)}"
         groups = f", group_size={self.spec.group_size}" if self.spec.group_size else ""
-        details = f"bits={self.spec.bits}{groups}, activations={scheme}, kernel={self.kernel_name()}"
+        details = f"bits={self.spec.bits}{groups}, activations={self.activation_scheme()}, kernel={self.kernel_name()}"
         return f"{super().extra_repr()}, {details}"
 
 
@@ -321,11 +378,14 @@ def per_sample(values: Tensor, x: Tensor, name: str) -> Tensor:
     return values.repeat_interleave(x.shape[0] // len(values)).view(-1, *[1] * (x.dim() - 1))
 
 
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Return the quantized layers of `model`, packed or not yet, by name, in registration order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
 def packed_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Return the packed layers of `model` by name, in registration order."""
-    return {
-        name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer) and module.packed
-    }
+    return {name: layer for name, layer in quantized_layers(model).items() if layer.packed}
 
 
 def average_bits(model: nn.Module) -> tuple[float, float] | None:

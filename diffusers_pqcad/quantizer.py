@@ -8,18 +8,13 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from diffusers_pqcad.config import PQCADConfig
-from diffusers_pqcad.convert import decide_config, dequantize_, finish_, match_modules, pack_layers_, swap_
-from diffusers_pqcad.layers import SCALE_BUFFERS, QuantizedLayer, packed_layers
-from diffusers_pqcad.qparams import ACTIVATION_QMAX
-from diffusers_pqcad.timesteps import TimestepGroups
+from diffusers_pqcad.convert import dequantize_
+from diffusers_pqcad.layers import SCALE_BUFFERS, QuantizedLayer
+from diffusers_pqcad.loading import complete_, prepare_, refuse_disk, refuse_missing
 
 
 class PQCADQuantizer(DiffusersQuantizer):
-    """Swaps layers before loading, packs them after it; a saved quantized model is filled as it is.
-
-    Layers are swapped first, with float placeholders, because device hooks are attached before the post-processing,
-    and packed last, because a bit budget needs all the weights.
-    """
+    """Quantizes a float checkpoint while diffusers loads it; fills a saved quantized model as it is."""
 
     use_keep_in_fp32_modules = True
     requires_calibration = False
@@ -41,14 +36,14 @@ class PQCADQuantizer(DiffusersQuantizer):
         """Gradients pass through the layers to adapters, on the reference kernel; packed weights have none."""
         return True
 
+    @property
+    def is_compileable(self) -> bool:
+        """Packed layers are one operator each in a graph of `torch.compile`."""
+        return True
+
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse a device map that would put packed weights on disk: the loader writes them before they are packed."""
-        device_map = kwargs.get("device_map")
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ValueError(
-                "device_map: a PQCAD model cannot be offloaded to disk while loading. Load it on the CPU, or save it "
-                "quantized first; it is several times smaller then."
-            )
+        """Refuse what cannot work; see `refuse_disk`."""
+        refuse_disk(kwargs.get("device_map"))
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         """Return the dtype of everything that stays in floating point: float32 unless asked otherwise."""
@@ -65,16 +60,13 @@ class PQCADQuantizer(DiffusersQuantizer):
         if state_dict is not None:
             # from_single_file claims that everything is pre-quantized; the file itself knows.
             self.pre_quantized = any(key.endswith(".qweight") for key in state_dict)
-        config = self.quantization_config
-        layers = swap_(model, match_modules(model, config))
-        if not self.pre_quantized:
-            return model
-        groups = None if config.timestep_boundaries is None else TimestepGroups(config.timestep_boundaries)
-        for name, layer in layers.items():
-            spec = config.weight_spec(name, is_linear=isinstance(layer, nn.Linear))
-            layer.allocate_packed_(spec, activation_bits=config.activation_bits, timestep_groups=groups)
-            in_fp32 = not set(keep_in_fp32_modules or []).isdisjoint(name.split("."))
-            layer.weight_dtype = torch.float32 if in_fp32 else self.torch_dtype
+        prepare_(
+            model,
+            self.quantization_config,
+            pre_quantized=self.pre_quantized,
+            dtype=self.torch_dtype,
+            keep_in_fp32_modules=keep_in_fp32_modules,
+        )
         return model
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
@@ -118,57 +110,27 @@ class PQCADQuantizer(DiffusersQuantizer):
         model.get_submodule(module_name)._buffers[tensor_name] = scale
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        if self.pre_quantized:
-            check_loaded(model)
-        else:
-            layers = {
-                name: module
-                for name, module in model.named_modules()
-                if isinstance(module, QuantizedLayer) and not module.packed
-            }
-            check_loaded(model)
-            self.quantization_config = decide_config(layers, self.quantization_config)
-            pack_layers_(layers, self.quantization_config)
-            self.pre_quantized = True
-        finish_(model, self.quantization_config)
+        self.quantization_config = complete_(model, self.quantization_config, pre_quantized=self.pre_quantized)
+        self.pre_quantized = True
         # Not by attribute: only the registered entry is saved, and the single-file path has none.
         model.register_to_config(quantization_config=self.quantization_config)  # type: ignore[operator]
         return model
 
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return what `save_pretrained` writes; raises ValueError while peft adapters are on the layers.
+
+        Their presence renames every adapted layer, and no loader would understand the file.
+        """
+        adapted = [name for name in state_dict if ".base_layer." in name]
+        if adapted:
+            raise ValueError(
+                f"the model carries adapters (such as on {adapted[0].split('.base_layer.')[0]}), and would be saved "
+                "under names that no loader knows. Save the adapters with save_lora_adapter() or save_lora_weights(), "
+                "then call unload_lora() and save the model."
+            )
+        return state_dict, {}
+
     def _dequantize(self, model: nn.Module) -> nn.Module:
         return dequantize_(model)
-
-
-def check_loaded(model: nn.Module) -> None:
-    """Raise ValueError for tensors that the checkpoint lacked (diffusers only warns), or that no quantizer wrote."""
-    refuse_missing(
-        [
-            name
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-            if tensor.device.type == "meta" and not hasattr(model.get_submodule(name.rpartition(".")[0]), "_hf_hook")
-        ]
-    )
-    for name, layer in packed_layers(model).items():
-        if layer.qweight.dtype != torch.uint8:
-            raise ValueError(f"{name}.qweight: expected uint8, got {layer.qweight.dtype}. The file was edited.")
-        if layer.qweight.device.type != "meta":
-            low, high = map(int, layer.levels().aminmax())  # at 8 bits the unused code comes out as -128
-            if low < -layer.spec.level_max or high > layer.spec.level_max:
-                raise ValueError(f"{name}.qweight: holds the code that no weight has. The file was edited.")
-        for buffer in (*SCALE_BUFFERS, "input_zero_point"):
-            values = layer._buffers[buffer]
-            if values is None or values.device.type == "meta":
-                continue
-            if buffer in SCALE_BUFFERS and not bool(((values > 0) & values.isfinite()).all()):
-                raise ValueError(f"{name}.{buffer}: scales must be positive and finite. The file was edited.")
-            if buffer not in SCALE_BUFFERS and not bool(((values >= 0) & (values <= ACTIVATION_QMAX)).all()):
-                raise ValueError(f"{name}.{buffer}: expected 0 to {ACTIVATION_QMAX}. The file was edited.")
-
-
-def refuse_missing(missing: list[str]) -> None:
-    """Raise ValueError for the tensors that a checkpoint lacks, if there are any."""
-    if missing:
-        raise ValueError(
-            f"the checkpoint lacks {len(missing)} tensors that its config asks for, such as {missing[:3]}. "
-            "The file is incomplete, or belongs to another model."
-        )

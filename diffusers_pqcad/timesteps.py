@@ -1,7 +1,6 @@
 """Timestep groups: which static activation range a model call uses, decided by the timestep's value."""
 
 import inspect
-from bisect import bisect_right
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ class TimestepGroups:
     calibrated at some steps serves any number of steps. Registered as a forward-pre-hook of the model, it reads the
     `timestep` argument of each call (never a call counter, which a retry or another step count would desynchronize);
     the layers share this object. `current` is an int, a (B,) int64 tensor for a batch of several groups, or `None`
-    before a call.
+    before a call; `index` is the same as an int64 tensor, () or (B,), on the CPU: what a compiled graph reads.
     """
 
     def __init__(self, boundaries: list[int] | tuple[int, ...]) -> None:
@@ -23,25 +22,30 @@ class TimestepGroups:
             raise ValueError(f"timestep_boundaries: expected increasing integers, got {list(boundaries)}.")
         self.boundaries = tuple(boundaries)
         self.current: int | Tensor | None = None
+        self.index: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.boundaries) + 1
 
-    def group_of(self, timestep: Any) -> int | Tensor:
-        """Return the group of `timestep` (int, float or tensor): an int, or (B,) int64 where a batch spans several."""
-        if not isinstance(timestep, Tensor):
-            return bisect_right(self.boundaries, timestep)
-        if timestep.numel() == 1:
-            return bisect_right(self.boundaries, timestep.item())
+    def index_of(self, timestep: Any) -> Tensor:
+        """Return the group of `timestep` (number or tensor) as an int64 tensor, () or (B,); no value is looked at."""
+        timestep = torch.as_tensor(timestep)
+        if timestep.is_floating_point():
+            timestep = timestep.float()  # boundaries above 256 are not exact in bf16
         edges = torch.tensor(self.boundaries, device=timestep.device, dtype=timestep.dtype)
-        groups = torch.bucketize(timestep, edges, right=True)
-        first = int(groups[0])
-        return first if bool((groups == first).all()) else groups
+        index = torch.bucketize(timestep, edges, right=True).cpu()
+        return index.reshape(()) if index.numel() == 1 else index
+
+    def select(self, index: Tensor) -> None:
+        """Make `index`, as `index_of` returns it, the group of the call in progress."""
+        self.index = index
+        first = int(index.flatten()[0])
+        self.current = first if bool((index == first).all()) else index
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward-pre-hook: remember the group of the `timestep` argument."""
-        if len(self) == 1:
-            self.current = 0
+        if not self.boundaries:
+            self.current, self.index = 0, torch.zeros((), dtype=torch.int64)
             return
         if "timestep" in kwargs:
             timestep = kwargs["timestep"]
@@ -51,7 +55,11 @@ class TimestepGroups:
             raise ValueError(
                 f"{type(model).__name__} was called without `timestep`, but its activation ranges depend on it."
             )
-        self.current = self.group_of(timestep)
+        index = self.index_of(timestep)
+        if torch.compiler.is_compiling():
+            self.index = index
+        else:
+            self.select(index)
 
 
 def install_timestep_groups(model: nn.Module, boundaries: list[int] | tuple[int, ...]) -> TimestepGroups:

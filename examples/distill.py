@@ -63,6 +63,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rounds_per_stage": 3,
         "price_batch_size": 16,
         "reconstruction_iterations": 300,
+        "reconstruction_batch_size": 32,
         "recovery_steps": 600,
         "max_train_steps": 3_000,
         "evaluation_steps": 100,
@@ -91,6 +92,7 @@ MINIMUM = {
     "rounds_per_stage": 1,
     "price_batch_size": 1,
     "reconstruction_iterations": 0,
+    "reconstruction_batch_size": 1,
     "reconstruction_samples": 8,
     "recovery_steps": 0,
     "max_train_steps": 1,
@@ -117,12 +119,13 @@ class Settings:
     rounds_per_stage: int = 2
     price_batch_size: int = 8  # images for each of a round's price measurements
     reconstruction_iterations: int = 100
+    reconstruction_batch_size: int = 16
     reconstruction_samples: int = 256
-    recovery_steps: int = 75  # per stage
-    max_train_steps: int = 200  # of the distillation
+    recovery_steps: int = 40  # per stage
+    max_train_steps: int = 120  # of the distillation
     train_batch_size: int = 32
     learning_rate: float = 2e-5  # of the distillation; Adam
-    evaluation_steps: int = 25  # updates between two measurements on the held-out trajectories
+    evaluation_steps: int = 20  # updates between two measurements on the held-out trajectories
     num_images: int = 1_000  # per row of the table
     num_latency_rounds: int = 3
     ablations: bool = False
@@ -282,7 +285,9 @@ class Run:
         progressive = ProgressiveConfig(
             rounds_per_stage=settings.rounds_per_stage,
             price_batch_size=settings.price_batch_size,
-            reconstruction=ReconstructionConfig(iterations=settings.reconstruction_iterations),
+            reconstruction=ReconstructionConfig(
+                iterations=settings.reconstruction_iterations, batch_size=settings.reconstruction_batch_size
+            ),
             reconstruction_samples=settings.reconstruction_samples,
             recovery_steps=settings.recovery_steps,
             recovery_batch_size=settings.train_batch_size,
@@ -391,8 +396,9 @@ def rows_to_measure(run: Run, teacher: Any, calibration: Any, quantized: Any) ->
     yield "float", "full precision", teacher, steps
     yield "float_half", "full precision", teacher, half
     yield "fixed", f"fixed-bit ({fixed_bits}, round to nearest)", run.pipeline_of(teacher, fixed), steps
-    load_time = quantize_(copy.deepcopy(teacher.unet), run.quantization_config())
-    yield "load_time", "progressive, load time (weights alone)", run.pipeline_of(teacher, load_time), steps
+    if settings.ablations:
+        load_time = quantize_(copy.deepcopy(teacher.unet), run.quantization_config())
+        yield "load_time", "progressive, load time (weights alone)", run.pipeline_of(teacher, load_time), steps
     packed = run.pipeline_of(teacher, convert_(copy.deepcopy(quantized)))
     yield "pq", "PQ", packed, steps
     yield "pq_half", "PQ, not distilled", packed, half

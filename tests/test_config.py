@@ -275,10 +275,9 @@ def test_components_replace_the_default_choice():
     assert PQCADConfig().components_to_quantize is None  # else diffusers warns about every component that is absent
 
 
-def test_a_transformers_component_is_refused():
-    config = PQCADConfig(components=["text_encoder"])
-    with pytest.raises(ValueError, match="components: 'text_encoder' is a transformers model"):
-        config._resolve_quant_config(is_diffusers=False, module_name="text_encoder")
+def test_a_transformers_component_is_quantized_only_by_name():
+    for config, expected in ((PQCADConfig(), None), (named := PQCADConfig(components=["text_encoder"]), named)):
+        assert config._resolve_quant_config(is_diffusers=False, module_name="text_encoder") == expected
 
 
 def test_the_method_survives_pickle_as_the_same_member():

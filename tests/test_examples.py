@@ -83,7 +83,7 @@ def test_the_folder_is_a_pipeline_with_everything_beside_it(finished):
         assert (finished / "assets" / name).read_bytes().startswith(b"\x89PNG")
     metrics = json.loads((finished / "metrics.json").read_text())
     assert [row["key"] for row in metrics["rows"]] == [
-        "float", "float_half", "fixed", "load_time", "pq", "pq_half", "pq_cad",
+        "float", "float_half", "fixed", "pq", "pq_half", "pq_cad",
     ]  # fmt: skip
     assert all(row["metric_name"] is None for row in metrics["rows"])  # no extractor for somebody's own teacher
     card = (finished / "README.md").read_text()
@@ -223,6 +223,6 @@ def test_ablations_are_added_to_a_finished_run(teacher, finished):
     assert [rows[row["key"]] for row in metrics["rows"]] == metrics["rows"]  # what was measured stays
     assert set(rows) - {row["key"] for row in metrics["rows"]} == {
         "cad_calibration_only", "cad_float_teacher", "cad_no_gate", "cad_no_calibration",
-        "pq_no_momentum", "fixed_recovered",
+        "pq_no_momentum", "fixed_recovered", "load_time",
     }  # fmt: skip
     assert all((weights(finished)[name] == before[name]).all() for name in before)

@@ -344,11 +344,11 @@ def test_mixed_timesteps_equal_the_calls_of_each_sample(case: str, copies: int) 
     )
     timesteps = torch.tensor([700, 3, 200])
     x = torch.randn(3 * copies, *FLOAT_LAYERS[case][1][1:])
-    groups.current = groups.group_of(timesteps)
+    groups.select(groups.index_of(timesteps))
     mixed = layer(x)
     with kernels.use("reference"):
         for index, sample in enumerate(x.split(copies)):
-            groups.current = groups.group_of(timesteps[index])
+            groups.select(groups.index_of(timesteps[index]))
             torch.testing.assert_close(
                 mixed[index * copies : (index + 1) * copies], layer(sample), rtol=1e-5, atol=1e-6
             )

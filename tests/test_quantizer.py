@@ -216,20 +216,15 @@ def load_text_to_image(directory, config):
 
 
 @pytest.mark.parametrize(
-    ("components", "expected"), [(None, {"unet"}), (["vae"], {"vae"}), (["unet", "vae"], {"unet", "vae"})], ids=str
+    ("components", "expected"),
+    [(None, {"unet"}), (["vae"], {"vae"}), (["unet", "text_encoder"], {"unet", "text_encoder"})],
+    ids=str,
 )
 def test_components_choose_the_parts_of_a_pipeline(text_to_image_dir, components, expected):
     pipeline = load_text_to_image(text_to_image_dir, PQCADConfig(components=components))
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     assert set(parts) == {"unet", "vae", "text_encoder"}
     assert {name for name, part in parts.items() if packed_layers(part)} == expected
-
-
-def test_a_text_encoder_is_refused(text_to_image_dir):
-    with pytest.raises(
-        ValueError, match="'text_encoder' is a transformers model, and PQCAD quantizes diffusers models"
-    ):
-        load_text_to_image(text_to_image_dir, PQCADConfig(components=["text_encoder"]))
 
 
 # ---- saving and loading

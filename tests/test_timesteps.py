@@ -21,8 +21,10 @@ def test_intervals_are_half_open(timestep: float, group: int) -> None:
     assert len(groups) == 3
     forms = (timestep, torch.tensor(timestep), torch.tensor([timestep]), torch.tensor([timestep] * 3))
     for form in forms:
-        assert groups.group_of(form) == group
-        assert isinstance(groups.group_of(form), int)
+        assert (groups.index_of(form) == group).all()
+        groups.select(groups.index_of(form))
+        assert groups.current == group
+        assert isinstance(groups.current, int)
 
 
 @given(
@@ -35,7 +37,10 @@ def test_a_batch_gets_the_groups_of_its_samples(
 ) -> None:
     groups = TimestepGroups(boundaries)
     expected = [sum(boundary <= timestep for boundary in boundaries) for timestep in timesteps]
-    actual = groups.group_of(torch.tensor(timesteps, dtype=dtype))
+    index = groups.index_of(torch.tensor(timesteps, dtype=dtype))
+    assert index.tolist() == expected
+    groups.select(index)
+    actual = groups.current
     if len(set(expected)) == 1:
         assert isinstance(actual, int)
         assert actual == expected[0]

@@ -37,7 +37,7 @@ from diffusers_pqcad.sampling import denoise, generate, initial_noise, sample_sh
 
 __all__ = ["EvaluationReport", "evaluate", "generate_samples", "load_extractor", "to_uint8"]
 
-MAX_TRAJECTORY_IMAGES = 64  # enough for a mean curve; a trajectory costs as much as its samples
+MAX_TRAJECTORY_IMAGES = 32  # enough for a mean curve; a trajectory costs as much as its samples
 MAX_KERNEL_SUBSET = 1000  # Binkowski et al. 2018
 
 

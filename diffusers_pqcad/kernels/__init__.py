@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from diffusers_pqcad.kernels import onednn, reference
+from diffusers_pqcad.kernels import onednn, reference, torchao
 
 if TYPE_CHECKING:
     from diffusers_pqcad.layers import QuantizedLayer
@@ -37,7 +37,7 @@ class Kernel(Protocol):
         """Return the output of `layer` for `x`; `packed` is what `pack` returned."""
 
 
-KERNELS: dict[str, Kernel] = {kernel.NAME: kernel for kernel in (onednn, reference)}
+KERNELS: dict[str, Kernel] = {kernel.NAME: kernel for kernel in (onednn, torchao, reference)}
 _forced: str | None = None
 
 

@@ -7,15 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffusers_pqcad.qparams import (
-    ACTIVATION_QMAX,
-    ScalarQParams,
-    WeightSpec,
-    dequantize_weight,
-    dynamic_scalar_qparams,
-    min_max_weight_scale,
-    quantize_weight,
-)
+from diffusers_pqcad.qparams import ACTIVATION_QMAX, ScalarQParams, dynamic_scalar_qparams
 
 if TYPE_CHECKING:
     from diffusers_pqcad.layers import QuantizedLayer
@@ -93,18 +85,8 @@ def refusal(layer: "QuantizedLayer") -> str | None:
 
 
 def pack(layer: "QuantizedLayer") -> PackedLayer:
-    """Return oneDNN's form of the weights, and the static activation ranges as plain numbers.
-
-    Scales per output channel keep the stored levels as they are, at any bit-width. Several scales in a row (groups) do
-    not fit the operator: such rows are re-quantized to 8 bits per channel, an error of at most 1/254 of a row's range.
-    """
-    levels, scale = layer.levels(), layer.weight_scale
-    if scale.shape[1] > 1:
-        spec = WeightSpec(8)
-        weight = dequantize_weight(levels, scale)
-        scale = min_max_weight_scale(weight, spec)
-        levels = quantize_weight(weight, scale, spec)
-    scale = scale.flatten().contiguous()
+    """Return oneDNN's form of the weights, and the static activation ranges as plain numbers."""
+    levels, scale = layer.channel_levels()
     zero_point = torch.zeros(len(scale), dtype=torch.int32)
     ranges = None
     if layer.input_scale is not None and layer.input_zero_point is not None:

@@ -70,7 +70,7 @@ def test_the_environment_forces_and_the_block_overrides_it(
     monkeypatch.setenv("PQCAD_KERNEL", "")
     assert kernels.forced() is None
     monkeypatch.setenv("PQCAD_KERNEL", "cutlass")
-    with pytest.raises(ValueError, match="kernel: expected one of .*'onednn', 'reference'.*got 'cutlass'"):
+    with pytest.raises(ValueError, match="kernel: expected one of .*'onednn', 'torchao', 'reference'.*got 'cutlass'"):
         layer(torch.randn(2, 16))
 
 
@@ -150,4 +150,4 @@ def test_summary_counts_layers_and_gives_reasons() -> None:
 def test_reference_runs_everything_and_holds_nothing(layer: QuantizedLayer) -> None:
     assert reference.refusal(layer) is None
     assert kernels.KERNELS["reference"].pack(layer) is None
-    assert list(kernels.KERNELS) == ["onednn", "reference"]  # fastest first, the last one always runs
+    assert list(kernels.KERNELS) == ["onednn", "torchao", "reference"]  # fastest first, the last one always runs

@@ -1,0 +1,92 @@
+"""One operator per packed layer for the graphs of `torch.compile`: nothing in it breaks a graph or asks to recompile.
+
+The operator calls the layer, as an eager model does, so a compiled model takes the same kernels. The layer is named
+by a tensor: a number would be a constant of the graph, and every block would be compiled anew.
+"""
+
+from itertools import count
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers_pqcad.layers import QuantizedLayer
+
+LAYERS: "WeakValueDictionary[int, QuantizedLayer]" = WeakValueDictionary()
+_numbers = count()
+
+
+def register(layer: "QuantizedLayer") -> Tensor:
+    """Return the handle of `layer`, an int64 scalar; it stays valid as long as the layer lives."""
+    number = next(_numbers)
+    LAYERS[number] = layer
+    return torch.tensor(number, device="cpu")  # named, or a loader's "build on meta" would apply to it
+
+
+def call(layer: "QuantizedLayer", x: Tensor) -> Tensor:
+    """Return what `layer(x)` returns, by an operator. `layer` is traced: its shapes become part of the graph."""
+    group = layer.input_group()
+    if not isinstance(group, Tensor):
+        group = torch.zeros((), dtype=torch.int64)  # one group, or none
+    if not isinstance(layer, nn.Conv2d):
+        return packed_linear(x, group, layer.handle, layer.out_features)
+    padding = layer._reversed_padding_repeated_twice  # numbers, where `padding` may be a word
+    geometry = ([padding[2] + padding[3], padding[0] + padding[1]], list(layer.dilation), list(layer.stride))
+    return packed_conv2d(x, group, layer.handle, layer.out_channels, list(layer.kernel_size), *geometry)
+
+
+def run(x: Tensor, group: Tensor, handle: Tensor) -> Tensor:
+    """Return the output of the layer named by `handle`, at the activation ranges of `group` () or (B,) int64."""
+    layer = LAYERS[int(handle)]
+    if layer.timestep_groups is not None:
+        layer.timestep_groups.select(group)
+    return layer(x)
+
+
+@torch.library.custom_op("pqcad::packed_linear", mutates_args=())
+def packed_linear(x: Tensor, group: Tensor, handle: Tensor, out_features: int) -> Tensor:
+    """Return the output (..., out_features) of a `PQCADLinear`."""
+    return run(x, group, handle).contiguous()
+
+
+@packed_linear.register_fake
+def _(x: Tensor, group: Tensor, handle: Tensor, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("pqcad::packed_conv2d", mutates_args=())
+def packed_conv2d(
+    x: Tensor,
+    group: Tensor,
+    handle: Tensor,
+    out_channels: int,
+    kernel_size: list[int],
+    padding: list[int],
+    dilation: list[int],
+    stride: list[int],
+) -> Tensor:
+    """Return the output of a `PQCADConv2d`, channels_last; `padding` is the sum of both sides, (height, width)."""
+    output = run(x, group, handle)
+    return output.contiguous(memory_format=torch.channels_last if output.dim() == 4 else torch.contiguous_format)
+
+
+@packed_conv2d.register_fake
+def _(
+    x: Tensor,
+    group: Tensor,
+    handle: Tensor,
+    out_channels: int,
+    kernel_size: list[int],
+    padding: list[int],
+    dilation: list[int],
+    stride: list[int],
+) -> Tensor:
+    size = [
+        (x.shape[axis - 2] + padding[axis] - dilation[axis] * (kernel_size[axis] - 1) - 1) // stride[axis] + 1
+        for axis in range(2)
+    ]
+    memory_format = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+    shape = (*x.shape[:-3], out_channels, *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)

@@ -1,0 +1,964 @@
+"""What people do with a diffusers model after loading it, on every family, when it is quantized.
+
+Each test is one cell, or a row of cells, of the table in examples/results/actions.md, which
+`python examples/results/update_actions.py` writes from the outcomes. "Refused" actions raise, with a reason.
+"""
+
+import copy
+import json
+import pickle
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import diffusers.models.modeling_utils as modeling
+import pytest
+import torch
+from diffusers import (
+    AutoModel,
+    DDIMPipeline,
+    DDIMScheduler,
+    DiTPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+)
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.modeling_utils import get_parameter_dtype
+from diffusers.quantizers import PipelineQuantizationConfig
+from diffusers.training_utils import EMAModel
+from families import FAMILIES, SIZE, build, call, inputs_of, noise, output_of
+from peft import LoraConfig
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from diffusers_pqcad import PQCADConfig, inspect, kernels, quantize_
+from diffusers_pqcad.convert import finish_, mark_quantized_
+from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear, packed_layers
+from diffusers_pqcad.qparams import ActivationQParams, dynamic_activation_qparams
+from diffusers_pqcad.timesteps import install_timestep_groups
+
+CORE = ("UNet2DModel", "SD-1.5 UNet", "DiT")
+DENOISERS = tuple(name for name, family in FAMILIES.items() if family.has_timestep)
+NO_AUTO = ("UNet2DModel", "ControlNet", "DiT")  # their classes name no modules that must stay whole
+REPEATED_BLOCKS = ("SD-1.5 UNet", "SD-2 UNet", "SDXL UNet", "Flux")
+SINGLE_FILE = ("SD-1.5 UNet", "SDXL UNet", "ControlNet", "AutoencoderKL", "SD3", "Flux")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+W4 = PQCADConfig(weight_bits=4)
+W8 = PQCADConfig(method="fixed", weight_bits=8)
+
+
+def action(
+    label: str, families: Iterable[str] = FAMILIES, *, refused: bool = False, quick: Iterable[str] | None = None
+) -> Callable:
+    """Mark a test as the action `label`, run for each of `families`; those that are not `quick` are slow tests."""
+
+    def decorate(test: Any) -> Any:
+        slow = set() if quick is None else set(families) - set(quick)
+        cells = [pytest.param(family, marks=[pytest.mark.slow] if family in slow else []) for family in families]
+        return pytest.mark.action(label, refused=refused)(pytest.mark.parametrize("family", cells)(test))
+
+    return decorate
+
+
+def quantized(family: str, config: PQCADConfig = W4) -> Any:
+    return quantize_(build(family), config)
+
+
+def with_static_ranges(model: Any, family: str, boundaries: tuple[int, ...] = (500,)) -> Any:
+    """Give a quantized `model` static ranges, each group's observed at a timestep of its own."""
+    layers = packed_layers(model)
+    ranges: dict[str, list[ActivationQParams]] = {name: [] for name in layers}
+
+    def observe(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        ranges[layer.name].append(dynamic_activation_qparams(args[0]))
+
+    hooks = [layer.register_forward_pre_hook(observe) for layer in layers.values()]
+    counts = []
+    for timestep in (10, 900)[: len(boundaries) + 1]:
+        call(model, family, timestep=timestep)
+        counts.append({name: len(found) for name, found in ranges.items()})
+    for hook in hooks:
+        hook.remove()
+    config = copy.deepcopy(model.config["quantization_config"])
+    config.timestep_boundaries = list(boundaries)
+    groups = install_timestep_groups(model, config.timestep_boundaries)
+    for name, layer in layers.items():
+        chosen = [ranges[name][count[name] - 1] for count in counts]
+        scale, zero_point = (torch.stack(list(values)) for values in zip(*chosen, strict=True))
+        layer.set_input_qparams_(ActivationQParams(scale, zero_point), groups)
+    finish_(model, config)
+    mark_quantized_(model, config)
+    return model
+
+
+@pytest.fixture
+def float_dir(family: str, tmp_path: Path) -> Path:
+    build(family).save_pretrained(tmp_path / "float")
+    return tmp_path / "float"
+
+
+@pytest.fixture
+def quantized_dir(family: str, tmp_path: Path) -> Path:
+    quantized(family).save_pretrained(tmp_path / "quantized")
+    return tmp_path / "quantized"
+
+
+def load(family: str, directory: Path, config: Any = None, **options: Any) -> Any:
+    return type(FAMILIES[family].build()).from_pretrained(directory, quantization_config=config, **options)
+
+
+def assert_same_tensors(actual: Any, expected: Any) -> None:
+    actual, expected = actual.state_dict(), expected.state_dict()
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name], tensor), name
+
+
+def assert_same_model(actual: Any, expected: Any, family: str) -> None:
+    assert packed_layers(expected)
+    assert_same_tensors(actual, expected)
+    dtype = next(expected.parameters()).dtype
+    torch.testing.assert_close(call(actual, family, dtype=dtype), call(expected, family, dtype=dtype))
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+# ---- quantizing
+
+
+@action("quantize_(model)")
+def test_eight_bits_are_close_to_full_precision(family: str) -> None:
+    model = build(family)
+    expected = call(model, family)
+    quantize_(model, W8)
+    kinds = {type(layer) for layer in packed_layers(model).values()}
+    assert kinds == ({PQCADLinear, PQCADConv2d} if FAMILIES[family].has_convs else {PQCADLinear})
+    error = relative_error(call(model, family), expected)
+    assert 0 < error < 0.1
+    assert relative_error(call(quantized(family), family), expected) > error
+
+
+@action("first and last layers stay in floating point")
+def test_exempt_layers(family: str) -> None:
+    """The exempt layers are few weights: what enters or leaves the model, and the time embedding."""
+    rows = inspect(quantized(family))
+    floats = {row.name for row in rows if row.kernel is None}
+    leaves = {
+        "UNet2DModel": {"conv_in", "conv_out"},
+        "SD-1.5 UNet": {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"},
+        "SDXL UNet": {"conv_in", "conv_out", "add_embedding.linear_1", "time_embedding.linear_2"},
+        "ControlNet": {"conv_in", "controlnet_mid_block", "controlnet_down_blocks.0"},
+        "AutoencoderKL": {"encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out", "quant_conv"},
+        "DiT": {"pos_embed.proj", "proj_out_1", "proj_out_2"},
+        "PixArt": {"pos_embed.proj", "proj_out", "adaln_single.linear", "caption_projection.linear_1"},
+        "SD3": {"pos_embed.proj", "proj_out", "norm_out.linear", "context_embedder"},
+        "Flux": {"x_embedder", "context_embedder", "proj_out", "norm_out.linear"},
+    }.get(family, {"conv_in", "conv_out"})  # fmt: skip
+    assert leaves <= floats
+    inner = ("attentions", "resnets", "blocks.", "transformer_blocks", "attn")
+    assert all(row.kernel for row in rows if any(f".{part}" in f".{row.name}" for part in inner)
+               and not row.name.startswith("controlnet_"))  # fmt: skip
+
+
+@action("inspect(model)")
+def test_inspect(family: str) -> None:
+    model = quantized(family, PQCADConfig(weight_bits=4, group_size=4))
+    rows = inspect(model)
+    layers = packed_layers(model)
+    assert {row.name for row in rows if row.kernel} == set(layers)
+    for row in rows:
+        if row.name not in layers:
+            assert (row.bits, row.activations, row.perturbation) == (32, "float", None)
+            continue
+        layer = layers[row.name]
+        assert row.shape == tuple(layer.weight_shape)
+        assert (row.bits, row.kernel) == (layer.spec.bits, layer.kernel_name())
+        assert row.group_size == (4 if isinstance(layer, PQCADLinear) else None)
+        assert row.activations == "uint8 dynamic"
+    measured = {row.name: row.perturbation for row in inspect(model, reference=build(family)) if row.kernel}
+    assert measured == pytest.approx({row.name: row.perturbation for row in rows if row.kernel}, rel=1e-4)
+    assert str(rows).count("\n") == len(rows) + 1
+
+
+# ---- loading
+
+
+@action("from_pretrained(quantization_config=PQCADConfig())")
+def test_from_pretrained(family: str, float_dir: Path) -> None:
+    assert_same_model(load(family, float_dir, W4), quantized(family), family)
+
+
+@action("... a dict")
+def test_from_pretrained_dict(family: str, float_dir: Path) -> None:
+    config = {"quant_method": "pqcad", "weight_bits": 4}
+    assert_same_model(load(family, float_dir, config), quantized(family), family)
+
+
+@action("AutoModel")
+def test_auto_model(family: str, float_dir: Path, quantized_dir: Path) -> None:
+    expected = quantized(family)
+    assert_same_model(AutoModel.from_pretrained(str(float_dir), quantization_config=W4), expected, family)
+    assert_same_model(AutoModel.from_pretrained(str(quantized_dir)), expected, family)
+
+
+def check_dtype(family: str, directory: Path, dtype: torch.dtype) -> None:
+    model = load(family, directory, W8, torch_dtype=dtype)
+    floats = {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    kept = getattr(model, "_keep_in_fp32_modules", None) or []
+    for name, found in floats.items():
+        in_fp32 = name.endswith("weight_scale") or not set(kept).isdisjoint(name.split("."))
+        assert found == (torch.float32 if in_fp32 else dtype), name
+    output = call(model, family, dtype=dtype)
+    assert output.dtype == dtype
+    assert relative_error(output, call(build(family), family)) < 0.1
+
+
+@action("torch_dtype=bfloat16")
+def test_bf16(family: str, float_dir: Path) -> None:
+    check_dtype(family, float_dir, torch.bfloat16)
+
+
+@action("torch_dtype=float16", [name for name in FAMILIES if name != "Flux"])  # overflows, in floating point as well
+def test_fp16(family: str, float_dir: Path) -> None:
+    check_dtype(family, float_dir, torch.float16)
+
+
+@action("a layer without bias names its compute dtype (trap 23)")
+def test_trap_23_the_dtype_of_a_layer_is_the_compute_dtype(family: str, float_dir: Path) -> None:
+    model = load(family, float_dir, W4, torch_dtype=torch.bfloat16)
+    for name, layer in packed_layers(model).items():
+        layer.bias = None
+        assert get_parameter_dtype(layer) == torch.bfloat16, name
+    assert not any("dtype_marker" in name for name in model.state_dict())
+
+
+@action("variant, subfolder, use_safetensors=False")
+def test_other_places_and_formats(family: str, tmp_path: Path) -> None:
+    model = quantized(family)
+    model.save_pretrained(tmp_path / "part", variant="w4")
+    assert_same_model(load(family, tmp_path, subfolder="part", variant="w4"), model, family)
+    model.save_pretrained(tmp_path / "bin", safe_serialization=False)
+    assert_same_model(load(family, tmp_path / "bin", use_safetensors=False), model, family)
+    build(family).save_pretrained(tmp_path / "float" / "part", variant="fp32")
+    assert_same_model(load(family, tmp_path / "float", W4, subfolder="part", variant="fp32"), model, family)
+
+
+@action('device_map="cpu"')
+def test_device_map_cpu(family: str, float_dir: Path, quantized_dir: Path) -> None:
+    expected = quantized(family)
+    assert_same_model(load(family, float_dir, W4, device_map="cpu"), expected, family)
+    assert_same_model(load(family, quantized_dir, device_map="cpu"), expected, family)
+
+
+@action('device_map="auto"', [name for name in FAMILIES if name not in NO_AUTO])
+def test_device_map_auto(family: str, float_dir: Path, quantized_dir: Path) -> None:
+    expected = quantized(family)
+    assert_same_model(load(family, float_dir, W4, device_map="auto"), expected, family)
+    assert_same_model(load(family, quantized_dir, device_map="auto"), expected, family)
+
+
+@action('device_map="auto"', NO_AUTO, refused=True)
+def test_trap_24_auto_is_refused_by_diffusers(family: str, float_dir: Path) -> None:
+    for config in (None, W4):  # quantized or not
+        with pytest.raises(ValueError, match="does not support `device_map='auto'`"):
+            load(family, float_dir, config, device_map="auto")
+
+
+@action("device_map onto the disk (trap 22)", refused=True)
+def test_trap_22_disk(family: str, float_dir: Path, quantized_dir: Path, tmp_path: Path) -> None:
+    for directory, config in ((float_dir, W4), (quantized_dir, None)):
+        with pytest.raises(ValueError, match="device_map: a PQCAD model cannot be offloaded to disk"):
+            load(family, directory, config, device_map={"": "disk"}, offload_folder=tmp_path / "offload")
+
+
+@action("sharded checkpoints (16 KB), also in parallel")
+def test_shards(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = quantized(family)
+    build(family).save_pretrained(tmp_path / "float", max_shard_size="16KB")
+    expected.save_pretrained(tmp_path / "quantized", max_shard_size="4KB")
+    for directory in ("float", "quantized"):
+        assert len(list((tmp_path / directory).glob("*.safetensors"))) > 1
+    for parallel in (False, True):
+        monkeypatch.setattr(modeling, "HF_ENABLE_PARALLEL_LOADING", parallel)
+        assert_same_model(load(family, tmp_path / "float", W4), expected, family)
+        assert_same_model(load(family, tmp_path / "quantized"), expected, family)
+
+
+@action("from_single_file", SINGLE_FILE)
+def test_single_file(family: str, float_dir: Path) -> None:
+    model = type(build(family)).from_single_file(
+        str(float_dir / WEIGHTS), config=str(float_dir), quantization_config=W4
+    )
+    assert_same_model(model, quantized(family), family)
+    assert model.is_quantized
+    model.save_pretrained(float_dir / "again")
+    assert_same_model(load(family, float_dir / "again"), model, family)
+
+
+# ---- saving
+
+
+@action("save_pretrained, reload")
+def test_save(family: str, tmp_path: Path) -> None:
+    model = quantized(family)
+    if FAMILIES[family].has_timestep:
+        with_static_ranges(model, family)
+    model.save_pretrained(tmp_path)
+    loaded = load(family, tmp_path)
+    assert_same_model(loaded, model, family)
+    assert loaded.config["quantization_config"] == PQCADConfig.from_dict(
+        json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    )
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["format_version"] == 1
+
+
+@action("... in bf16, with fp32 scales")
+def test_save_bf16(family: str, quantized_dir: Path, tmp_path: Path) -> None:
+    before = load_file(quantized_dir / WEIGHTS)
+    load(family, quantized_dir, torch_dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    after = load_file(tmp_path / "bf16" / WEIGHTS)
+    for name, tensor in before.items():
+        if name.endswith("weight_scale"):
+            assert after[name].dtype == torch.float32
+            assert torch.equal(after[name], tensor)
+
+
+@action("dequantize(), save, reload")
+def test_dequantize(family: str, tmp_path: Path) -> None:
+    model = quantized(family)
+    for layer in packed_layers(model).values():
+        layer.activation_bits = None  # so that the float model computes the same
+    expected = call(model, family)
+    model.dequantize()
+    torch.testing.assert_close(call(model, family), expected)
+    model.save_pretrained(tmp_path)
+    loaded = load(family, tmp_path)
+    assert not packed_layers(loaded)
+    assert not getattr(loaded, "is_quantized", False)
+    assert_same_tensors(loaded, model)
+    loaded.to(torch.float16)
+    assert "enable_layerwise_casting" not in vars(loaded)
+
+
+@action("a float student by from_config (trap 7)")
+def test_trap_07_student(family: str, tmp_path: Path) -> None:
+    teacher = quantized(family)
+    config = {key: value for key, value in teacher.config.items() if key != "quantization_config"}
+    student = type(teacher).from_config(config)
+    student.save_pretrained(tmp_path)
+    assert not packed_layers(load(family, tmp_path))
+    type(teacher).from_config(teacher.config).save_pretrained(tmp_path / "inherited")
+    with pytest.raises(ValueError, match="the checkpoint lacks"):  # never silently wrong
+        load(family, tmp_path / "inherited")
+
+
+@action("a W4 config for a W8 checkpoint: the checkpoint wins, with one warning")
+def test_trap_25_the_checkpoint_wins(family: str, tmp_path: Path) -> None:
+    model = quantized(family, W8)
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = load(family, tmp_path, W4)
+    assert sum("The `quantization_config` from the model will be used" in str(item.message) for item in caught) == 1
+    assert_same_model(loaded, model, family)
+
+
+@action("fewer bits for a loaded model: quantize_(model.dequantize(), ...)")
+def test_lower_bits(family: str, tmp_path: Path) -> None:
+    quantized(family, W8).save_pretrained(tmp_path)
+    model = load(family, tmp_path)
+    with pytest.raises(ValueError, match=r"quantized already; call its dequantize\(\) first"):
+        quantize_(model, W4)
+    quantize_(model.dequantize(), PQCADConfig(method="fixed", weight_bits=3))
+    assert {layer.spec.bits for layer in packed_layers(model).values()} == {3}
+
+
+@action("a checkpoint of a newer format", CORE, refused=True)
+def test_newer_format(family: str, quantized_dir: Path) -> None:
+    path = quantized_dir / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= {"format_version": 2, "a_new_key": 1}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="format_version 2 is newer than this package can read"):
+        load(family, quantized_dir)
+
+
+# ---- bookkeeping
+
+
+@action("num_parameters(), get_memory_footprint()")
+def test_bookkeeping(family: str, quantized_dir: Path) -> None:
+    plain, model = build(family), load(family, quantized_dir)
+    assert model.num_parameters() == plain.num_parameters()
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in load_file(quantized_dir / WEIGHTS).values())
+    extra = sum(  # what diffusers does not save, of the float model too
+        buffer.numel() * buffer.element_size()
+        for name, buffer in plain.named_buffers()
+        if name not in plain.state_dict()
+    )
+    assert model.get_memory_footprint() == stored + extra
+    assert model.get_memory_footprint() < plain.get_memory_footprint() * 0.75
+
+
+@action("print(model) shows bits and kernel")
+def test_repr(family: str) -> None:
+    model = (
+        with_static_ranges(quantized(family, W8), family) if FAMILIES[family].has_timestep else quantized(family, W8)
+    )
+    scheme = "static x2" if FAMILIES[family].has_timestep else "dynamic"
+    kernel = next(iter(packed_layers(model).values())).kernel_name()
+    assert f"bits=8, activations=uint8 {scheme}, kernel={kernel}" in repr(model)
+
+
+@action("copy.deepcopy")
+def test_deepcopy(family: str) -> None:
+    model = quantized(family)
+    expected = call(model, family)
+    copied = copy.deepcopy(model)
+    del model
+    assert torch.equal(call(copied, family), expected)
+    assert copied.num_parameters() == build(family).num_parameters()
+    copied.dequantize()
+
+
+@action("pickle of the config and of the model")
+def test_pickle(family: str) -> None:
+    model = quantized(family)
+    config = model.config["quantization_config"]
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert_same_model(pickle.loads(pickle.dumps(model)), model, family)
+
+
+@action("torch.inference_mode")
+def test_inference_mode(family: str) -> None:
+    model = quantized(family)
+    expected = call(model, family)
+    model = quantized(family)  # without what the first call has cached
+    with torch.inference_mode():
+        assert torch.equal(output_of(model, inputs_of(family)), expected)
+    assert torch.equal(call(model, family), expected)
+
+
+@action(".to(dtype), .half(), .float() (trap 13)", refused=True)
+def test_trap_13_casts(family: str) -> None:
+    model = quantized(family)
+    for cast in (
+        lambda: model.to(torch.float16),
+        lambda: model.to("cpu", dtype=torch.float16),
+        model.half,
+        model.float,
+    ):
+        with pytest.raises(ValueError, match="quantized model"):
+            cast()
+    model.to("cpu")
+    model.to(device="cpu", dtype=None)
+    assert_same_tensors(model, quantized(family))
+
+
+# ---- training and adapters
+
+
+def lora(family: str, **options: Any) -> LoraConfig:
+    return LoraConfig(r=2, target_modules=list(FAMILIES[family].lora_targets), init_lora_weights=False, **options)
+
+
+def adapters(model: Any) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+
+
+def adapted(family: str, config: PQCADConfig = W4) -> Any:
+    torch.manual_seed(2)
+    model = quantized(family, config).requires_grad_(False)
+    model.add_adapter(lora(family))
+    return model
+
+
+NO_ADAPTER_METHODS = ("UNet2DModel", "ControlNet", "DiT", "PixArt")  # peft alone can adapt these classes
+ADAPTABLE = tuple(name for name in FAMILIES if name not in NO_ADAPTER_METHODS)
+
+
+@action("LoRA: load, train")
+def test_lora_trains(family: str) -> None:
+    from peft import inject_adapter_in_model
+
+    model = quantized(family).requires_grad_(False)
+    expected = call(model, family)
+    inject_adapter_in_model(lora(family), model)
+    assert {parameter.dim() for parameter in adapters(model).values()} == (
+        {2, 4} if FAMILIES[family].has_convs else {2}
+    )
+    assert relative_error(call(model, family), expected) > 1e-3
+    optimizer, losses = torch.optim.Adam(adapters(model).values(), lr=1e-3), []
+    for _ in range(3):
+        loss = (output_of(model, inputs_of(family)) - expected).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(parameter.grad is not None and parameter.grad.any() for parameter in adapters(model).values())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@action("... under autocast")
+def test_lora_autocast(family: str) -> None:
+    from peft import inject_adapter_in_model
+
+    model = quantized(family).requires_grad_(False)
+    inject_adapter_in_model(lora(family), model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = output_of(model, inputs_of(family)).float().square().mean()
+    loss.backward()
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any()
+        for parameter in adapters(model).values()
+    )
+
+
+@action("... with gradient checkpointing", [name for name in FAMILIES if name != "UNet2DModel"])
+def test_gradient_checkpointing(family: str) -> None:
+    from peft import inject_adapter_in_model
+
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(2)
+        model = quantized(family).requires_grad_(False)
+        inject_adapter_in_model(lora(family), model)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model.train()
+        torch.manual_seed(3)
+        output_of(model, inputs_of(family)).square().mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in adapters(model).items()})
+    torch.testing.assert_close(*gradients)
+
+
+@action("save_lora_adapter, load_lora_adapter (trap 14), unload_lora", ADAPTABLE)
+def test_trap_14_adapters_are_saved(family: str, tmp_path: Path) -> None:
+    model = adapted(family)
+    expected, trained = call(model, family), {name: value.clone() for name, value in adapters(model).items()}
+    model.save_lora_adapter(tmp_path)
+    model.unload_lora()
+    assert_same_model(model, quantized(family), family)
+    model.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
+    assert {name: value.tolist() for name, value in adapters(model).items()} == {
+        name.replace("default", "default_0"): value.tolist() for name, value in trained.items()
+    }
+    torch.testing.assert_close(call(model, family), expected)
+
+
+@action("save_pretrained with adapters on (trap 17)", ADAPTABLE, refused=True)
+def test_trap_17_adapters_are_not_saved_with_the_model(family: str, tmp_path: Path) -> None:
+    model = adapted(family)
+    with pytest.raises(ValueError, match=r"carries adapters .* call unload_lora\(\)"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+    model.unload_lora()
+    model.save_pretrained(tmp_path)
+    assert_same_model(load(family, tmp_path), quantized(family), family)
+
+
+@action("fuse_lora (trap 15)", ADAPTABLE, refused=True)
+def test_trap_15_fusing_is_refused(family: str) -> None:
+    model = adapted(family)
+    expected = call(model, family)
+    for safe in (False, True):
+        with pytest.raises(ValueError, match="so no adapter can be fused or merged into it"):
+            model.fuse_lora(safe_fusing=safe)
+    assert torch.equal(call(model, family), expected)  # the adapter still works
+
+
+@action("EMAModel of adapters", CORE)
+def test_ema_of_adapters(family: str) -> None:
+    from peft import inject_adapter_in_model
+
+    model = quantized(family).requires_grad_(False)
+    inject_adapter_in_model(lora(family), model)
+    before = {name: value.clone() for name, value in adapters(model).items()}
+    ema = EMAModel(adapters(model).values(), decay=0.5, use_ema_warmup=False)
+    ema.step(adapters(model).values())
+    with torch.no_grad():
+        for value in adapters(model).values():
+            value.add_(1.0)
+    ema.copy_to(adapters(model).values())
+    for name, value in adapters(model).items():
+        torch.testing.assert_close(value, before[name])
+
+
+@action("EMAModel(model.parameters()).save_pretrained (trap 20)", CORE, refused=True)
+def test_trap_20_ema_of_a_packed_model_is_not_saved(family: str, tmp_path: Path) -> None:
+    """There are no float weights to average: diffusers fails on the shapes, before a file is written."""
+    model = quantized(family)
+    ema = EMAModel(model.parameters(), model_cls=type(model), model_config=model.config)
+    with pytest.raises((RuntimeError, ValueError)):
+        ema.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- switches of a model
+
+
+@action("enable_layerwise_casting (trap 19)", refused=True)
+def test_trap_19_layerwise_casting(family: str) -> None:
+    model = quantized(family)
+    with pytest.raises(ValueError, match="enable_layerwise_casting: the weights are packed"):
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert_same_model(model, quantized(family), family)
+
+
+@action(
+    "fuse_qkv_projections (trap 18)", ("SD-1.5 UNet", "SD-2 UNet", "SDXL UNet", "AutoencoderKL", "SD3"), refused=True
+)
+def test_trap_18_fused_projections(family: str) -> None:
+    model = quantized(family)
+    before = model.get_memory_footprint()
+    with pytest.raises(ValueError, match="fused projections would be float copies"):
+        model.fuse_qkv_projections()
+    assert model.get_memory_footprint() == before
+
+
+@action("fuse_qkv_projections before quantize_", ("SD-1.5 UNet", "AutoencoderKL", "SD3"))
+def test_fused_before_quantizing(family: str) -> None:
+    model = build(family)
+    model.fuse_qkv_projections()
+    expected = call(model, family)
+    quantize_(model, W8)
+    assert any(name.endswith(("to_qkv", "to_kv", "to_added_qkv")) for name in packed_layers(model))
+    assert relative_error(call(model, family), expected) < 0.1
+
+
+@action("attention processors, set_attention_slice", ("SD-1.5 UNet", "SD-2 UNet", "SDXL UNet"))
+def test_attention_processors(family: str) -> None:
+    model = quantized(family, W8)
+    model.set_attn_processor(AttnProcessor2_0())
+    expected = call(model, family)
+    model.set_attn_processor(AttnProcessor())
+    assert relative_error(call(model, family), expected) < 0.01  # the last bits of sums decide some roundings
+    model.set_attention_slice("max")
+    assert relative_error(call(model, family), expected) < 0.01
+
+
+@action("a batch of several timesteps, static ranges", DENOISERS)
+def test_mixed_timesteps(family: str) -> None:
+    model = with_static_ranges(quantized(family), family)
+    timesteps = torch.tensor([10, 900])
+    with kernels.use("reference"):
+        mixed = call(model, family, timestep=timesteps)
+        for index, timestep in enumerate(timesteps.tolist()):
+            alone = call(model, family, timestep=timestep)  # the whole batch at one of the two
+            torch.testing.assert_close(mixed[index], alone[index])
+
+
+@action("another resolution, static ranges", DENOISERS)
+def test_other_resolution(family: str) -> None:
+    model = with_static_ranges(quantized(family, W8), family)
+    error = relative_error(call(model, family, size=2 * SIZE), call(build(family), family, size=2 * SIZE))
+    assert error < 0.2  # ranges of the small images still fit
+
+
+# ---- offload
+
+
+@action("group offload (CPU to CPU)", [name for name in FAMILIES if name != "DiT"])  # which diffusers refuses
+def test_group_offload(family: str) -> None:
+    for offload_type in ("block_level", "leaf_level"):
+        model = quantized(family)
+        expected = call(model, family)
+        model.enable_group_offload(
+            onload_device=torch.device("cpu"), offload_type=offload_type,
+            num_blocks_per_group=1 if offload_type == "block_level" else None,
+        )  # fmt: skip
+        assert torch.equal(call(model, family), expected)
+
+
+@action("sequential offload: correct, but packed weights stay on the device (trap 21)")
+def test_trap_21_sequential_offload(family: str) -> None:
+    model = quantized(family)
+    expected = call(model, family)
+    accelerate.cpu_offload(model, torch.device("cpu"), offload_buffers=False)  # as a pipeline does
+    layer = next(layer for layer in packed_layers(model).values() if layer.bias is not None)
+    assert layer.bias.device.type == "meta"
+    assert layer.qweight.device.type == "cpu"
+    assert torch.equal(call(model, family), expected)
+
+
+@action("model offload, and buffers too with accelerate.cpu_offload(offload_buffers=True)")
+def test_offload_with_buffers(family: str) -> None:
+    model = quantized(family)
+    expected = call(model, family)
+    accelerate.cpu_offload(model, torch.device("cpu"), offload_buffers=True)
+    assert {layer.qweight.device.type for layer in packed_layers(model).values()} == {"meta"}
+    assert torch.equal(call(model, family), expected)
+    model = quantized(family)
+    _, hook = accelerate.cpu_offload_with_hook(model, torch.device("cpu"))
+    assert torch.equal(call(model, family), expected)
+    hook.offload()
+
+
+# ---- torch.compile
+
+
+@pytest.fixture
+def compile_counter() -> Iterator[Any]:
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    yield CompileCounter()
+    torch._dynamo.reset()
+
+
+@action("torch.compile(fullgraph=True), one graph for all timesteps", DENOISERS, quick=CORE)
+def test_compile(family: str, compile_counter: Any) -> None:
+    model = with_static_ranges(quantized(family), family)
+    compiled, counts = torch.compile(model, backend=compile_counter, fullgraph=True), []
+    for timestep in (10, 499, 500, 900):
+        expected = call(model, family, timestep=timestep)
+        torch.testing.assert_close(call(compiled, family, timestep=timestep), expected)
+        counts.append(compile_counter.frame_count)
+    assert set(counts) == {2}  # the hook that reads the timestep, and the model
+
+
+@action("... of dynamic ranges, and of another resolution (dynamic=True)", quick=("UNet2DModel", "DiT"))
+def test_compile_dynamic(family: str, compile_counter: Any) -> None:
+    model = quantized(family)
+    compiled = torch.compile(model, backend=compile_counter, fullgraph=True, dynamic=True)
+    for size in (SIZE, 2 * SIZE):
+        torch.testing.assert_close(call(compiled, family, size=size), call(model, family, size=size))
+
+
+@action("compile_repeated_blocks", REPEATED_BLOCKS)
+def test_compile_repeated_blocks(family: str, compile_counter: Any) -> None:
+    model = with_static_ranges(quantized(family), family)
+    expected = {timestep: call(model, family, timestep=timestep) for timestep in (10, 900)}
+    model.compile_repeated_blocks(backend=compile_counter, fullgraph=True)
+    counts = []
+    for timestep, output in expected.items():
+        torch.testing.assert_close(call(model, family, timestep=timestep), output)
+        counts.append(compile_counter.frame_count)
+    assert counts[0] == counts[1] > 0
+
+
+@action("compile_repeated_blocks", [name for name in FAMILIES if name not in REPEATED_BLOCKS], refused=True)
+def test_blocks_that_are_not_named_are_refused_by_diffusers(family: str) -> None:
+    for model in (build(family), quantized(family)):
+        with pytest.raises(ValueError, match="`_repeated_blocks` attribute is empty"):
+            model.compile_repeated_blocks()
+
+
+@action("training adapters in a compiled model", CORE, quick=["DiT"])
+def test_compile_training(family: str, compile_counter: Any) -> None:
+    from peft import inject_adapter_in_model
+
+    model = quantized(family).requires_grad_(False)
+    inject_adapter_in_model(lora(family), model)
+    gradients = []
+    for trained in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        for parameter in adapters(model).values():
+            parameter.grad = None
+        output_of(trained, inputs_of(family)).square().mean().backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in adapters(model).items()})
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+# ---- pipelines
+
+
+def scheduler() -> DDIMScheduler:
+    return DDIMScheduler(clip_sample=False, steps_offset=1)
+
+
+def text_encoder() -> CLIPTextModel:
+    torch.manual_seed(0)
+    return CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=8,
+            intermediate_size=16,
+            num_attention_heads=2,
+            num_hidden_layers=1,
+            vocab_size=32,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+        )  # fmt: skip
+    ).eval()
+
+
+ABSENT = {"tokenizer": None, "feature_extractor": None, "safety_checker": None, "image_encoder": None}
+
+
+def build_pipeline(family: str) -> Any:
+    if family == "UNet2DModel":
+        return DDIMPipeline(build(family), scheduler())
+    if family == "DiT":
+        return DiTPipeline(build(family), build("AutoencoderKL"), scheduler())
+    return StableDiffusionPipeline(
+        vae=build("AutoencoderKL"), text_encoder=text_encoder(), unet=build(family), scheduler=scheduler(),
+        requires_safety_checker=False, **{key: None for key in ABSENT if key != "image_encoder"},
+    )  # fmt: skip
+
+
+def load_pipeline(family: str, directory: Path, **options: Any) -> Any:
+    absent = ABSENT if family == "SD-1.5 UNet" else {}
+    return type(build_pipeline(family)).from_pretrained(directory, **absent, **options)
+
+
+def denoiser_of(pipeline: Any) -> Any:
+    return pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
+
+
+def images_of(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
+    if isinstance(pipeline, DiTPipeline):
+        options |= {"class_labels": [1], "guidance_scale": 1.0}
+    if isinstance(pipeline, StableDiffusionPipeline):
+        options |= {
+            "prompt_embeds": noise(1, 3, 8),
+            "negative_prompt_embeds": noise(1, 3, 8),
+            "height": 16,
+            "width": 16,
+        }
+    return pipeline(**options, output_type="np").images
+
+
+@pytest.fixture
+def pipeline_dir(family: str, tmp_path: Path) -> Path:
+    build_pipeline(family).save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+def quantized_parts(pipeline: Any) -> set[str]:
+    return {name for name, part in pipeline.components.items() if isinstance(part, nn.Module) and packed_layers(part)}
+
+
+@action("DiffusionPipeline.from_pretrained(quantization_config=PQCADConfig())", CORE)
+def test_pipeline(family: str, pipeline_dir: Path, tmp_path: Path) -> None:
+    pipeline = load_pipeline(family, pipeline_dir, quantization_config=W4)
+    assert_same_tensors(denoiser_of(pipeline), quantized(family))
+    assert len(quantized_parts(pipeline)) == 1
+    assert "PQCAD" not in repr(pipeline)  # a pipeline prints its classes; it must print at all
+    pipeline.save_pretrained(tmp_path / "saved")
+    again = load_pipeline(family, tmp_path / "saved")
+    assert abs(images_of(again) - images_of(pipeline)).max() < 1e-5  # where memory lies decides the last bits of sums
+
+
+@action("PipelineQuantizationConfig(quant_mapping={...})", CORE)
+def test_quant_mapping(family: str, pipeline_dir: Path) -> None:
+    part = "transformer" if family == "DiT" else "unet"
+    config = PipelineQuantizationConfig(quant_mapping={part: W4})
+    pipeline = load_pipeline(family, pipeline_dir, quantization_config=config)
+    assert quantized_parts(pipeline) == {part}
+    assert_same_tensors(denoiser_of(pipeline), quantized(family))
+
+
+@action('PipelineQuantizationConfig(quant_backend="pqcad", components_to_quantize=...)', CORE)
+def test_quant_backend(family: str, pipeline_dir: Path) -> None:
+    part = "transformer" if family == "DiT" else "unet"
+    options = {"quant_backend": "pqcad", "quant_kwargs": {"weight_bits": 4.0}}
+    config = PipelineQuantizationConfig(**options, components_to_quantize=[part])
+    pipeline = load_pipeline(family, pipeline_dir, quantization_config=config)
+    assert quantized_parts(pipeline) == {part}
+    assert_same_tensors(denoiser_of(pipeline), quantized(family))
+
+
+@action('PipelineQuantizationConfig(quant_backend="pqcad"): every part, text encoder included', CORE)
+def test_quant_backend_everything(family: str, pipeline_dir: Path, tmp_path: Path) -> None:
+    config = PipelineQuantizationConfig(quant_backend="pqcad", quant_kwargs={"weight_bits": 4.0})
+    pipeline = load_pipeline(family, pipeline_dir, quantization_config=config)
+    expected = {"UNet2DModel": {"unet"}, "DiT": {"transformer", "vae"}}.get(family, {"unet", "vae", "text_encoder"})
+    assert quantized_parts(pipeline) == expected
+    pipeline.save_pretrained(tmp_path / "saved")
+    again = load_pipeline(family, tmp_path / "saved")
+    for name in expected:
+        assert_same_tensors(getattr(again, name), getattr(pipeline, name))
+    assert abs(images_of(again) - images_of(pipeline)).max() < 1e-5  # where memory lies decides the last bits of sums
+
+
+@action("two quantized components, each with its own config", CORE[1:])
+def test_two_components(family: str, pipeline_dir: Path) -> None:
+    part = "transformer" if family == "DiT" else "unet"
+    config = PipelineQuantizationConfig(quant_mapping={part: W4, "vae": W8})
+    pipeline = load_pipeline(family, pipeline_dir, quantization_config=config)
+    assert quantized_parts(pipeline) == {part, "vae"}
+    assert {layer.spec.bits for layer in packed_layers(pipeline.vae).values()} == {8}
+    assert_same_tensors(denoiser_of(pipeline), quantized(family))
+    assert images_of(pipeline).shape[0] == 1
+
+
+@action("pipe.to(device); pipe.to(dtype) is refused", CORE)
+def test_pipeline_to(family: str, pipeline_dir: Path) -> None:
+    pipeline = load_pipeline(family, pipeline_dir, quantization_config=W4)
+    expected = images_of(pipeline)
+    pipeline.to("cpu")
+    assert abs(images_of(pipeline) - expected).max() < 1e-5
+    with pytest.raises(ValueError, match="Casting a quantized model"):
+        pipeline.to(torch.float16)
+
+
+@action("a quantized ControlNet with a float UNet", ["ControlNet"])
+def test_quantized_controlnet(family: str) -> None:
+    def pipeline(controlnet: Any) -> StableDiffusionControlNetPipeline:
+        return StableDiffusionControlNetPipeline(
+            vae=build("AutoencoderKL"), text_encoder=text_encoder(), tokenizer=None, unet=build("SD-1.5 UNet"),
+            controlnet=controlnet, scheduler=scheduler(), safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False,
+        )  # fmt: skip
+
+    def images(pipeline: Any) -> Tensor:
+        pipeline.set_progress_bar_config(disable=True)
+        return torch.from_numpy(
+            pipeline(
+                prompt_embeds=noise(1, 3, 8),
+                negative_prompt_embeds=noise(1, 3, 8),
+                image=noise(1, 3, 16, 16).clamp(0, 1),
+                height=16,
+                width=16,
+                num_inference_steps=2,
+                generator=torch.Generator().manual_seed(0),
+                output_type="np",
+            ).images  # fmt: skip
+        )
+
+    expected = images(pipeline(build(family)))
+    assert 0 < relative_error(images(pipeline(quantized(family, W8))), expected) < 0.1
+
+
+@action("a transformers text encoder: load, save, dequantize", ["CLIP", "T5"])
+def test_text_encoders(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    if family == "CLIP":
+        model = text_encoder()
+    else:
+        model = T5EncoderModel(
+            T5Config(
+                d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2, vocab_size=32, feed_forward_proj="gated-gelu"
+            )
+        ).eval()
+    tokens = torch.arange(6).view(1, 6)
+    model.save_pretrained(tmp_path / "float")
+    with torch.no_grad():
+        expected = model(tokens)[0]
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = type(model).from_pretrained(tmp_path / "float", quantization_config=W8, dtype=dtype)
+        assert {layer.weight_scale.dtype for layer in packed_layers(loaded).values()} == {torch.float32}
+        assert loaded.num_parameters() == model.num_parameters()
+        with torch.no_grad():
+            output = loaded(tokens)[0]
+        assert output.dtype == dtype
+        assert 0 < relative_error(output, expected) < 0.1
+        loaded.save_pretrained(tmp_path / "quantized")
+        again = type(model).from_pretrained(tmp_path / "quantized", dtype=dtype)
+        assert_same_tensors(again, loaded)
+        assert again.is_quantized
+    with torch.no_grad():
+        before = again(tokens)[0]
+    again.dequantize()
+    assert not packed_layers(again)
+    assert not hasattr(again.config, "quantization_config")
+    with torch.no_grad():
+        assert relative_error(again(tokens)[0], before) < 0.1

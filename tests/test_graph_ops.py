@@ -1,0 +1,156 @@
+"""Specification of the operators that stand for packed layers in the graphs of `torch.compile`."""
+
+import copy
+import gc
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from diffusers_pqcad import PQCADConfig, graph_ops, kernels, quantize_
+from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear, QuantizedLayer, packed_layers
+from diffusers_pqcad.qparams import ActivationQParams, WeightSpec
+from diffusers_pqcad.timesteps import TimestepGroups
+
+CONVS: dict[str, dict[str, Any]] = {
+    "3x3": {"kernel_size": 3, "padding": 1},
+    "1x1": {"kernel_size": 1},
+    "strided": {"kernel_size": 3, "stride": 2},
+    "dilated": {"kernel_size": (3, 2), "dilation": 2, "padding": (2, 1)},
+    "same": {"kernel_size": (4, 3), "padding": "same"},
+    "circular": {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
+}
+
+
+def pack(layer: QuantizedLayer) -> QuantizedLayer:
+    layer.pack_(WeightSpec(4), activation_bits=8)
+    return layer.eval()
+
+
+def linear() -> QuantizedLayer:
+    return pack(PQCADLinear(6, 4))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def check(layer: QuantizedLayer, x: Tensor) -> None:
+    """The compiled layer gives the eager one's values, and the shape and strides that the operator promised."""
+    expected = layer(x)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+    args = (x, torch.zeros((), dtype=torch.int64), layer.handle)
+    if isinstance(layer, nn.Conv2d):
+        padding = layer._reversed_padding_repeated_twice
+        sums = [padding[2] + padding[3], padding[0] + padding[1]]
+        geometry = (layer.out_channels, list(layer.kernel_size), sums, list(layer.dilation), list(layer.stride))
+        torch.library.opcheck(torch.ops.pqcad.packed_conv2d.default, (*args, *geometry))
+    else:
+        torch.library.opcheck(torch.ops.pqcad.packed_linear.default, (*args, layer.out_features))
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 6), (2, 3, 6)], ids=str)
+def test_linear(shape: tuple[int, ...]) -> None:
+    check(linear(), torch.randn(shape))
+
+
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("batched", [True, False])
+def test_convolution(name: str, batched: bool) -> None:
+    layer = pack(PQCADConv2d(3, 5, **CONVS[name]))
+    check(layer, torch.randn(2, 3, 9, 8) if batched else torch.randn(3, 9, 8))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_has_a_handle_of_its_own(duplicate: Any) -> None:
+    layer = linear()
+    other = duplicate(layer)
+    assert graph_ops.LAYERS[int(layer.handle)] is layer
+    assert graph_ops.LAYERS[int(other.handle)] is other
+
+
+@pytest.mark.fast
+def test_a_handle_keeps_no_layer_alive() -> None:
+    layer = linear()
+    number = int(layer.handle)
+    del layer
+    gc.collect()
+    assert number not in graph_ops.LAYERS
+
+
+@pytest.mark.fast
+def test_handles_are_numbers_even_while_a_model_is_built_without_memory() -> None:
+    with torch.device("meta"):
+        assert PQCADLinear(2, 2).handle.device.type == "cpu"
+
+
+@torch.no_grad()
+def test_the_group_of_a_compiled_call_is_an_input() -> None:
+    """A layer alone, as in a block that is compiled for itself: the ranges follow the timestep without a new graph."""
+    from torch._dynamo.testing import CompileCounter
+
+    layer, groups, counter = linear(), TimestepGroups([500]), CompileCounter()
+    layer.set_input_qparams_(ActivationQParams(torch.tensor([0.01, 0.1]), torch.tensor([0, 128])), groups)
+    compiled, x = torch.compile(layer, backend=counter, fullgraph=True), torch.randn(2, 6)
+    outputs = []
+    for timestep in (10, 700, torch.tensor([10, 700])):
+        groups.select(groups.index_of(timestep))
+        outputs.append(compiled(x))
+        torch.testing.assert_close(outputs[-1], layer(x))
+    assert counter.frame_count == 2  # one timestep, and a batch of them
+    assert not torch.equal(outputs[0], outputs[1])
+    torch.testing.assert_close(outputs[2], torch.stack([outputs[0][0], outputs[1][1]]))
+
+
+@torch.no_grad()
+def test_a_forced_kernel_is_taken_by_a_compiled_layer_too() -> None:
+    layer = linear()
+    compiled, x = torch.compile(layer, backend="eager", fullgraph=True), torch.randn(2, 6)
+    with kernels.use("reference"):
+        compiled(x)
+    assert layer._cache is None
+    compiled(x)
+    assert (layer._cache is None) == (layer.kernel_name() == "reference")
+
+
+def test_a_call_with_gradients_is_traced_through() -> None:
+    layer = linear()
+    gradients = []
+    for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        x = torch.ones(2, 6, requires_grad=True)
+        function(x).square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@torch.no_grad()
+def test_blocks_of_a_kind_share_one_graph() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    model = FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=4, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
+    ).eval()  # fmt: skip
+    counts = []
+    for quantized in (False, True):
+        if quantized:
+            quantize_(model, PQCADConfig(method="fixed", weight_bits=4))
+        assert bool(packed_layers(model)) is quantized
+        blocks, counter = copy.deepcopy(model.single_transformer_blocks), CompileCounter()
+        for block in blocks:
+            block.compile(backend=counter, fullgraph=True)
+        x, text, temb = torch.randn(2, 4, 16), torch.randn(2, 3, 16), torch.randn(2, 16)
+        for block in blocks:
+            text, x = (output.contiguous() for output in block(x, text, temb))
+        counts.append(counter.frame_count)
+        torch._dynamo.reset()
+    assert counts[1] == counts[0] == 1
