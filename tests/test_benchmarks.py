@@ -16,9 +16,8 @@ from diffusers_pqcad.layers import average_bits, packed_layers
 SCRIPTS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def unet_step() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("unet_step", SCRIPTS / "unet_step.py")
+def import_script(name: str) -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -26,6 +25,11 @@ def unet_step() -> Iterator[ModuleType]:
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def unet_step() -> Iterator[ModuleType]:
+    yield from import_script("unet_step")
 
 
 @pytest.fixture(autouse=True)
@@ -111,3 +115,30 @@ class TestUNetStep:
         output = torch.tensor([1.0, float("nan")])
         with pytest.raises(ValueError, match="a NaN or an infinity"):
             unet_step.relative_error(output, torch.ones(2))
+
+
+class TestLoad:
+    @pytest.fixture(scope="class")
+    def load(self) -> Iterator[ModuleType]:
+        yield from import_script("load")
+
+    def test_the_default_model_has_the_shape_of_sd_15(self, load):
+        with torch.device("meta"):
+            assert load.build(load.Settings()).num_parameters() == 859_520_964
+
+    def test_every_contestant_is_measured_in_a_process_of_its_own(self, load, tmp_path, capsys, monkeypatch):
+        chosen = ("plain load, fp32", "W4 fixed", "W4 saved packed")  # each takes as long as importing diffusers does
+        monkeypatch.setattr(load, "CONFIGS", {name: load.CONFIGS[name] for name in chosen})
+        file = tmp_path / "load.json"
+        result = load.main(load.Settings(shape="tiny", json=str(file), directory=str(tmp_path)))
+        assert json.loads(file.read_text()) == result
+        assert [path.name for path in tmp_path.iterdir()] == ["load.json"]  # the model's files are gone
+        assert str(tmp_path) not in file.read_text()
+        rows = {row["name"]: row for row in result["contestants"]}
+        assert list(rows) == list(load.CONFIGS)
+        assert rows["W4 fixed"]["footprint_bytes"] < rows["plain load, fp32"]["footprint_bytes"]
+        assert rows["W4 saved packed"]["footprint_bytes"] == rows["W4 fixed"]["footprint_bytes"]
+        assert rows["W4 saved packed"]["file_bytes"] == pytest.approx(rows["W4 fixed"]["file_bytes"], abs=2000)
+        assert all(row["seconds"] > 0 for row in rows.values())
+        printed = capsys.readouterr().out
+        assert all(f"| {name} |" in printed for name in rows)

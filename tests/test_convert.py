@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_pqcad import PQCADConfig, quantize_
+from diffusers_pqcad import PQCADConfig, kernels, quantize_
 from diffusers_pqcad.convert import decide_bits, dequantize_, log_once, match_modules, relative_weight_error
 from diffusers_pqcad.kernels import onednn
 from diffusers_pqcad.layers import (
@@ -336,6 +336,22 @@ def test_kernels_are_logged_once_and_a_slow_computer_warns(tiny_unet, monkeypatc
     count = len(packed_layers(quantize_(tiny_unet, PQCADConfig(method="fixed", weight_bits=8))))
     assert record.levelno == level
     assert f"{count} of {count} layers: {'reference' if saturates else 'onednn'}" in record.getMessage()
+
+
+@torch.no_grad()
+def test_without_the_int8_operators_models_are_right_and_a_warning_says_why_slow(tiny_unet, monkeypatch, caplog):
+    """As on a CPU that is not x86."""
+    x, model = torch.randn(1, 1, 8, 8), quantize_(copy.deepcopy(tiny_unet), PQCADConfig())
+    with kernels.use("reference"):
+        expected = model(x, 5).sample
+    monkeypatch.setattr(onednn, "available", lambda: False)
+    log_once.cache_clear()
+    model = quantize_(tiny_unet, PQCADConfig())
+    assert {layer.kernel_name() for layer in packed_layers(model).values()} == {"reference"}
+    assert torch.equal(model(x, 5).sample, expected)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert onednn.NO_OPERATORS in record.getMessage()
 
 
 def test_quantizing_twice_is_refused(tiny_unet):

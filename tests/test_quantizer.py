@@ -853,3 +853,34 @@ def test_packed_layers_take_no_memory_before_they_are_filled(quantized_dir):
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {
         name: tensor.shape for name, tensor in stored.items()
     }
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_stable_diffusions_unet_at_full_size(tmp_path):
+    """860 M parameters, random: quantized while loading, saved small, and the same when it comes back."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval()
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 768)
+    expected, num_parameters = unet(x, 500, text).sample, unet.num_parameters()
+    assert num_parameters == 859_520_964
+    unet.save_pretrained(tmp_path / "float")
+    del unet
+    model = UNet2DConditionModel.from_pretrained(
+        tmp_path / "float", quantization_config=PQCADConfig(method="fixed", weight_bits=8)
+    )
+    output = model(x, 500, text).sample
+    assert (output - expected).norm() / expected.norm() < 0.2
+    assert model.num_parameters() == num_parameters
+    model.save_pretrained(tmp_path / "quantized")
+    del model
+    again = UNet2DConditionModel.from_pretrained(tmp_path / "quantized")
+    torch.testing.assert_close(again(x, 500, text).sample, output)
+    del again
+    w4 = UNet2DConditionModel.from_pretrained(tmp_path / "float", quantization_config=PQCADConfig())
+    assert average_bits(w4)[0] <= 4
+    w4.save_pretrained(tmp_path / "w4")
+    sizes = {
+        name: sum(file.stat().st_size for file in (tmp_path / name).glob("*.safetensors")) for name in ("float", "w4")
+    }
+    assert sizes["float"] > 6.5 * sizes["w4"]

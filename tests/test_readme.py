@@ -1,5 +1,6 @@
 """The README's code runs and its tables are those of the committed runs."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -16,6 +17,22 @@ def test_the_tables_come_from_the_committed_metrics(monkeypatch):
 
     assert update_readme.render(README) == README
     assert len(re.findall(r"<!-- results:(?!end)", README)) >= 1
+
+
+def test_the_table_of_actions_has_the_cells_of_the_tests_and_no_failure():
+    import test_actions
+
+    cells = {}
+    for name, function in vars(test_actions).items():
+        marks = {mark.name: mark for mark in getattr(function, "pytestmark", [])} if name.startswith("test_") else {}
+        if "action" in marks:
+            families = [parameters.values[0] for parameters in marks["parametrize"].args[1]]
+            outcome = "refused" if marks["action"].kwargs["refused"] else "passed"
+            cells.setdefault(marks["action"].args[0], {}).update(dict.fromkeys(families, outcome))
+    result = json.loads((ROOT / "examples" / "results" / "actions.json").read_text())
+    assert result["actions"] == cells, "run examples/results/update_actions.py"
+    table = (ROOT / "examples" / "results" / "actions.md").read_text()
+    assert all(f"| {action} |" in table for action in cells)
 
 
 def test_the_quick_start_runs(monkeypatch, tmp_path):

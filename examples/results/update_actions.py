@@ -51,7 +51,8 @@ def markdown(result: dict[str, Any]) -> str:
             for action, row in result["actions"].items()
         ),
     ]
-    versions = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
+    shown = ("torch", "diffusers", "diffusers_pqcad", "python", "cpu", "cpu_capability")
+    versions = ", ".join(f"{key} {result['environment'][key]}" for key in shown)
     return (
         "# What works with a quantized model\n\n"
         "Written by `python examples/results/update_actions.py` from the outcomes of "

@@ -1,0 +1,156 @@
+"""What does quantizing while loading cost, in time and memory, beside a plain load?
+
+    python examples/benchmarks/load.py --json outputs/load.json
+
+The model has the shape of SD-1.5's UNet (860 M parameters) and random weights. Each contestant loads in a process of
+its own, so that its peak memory is its own. The files were just written, so reading them is fast. Needs 6 GB of disk.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from diffusers import UNet2DConditionModel
+from transformers import HfArgumentParser
+
+from diffusers_pqcad import PQCADConfig
+from diffusers_pqcad.evaluation.speed import environment
+
+PLAIN = "plain load, fp32"
+FROM_PACKED = {"W4 saved packed": "W4 fixed"}  # and what saves it
+CONFIGS: dict[str, dict[str, Any] | None] = {
+    PLAIN: None,
+    "W4 fixed": {"method": "fixed", "weight_bits": 4},
+    "W8 fixed": {"method": "fixed", "weight_bits": 8},
+    "W4 on average (default)": {},
+    **dict.fromkeys(FROM_PACKED),
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "sd15": {"sample_size": 64, "cross_attention_dim": 768},
+    "tiny": {"sample_size": 8, "cross_attention_dim": 8, "block_out_channels": (8, 16, 16, 16), "norm_num_groups": 8},
+}
+
+
+@dataclass
+class Settings:
+    """Settings of one run."""
+
+    shape: str = "sd15"
+    num_threads: int = 1
+    seed: int = 0
+    json: str | None = None  # file for everything that was measured
+    directory: str | None = None  # for the model's files; default: a temporary folder
+    contestant: str | None = None  # load only this one, here, and print what it took: a child process
+
+
+def build(settings: Settings) -> UNet2DConditionModel:
+    """Return the float model, with random weights."""
+    torch.manual_seed(settings.seed)
+    return UNet2DConditionModel(**SHAPES[settings.shape]).eval()
+
+
+def load(settings: Settings, name: str, directory: Path) -> dict[str, Any]:
+    """Load one contestant in this process, save what it is; return seconds and bytes."""
+    torch.set_num_threads(settings.num_threads)
+    source = directory / FROM_PACKED.get(name, "float")
+    values = CONFIGS[name]
+    options = {} if values is None else {"quantization_config": PQCADConfig(**values)}
+    before = psutil.Process().memory_info().rss  # PyTorch and its friends
+    start = time.perf_counter()
+    model = UNet2DConditionModel.from_pretrained(source, **options)
+    seconds = time.perf_counter() - start
+    result = {
+        "seconds": seconds,
+        "peak_bytes": max(peak_bytes() - before, 1),
+        "footprint_bytes": model.get_memory_footprint(),
+    }
+    saved = directory / ("float" if name == PLAIN else name)
+    if name != PLAIN:
+        model.save_pretrained(saved)
+    return result | {"file_bytes": sum(file.stat().st_size for file in saved.glob("*.safetensors"))}
+
+
+def peak_bytes() -> int:
+    """Return the peak resident memory of this process so far; Linux counts in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def in_a_process(settings: Settings, name: str, directory: Path) -> dict[str, Any]:
+    """Return `load` of one contestant, run in a fresh process."""
+    command = [sys.executable, __file__, "--contestant", name, "--directory", str(directory)]
+    command += ["--shape", settings.shape, "--num_threads", str(settings.num_threads), "--seed", str(settings.seed)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{name}: {result.stderr[-2000:]}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def benchmark(settings: Settings, directory: Path) -> dict[str, Any]:
+    """Return the circumstances of the run and one row per contestant."""
+    model = build(settings)
+    model.save_pretrained(directory / "float")
+    num_parameters = model.num_parameters()
+    del model
+    rows = []
+    for name in CONFIGS:
+        print(f"loading: {name}", flush=True)
+        rows.append({"name": name, **in_a_process(settings, name, directory)})
+    return {
+        "settings": {"shape": settings.shape, "num_threads": settings.num_threads, "seed": settings.seed},
+        "environment": environment(),
+        "num_parameters": num_parameters,
+        "contestants": rows,
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return `result` as a Markdown table with its circumstances above it."""
+    machine, plain = result["environment"], result["contestants"][0]
+    lines = [
+        f"Loading {result['num_parameters'] / 1e6:.0f} M parameters, each in a process of its own; seed "
+        f"{result['settings']['seed']}.",
+        "",
+        f"{machine['cpu']}, {machine['cpu_capability']}, threads: {result['settings']['num_threads']} of "
+        f"{machine['num_cpus']} cores; torch {machine['torch']}, diffusers {machine['diffusers']}.",
+        "",
+        "| contestant | seconds | times plain | peak memory MB | of plain | in memory MB | file MB | times smaller |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["contestants"]:
+        lines.append(
+            f"| {row['name']} | {row['seconds']:.1f} | {row['seconds'] / plain['seconds']:.2f} "
+            f"| {row['peak_bytes'] / 1e6:.0f} | {row['peak_bytes'] / plain['peak_bytes']:.2f} "
+            f"| {row['footprint_bytes'] / 1e6:.0f} | {row['file_bytes'] / 1e6:.0f} "
+            f"| {plain['file_bytes'] / row['file_bytes']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    """Run the benchmark (or one contestant), print its table and write its JSON file."""
+    if settings.contestant is not None:
+        assert settings.directory is not None, "--contestant is for the child processes of this script"
+        result = load(settings, settings.contestant, Path(settings.directory))
+        print(json.dumps(result))
+        return result
+    with tempfile.TemporaryDirectory(dir=settings.directory) as directory:
+        result = benchmark(settings, Path(directory))
+    print(markdown(result))
+    if settings.json is not None:
+        path = Path(settings.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses()
+    main(settings)
