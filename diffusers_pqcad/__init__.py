@@ -29,6 +29,7 @@ _LAZY = {
     "inspect": "inspection",
     "progressive_quantize": "progressive",
     "quantize_": "convert",
+    "requantize_": "convert",
 }
 __all__ = ["PQCADConfig", "PQCADQuantizer", *_LAZY]
 

@@ -46,13 +46,18 @@ def match_modules(model: nn.Module, config: PQCADConfig) -> dict[str, FloatLayer
             "exempt. It stays as it is. See modules_to_not_convert and search_all_modules.",
             stacklevel=3,
         )
-    for name, module in searched.items():
-        if config.group_size is not None and isinstance(module, nn.Linear) and module.in_features % config.group_size:
+    check_group_size(searched, config.group_size)
+    return searched
+
+
+def check_group_size(layers: Mapping[str, FloatLayer], group_size: int | None) -> None:
+    """Raise ValueError for a Linear layer whose inputs `group_size` does not divide."""
+    for name, layer in layers.items():
+        if group_size is not None and isinstance(layer, nn.Linear) and layer.in_features % group_size:
             raise ValueError(
-                f"{name}: group_size={config.group_size} must divide {module.in_features}, its number of inputs. Use "
+                f"{name}: group_size={group_size} must divide {layer.in_features}, its number of inputs. Use "
                 "group_size=None or exclude the layer with modules_to_not_convert."
             )
-    return searched
 
 
 def swap_(model: nn.Module, names: Mapping[str, nn.Module]) -> dict[str, QuantizedLayer]:
@@ -128,11 +133,13 @@ def pack_layers_(layers: Mapping[str, QuantizedLayer], config: PQCADConfig) -> N
 def quantize_(model: nn.Module, config: PQCADConfig) -> nn.Module:
     """Quantize `model` in place, as `from_pretrained(..., quantization_config=config)` would, and return it.
 
-    Needs no data: bits come from the weights alone, activation ranges from each call. To lower the bits of a quantized
-    model, call its `dequantize()` first. Raises ValueError, with the model unchanged, for settings that do not fit it.
+    Needs no data: bits come from the weights alone, activation ranges from each call. `requantize_` lowers the bits of
+    a quantized model. Raises ValueError, with the model unchanged, for settings that do not fit it.
     """
     if packed_layers(model):
-        raise ValueError(f"{type(model).__name__} is quantized already; call its dequantize() first.")
+        raise ValueError(
+            f"{type(model).__name__} is quantized already. requantize_() changes its bits; dequantize() undoes it."
+        )
     if any(parametrize.is_parametrized(module, "weight") for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has parametrized weights; if progressive_quantize left them, call convert_."
@@ -142,6 +149,37 @@ def quantize_(model: nn.Module, config: PQCADConfig) -> nn.Module:
     layers = swap_(model, searched)
     del searched  # or it would keep all float weights alive while the layers are packed
     pack_layers_(layers, decided)
+    finish_(model, decided)
+    mark_quantized_(model, decided)
+    return model
+
+
+def requantize_(model: Any, config: PQCADConfig) -> nn.Module:
+    """Give the quantized diffusers `model` the bits of `config`, in place and layer by layer, and return it.
+
+    The same as `quantize_(model.dequantize(), config)`, but only one weight at a time is in floating point. The
+    layers stay the same; activation ranges are dynamic afterwards. Raises ValueError, with the model unchanged, for a model
+    that is not quantized or settings that do not fit it.
+    """
+    layers = packed_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} is not quantized; call quantize_().")
+    before = model.config["quantization_config"]
+    before = PQCADConfig.from_dict(before) if isinstance(before, dict) else before
+    for setting in ("modules_to_not_convert", "search_all_modules"):
+        if getattr(config, setting) not in (getattr(before, setting), getattr(PQCADConfig(), setting)):
+            raise ValueError(
+                f"{setting}: the layers of a quantized model stay the same; expected {getattr(before, setting)}, got "
+                f"{getattr(config, setting)}. Leave it out, or quantize the float model."
+            )
+    kept = {setting: getattr(before, setting) for setting in ("modules_to_not_convert", "search_all_modules")}
+    config = PQCADConfig(**config.to_dict() | kept)
+    check_group_size(layers, config.group_size)
+    decided = decide_config(layers, config)
+    remove_timestep_groups(model)
+    for name, layer in layers.items():
+        layer.unpack_()
+        pack_layers_({name: layer}, decided)
     finish_(model, decided)
     mark_quantized_(model, decided)
     return model

@@ -193,6 +193,15 @@ class QuantizedLayer(nn.Module):
         self._buffers["qweight"] = pack_levels(levels, spec)
         self._buffers["weight_scale"] = scale
 
+    @torch.no_grad()
+    def unpack_(self) -> None:
+        """Undo `pack_`: this layer holds its dequantized weight as a parameter again, and nothing else."""
+        weight = self.weight.detach().as_subclass(Tensor).clone()
+        for buffer in (DTYPE_MARKER, "qweight", "weight_scale", "input_scale", "input_zero_point"):
+            self._buffers[buffer] = None
+        self._parameters["weight"] = nn.Parameter(weight)
+        self.packed, self.activation_bits, self.timestep_groups, self._cache = False, None, None, None
+
     def set_input_qparams_(self, qparams: ActivationQParams, groups: TimestepGroups) -> None:
         """Make the activation ranges static: `qparams` (len(groups),), one range per timestep group."""
         self._buffers["input_scale"] = qparams.scale.detach().float().clone()

@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from diffusers_pqcad import PQCADConfig, inspect, kernels, quantize_
+from diffusers_pqcad import PQCADConfig, inspect, kernels, quantize_, requantize_
 from diffusers_pqcad.convert import finish_, mark_quantized_
 from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear, packed_layers
 from diffusers_pqcad.qparams import ActivationQParams, dynamic_activation_qparams
@@ -369,14 +369,16 @@ def test_trap_25_the_checkpoint_wins(family: str, tmp_path: Path) -> None:
     assert_same_model(loaded, model, family)
 
 
-@action("fewer bits for a loaded model: quantize_(model.dequantize(), ...)")
+@action("fewer bits for a loaded model: requantize_(model, ...)")
 def test_lower_bits(family: str, tmp_path: Path) -> None:
     quantized(family, W8).save_pretrained(tmp_path)
     model = load(family, tmp_path)
-    with pytest.raises(ValueError, match=r"quantized already; call its dequantize\(\) first"):
+    with pytest.raises(ValueError, match=r"quantized already. requantize_\(\) changes its bits"):
         quantize_(model, W4)
-    quantize_(model.dequantize(), PQCADConfig(method="fixed", weight_bits=3))
-    assert {layer.spec.bits for layer in packed_layers(model).values()} == {3}
+    expected = quantize_(load(family, tmp_path).dequantize(), W4)
+    assert_same_model(requantize_(model, W4), expected, family)
+    model.save_pretrained(tmp_path / "again")
+    assert_same_model(load(family, tmp_path / "again"), expected, family)
 
 
 @action("a checkpoint of a newer format", CORE, refused=True)
@@ -571,6 +573,29 @@ def test_trap_15_fusing_is_refused(family: str) -> None:
         with pytest.raises(ValueError, match="so no adapter can be fused or merged into it"):
             model.fuse_lora(safe_fusing=safe)
     assert torch.equal(call(model, family), expected)  # the adapter still works
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@action("DistributedDataParallel of adapters (trap 28)", CORE)
+def test_trap_28_distributed_training(family: str, process_group: None) -> None:
+    """With `broadcast_buffers=False`: the packed weights are buffers, and would be sent in every forward."""
+    from peft import inject_adapter_in_model
+
+    model = quantized(family).requires_grad_(False)
+    inject_adapter_in_model(lora(family), model)
+    gradients = []
+    for trained in (model, nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)):
+        for parameter in adapters(model).values():
+            parameter.grad = None
+        output_of(trained, inputs_of(family)).square().mean().backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in adapters(model).items()})
+    torch.testing.assert_close(*gradients)
 
 
 @action("EMAModel of adapters", CORE)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_pqcad import PQCADConfig, kernels, quantize_
+from diffusers_pqcad import PQCADConfig, kernels, quantize_, requantize_
 from diffusers_pqcad.convert import decide_bits, dequantize_, log_once, match_modules, relative_weight_error
 from diffusers_pqcad.kernels import onednn
 from diffusers_pqcad.layers import (
@@ -354,10 +354,47 @@ def test_without_the_int8_operators_models_are_right_and_a_warning_says_why_slow
     assert onednn.NO_OPERATORS in record.getMessage()
 
 
+def test_requantizing_is_quantizing_the_dequantized_model_without_holding_it(tiny_unet, monkeypatch):
+    quantize_(tiny_unet, PQCADConfig(method="fixed", weight_bits=8, modules_to_not_convert=["conv1"]))
+    expected = quantize_(copy.deepcopy(tiny_unet).dequantize(), PQCADConfig(modules_to_not_convert=["conv1"]))
+    alive, weights, pack = [], [], QuantizedLayer.pack_
+
+    def counting_pack(self, *args, **kwargs):
+        weights.append(weakref.ref(self.weight))
+        alive.append(sum(weight() is not None for weight in weights))
+        pack(self, *args, **kwargs)
+
+    monkeypatch.setattr(QuantizedLayer, "pack_", counting_pack)
+    assert requantize_(tiny_unet, PQCADConfig()) is tiny_unet
+    assert set(alive) == {1}
+    actual, wanted = tiny_unet.state_dict(), expected.state_dict()
+    assert actual.keys() == wanted.keys()
+    assert all(torch.equal(actual[name], wanted[name]) for name in wanted)
+    assert tiny_unet.config.quantization_config == expected.config.quantization_config
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (PQCADConfig(group_size=5), "group_size=5 must divide"),
+        (PQCADConfig(search_all_modules=True), "search_all_modules: the layers of a quantized model stay the same"),
+        (PQCADConfig(modules_to_not_convert=["to_q"]), "modules_to_not_convert: the layers"),
+    ],
+    ids=["group_size", "search_all_modules", "modules_to_not_convert"],
+)
+def test_a_refused_requantization_leaves_the_model_unchanged(tiny_unet, config, message):
+    with pytest.raises(ValueError, match=r"UNet2DModel is not quantized; call quantize_\(\)"):
+        requantize_(tiny_unet, config)
+    before = copy.deepcopy(quantize_(tiny_unet, PQCADConfig()).state_dict())
+    with pytest.raises(ValueError, match=message):
+        requantize_(tiny_unet, config)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_unet.state_dict().items())
+
+
 def test_quantizing_twice_is_refused(tiny_unet):
     quantize_(tiny_unet, PQCADConfig(weight_bits=8))
     before = {name: tensor.clone() for name, tensor in tiny_unet.state_dict().items()}
-    with pytest.raises(ValueError, match=r"UNet2DModel is quantized already; call its dequantize\(\) first"):
+    with pytest.raises(ValueError, match=r"UNet2DModel is quantized already. requantize_\(\) changes its bits"):
         quantize_(tiny_unet, PQCADConfig(weight_bits=4))
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_unet.state_dict().items())
 
