@@ -157,9 +157,9 @@ def quantize_(model: nn.Module, config: PQCADConfig) -> nn.Module:
 def requantize_(model: Any, config: PQCADConfig) -> nn.Module:
     """Give the quantized diffusers `model` the bits of `config`, in place and layer by layer, and return it.
 
-    The same as `quantize_(model.dequantize(), config)`, but only one weight at a time is in floating point. The
-    layers stay the same; activation ranges are dynamic afterwards. Raises ValueError, with the model unchanged, for a model
-    that is not quantized or settings that do not fit it.
+    The same as `quantize_(model.dequantize(), config)`, but only one weight at a time is in floating point. The layers
+    stay the same; activation ranges are dynamic afterwards. Raises ValueError, with the model unchanged, for settings
+    that do not fit it, or a model that is not quantized.
     """
     layers = packed_layers(model)
     if not layers:
