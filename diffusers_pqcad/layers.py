@@ -14,7 +14,10 @@ from diffusers_pqcad.qparams import (
     dequantize_weight,
     dynamic_activation_qparams,
     min_max_weight_scale,
+    perturbation,
     quantize_weight,
+    relative,
+    row_chunks,
 )
 from diffusers_pqcad.timesteps import TimestepGroups
 
@@ -184,14 +187,16 @@ class QuantizedLayer(nn.Module):
             if not bool(((scale > 0) & scale.isfinite()).all()):
                 low, high = scale.aminmax()
                 raise ValueError(f"scale: expected positive and finite numbers, got {low.item()} to {high.item()}.")
-            levels = quantize_weight(weight, scale, spec)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
-        squared_error = dequantize_weight(levels, scale).sub_(weight).square().sum()
-        self.perturbation = (squared_error / weight.float().square().sum().clamp(min=1e-30)).item()
         self.allocate_packed_(spec, activation_bits=activation_bits, timestep_groups=None)
-        self._buffers["qweight"] = pack_levels(levels, spec)
         self._buffers["weight_scale"] = scale
+        errors = torch.zeros(2, device=weight.device)
+        for rows in row_chunks(weight):
+            levels = quantize_weight(weight[rows], scale[rows], spec)
+            self.qweight[rows] = pack_levels(levels, spec)
+            errors += perturbation(weight[rows], levels, scale[rows])
+        self.perturbation = relative(errors)
 
     @torch.no_grad()
     def unpack_(self) -> None:

@@ -12,8 +12,9 @@ from torch import nn
 
 from diffusers_pqcad.config import PQCADConfig
 from diffusers_pqcad.convert import decide_config, finish_, match_modules, pack_layers_, swap_
-from diffusers_pqcad.layers import SCALE_BUFFERS, packed_layers, quantized_layers
-from diffusers_pqcad.qparams import ACTIVATION_QMAX
+from diffusers_pqcad.layers import SCALE_BUFFERS, QuantizedLayer, packed_layers, quantized_layers
+from diffusers_pqcad.packing import unpack_codes
+from diffusers_pqcad.qparams import ACTIVATION_QMAX, row_chunks
 from diffusers_pqcad.timesteps import TimestepGroups
 
 
@@ -80,8 +81,7 @@ def check_loaded(model: nn.Module) -> None:
         if layer.qweight.dtype != torch.uint8:
             raise ValueError(f"{name}.qweight: expected uint8, got {layer.qweight.dtype}. The file was edited.")
         if layer.qweight.device.type != "meta":
-            low, high = map(int, layer.levels().aminmax())  # at 8 bits the unused code comes out as -128
-            if low < -layer.spec.level_max or high > layer.spec.level_max:
+            if highest_code(layer) > 2 * layer.spec.level_max // layer.spec.level_step:
                 raise ValueError(f"{name}.qweight: holds the code that no weight has. The file was edited.")
         for buffer in (*SCALE_BUFFERS, "input_zero_point"):
             values = layer._buffers[buffer]
@@ -91,6 +91,15 @@ def check_loaded(model: nn.Module) -> None:
                 raise ValueError(f"{name}.{buffer}: scales must be positive and finite. The file was edited.")
             if buffer not in SCALE_BUFFERS and not bool(((values >= 0) & (values <= ACTIVATION_QMAX)).all()):
                 raise ValueError(f"{name}.{buffer}: expected 0 to {ACTIVATION_QMAX}. The file was edited.")
+
+
+def highest_code(layer: QuantizedLayer) -> int:
+    """Return the largest code of the packed weights of `layer`."""
+    row_length = layer.weight_shape[1:].numel()
+    return max(
+        int(unpack_codes(layer.qweight[rows], layer.spec.bits, row_length).amax())
+        for rows in row_chunks(layer.qweight)
+    )
 
 
 def refuse_missing(missing: list[str]) -> None:

@@ -24,15 +24,25 @@ def packed_row_bytes(row_length: int, bits: int) -> int:
     return ceil(row_length / codes) * num_bytes
 
 
+def word_dtype(num_bytes: int) -> torch.dtype:
+    """Return the narrowest integers that hold a block: the fewer bytes are moved, the faster."""
+    return torch.uint8 if num_bytes == 1 else torch.int32
+
+
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Return `codes` (R, K), integers in [0, 2^bits), as (R, packed_row_bytes) uint8."""
+    if bits == 8:
+        return codes.to(torch.uint8)
     per_block, num_bytes = block_shape(bits)
     rows, length = codes.shape
-    padded = torch.nn.functional.pad(codes.to(torch.int64), (0, -length % per_block))
-    shifts = torch.arange(per_block, device=codes.device) * bits
-    words = (padded.view(rows, -1, per_block) << shifts).sum(dim=-1)  # disjoint bits, so the sum is an "or"
-    byte_shifts = torch.arange(num_bytes, device=codes.device) * 8
-    return ((words.unsqueeze(-1) >> byte_shifts) & 0xFF).to(torch.uint8).view(rows, -1)
+    padded = torch.nn.functional.pad(codes, (0, -length % per_block)).view(rows, -1, per_block)
+    words = torch.zeros(padded.shape[:2], dtype=word_dtype(num_bytes), device=codes.device)
+    for index in range(per_block):
+        words |= padded[:, :, index].to(words.dtype) << bits * index
+    packed = torch.empty(*words.shape, num_bytes, dtype=torch.uint8, device=codes.device)
+    for index in range(num_bytes):
+        packed[:, :, index] = words >> 8 * index  # the cast keeps the lowest byte
+    return packed.view(rows, -1)
 
 
 def unpack_codes(packed: Tensor, bits: int, row_length: int) -> Tensor:
@@ -41,20 +51,25 @@ def unpack_codes(packed: Tensor, bits: int, row_length: int) -> Tensor:
         return packed
     per_block, num_bytes = block_shape(bits)
     rows = packed.shape[0]
-    byte_shifts = torch.arange(num_bytes, device=packed.device, dtype=torch.int32) * 8
-    words = (packed.view(rows, -1, num_bytes).to(torch.int32) << byte_shifts).sum(dim=-1, dtype=torch.int32)
-    shifts = torch.arange(per_block, device=packed.device, dtype=torch.int32) * bits
-    codes = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return codes.to(torch.uint8).view(rows, -1)[:, :row_length]
+    blocks = packed.view(rows, -1, num_bytes)
+    words = blocks[:, :, 0].to(word_dtype(num_bytes))
+    for index in range(1, num_bytes):
+        words |= blocks[:, :, index].to(words.dtype) << 8 * index
+    codes = torch.empty(*words.shape, per_block, dtype=torch.uint8, device=packed.device)
+    for index in range(per_block):
+        codes[:, :, index] = (words >> bits * index) & (2**bits - 1)
+    return codes.view(rows, -1)[:, :row_length]
 
 
 def pack_levels(levels: Tensor, spec: WeightSpec) -> Tensor:
     """Return int8 `levels` (C_out, ...) of the grid `spec` as (C_out, packed_row_bytes) uint8."""
-    codes = (levels.flatten(1).to(torch.int16) + spec.level_max) // spec.level_step
-    return pack_codes(codes, spec.bits)
+    wide = levels.flatten(1).to(torch.int16) if spec.bits == 8 else levels.flatten(1)  # elsewhere int8 holds the codes
+    codes = wide + spec.level_max
+    return pack_codes(codes if spec.level_step == 1 else codes // spec.level_step, spec.bits)
 
 
 def unpack_levels(packed: Tensor, spec: WeightSpec, shape: torch.Size) -> Tensor:
     """Return the int8 levels, in `shape` (C_out, ...), of `packed` (C_out, packed_row_bytes) uint8."""
     codes = unpack_codes(packed, spec.bits, shape[1:].numel())
-    return (codes.to(torch.int16) * spec.level_step - spec.level_max).to(torch.int8).reshape(shape)
+    levels = codes.to(torch.int16 if spec.bits == 8 else torch.int8)
+    return levels.mul_(spec.level_step).sub_(spec.level_max).to(torch.int8).reshape(shape)

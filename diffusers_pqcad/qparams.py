@@ -8,6 +8,7 @@ everywhere `weight = level * scale` with an int8 level, whatever the width.
 Activations are asymmetric uint8: `x = (code - zero_point) * scale`, with a range that always includes zero.
 """
 
+from collections.abc import Callable, Iterator
 from ctypes import c_float
 from dataclasses import dataclass
 from math import isfinite
@@ -89,32 +90,53 @@ def min_max_weight_scale(weight: Tensor, spec: WeightSpec) -> Tensor:
     An all-zero group gets scale 1 where zero is a level, and the smallest scale at 2 bits, where it is not. Raises
     ValueError if `weight` (C_out, ...) holds a NaN or an infinity.
     """
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weights hold a NaN or an infinity; a scale cannot be chosen for them.")
     groups = as_groups(weight.detach().float(), spec.num_groups(weight[0].numel()))
-    absmax = groups.abs().amax(dim=-1)
+    absmax = torch.linalg.vector_norm(groups, torch.inf, dim=-1)  # one pass, and a NaN or an infinity shows
+    if not torch.isfinite(absmax).all():
+        raise ValueError("the weights hold a NaN or an infinity; a scale cannot be chosen for them.")
     scale_of_zeros = MIN_SCALE if spec.bits == 2 else 1.0  # the 2-bit grid rounds 0 to +-scale
     return torch.where(absmax > 0, (absmax / spec.level_max).clamp(min=MIN_SCALE), scale_of_zeros)
 
 
-def round_to_levels(x: Tensor, spec: WeightSpec) -> Tensor:
-    """Return `x` (weights over scale) rounded and clamped to the levels of `spec`, as floats, straight-through."""
+def round_to_levels(x: Tensor, spec: WeightSpec, rounding: Callable[[Tensor], Tensor] = round_ste) -> Tensor:
+    """Return `x` (weights over scale) rounded and clamped to the levels of `spec`, as floats, by default with STE."""
     clamped = x.clamp(-spec.level_max, spec.level_max)
     if spec.level_step == 1:
-        return round_ste(clamped)
+        return rounding(clamped)
     # Odd integers: shift by one, round to the nearest even number, shift back; -3 and 3 stay inside.
-    return (round_ste((clamped - 1) / 2) * 2 + 1).clamp(-spec.level_max, spec.level_max)
+    return (rounding((clamped - 1) / 2) * 2 + 1).clamp(-spec.level_max, spec.level_max)
 
 
 def quantize_weight(weight: Tensor, scale: Tensor, spec: WeightSpec) -> Tensor:
     """Return the int8 levels of `weight` (C_out, ...), same shape; `scale` is (C_out, G) fp32."""
     groups = as_groups(weight.detach().float(), scale.shape[1])
-    return round_to_levels(groups / scale.unsqueeze(-1), spec).to(torch.int8).reshape(weight.shape)
+    return round_to_levels(groups / scale.unsqueeze(-1), spec, torch.round).to(torch.int8).reshape(weight.shape)
+
+
+def row_chunks(weight: Tensor, num_weights: int = 2**18) -> Iterator[slice]:
+    """Yield slices over the rows of `weight` of about `num_weights` weights.
+
+    Passes over so few stay in the cache, and large layers need no large temporaries.
+    """
+    rows = max(1, num_weights // max(1, weight[0].numel()))
+    for start in range(0, len(weight), rows):
+        yield slice(start, start + rows)
 
 
 def dequantize_weight(levels: Tensor, scale: Tensor) -> Tensor:
     """Return the fp32 weights of int8 `levels` (C_out, ...) and `scale` (C_out, G)."""
     return (as_groups(levels.float(), scale.shape[1]) * scale.unsqueeze(-1)).reshape(levels.shape)
+
+
+def perturbation(weight: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
+    """Return ||Q(W) - W||^2 and ||W||^2 as one fp32 tensor (2,); sums over chunks of rows add up."""
+    weight = weight.detach().float()
+    return torch.stack([(dequantize_weight(levels, scale) - weight).square_().sum(), weight.square().sum()])
+
+
+def relative(errors: Tensor) -> float:
+    """Return ||Q(W) - W||^2 / ||W||^2 of what `perturbation` returns."""
+    return (errors[0] / errors[1].clamp(min=1e-30)).item()
 
 
 def fake_quantize_weight(weight: Tensor, scale: Tensor, spec: WeightSpec) -> Tensor:
