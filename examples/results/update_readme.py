@@ -2,13 +2,14 @@
 
     python examples/results/update_readme.py
 
-`NAME/metrics.json` is a run of `examples/distill.py`, `unet_step.json` one of `examples/benchmarks/unet_step.py`. A
-test runs `render` and compares, so a table that was edited by hand, or left behind by a new run, fails.
+`NAME/metrics.json` is a run of `examples/distill.py`, `NAME.json` one of `examples/benchmarks/NAME.py`. A test runs
+`render` and compares, so a table that was edited by hand, or left behind by a new run, fails.
 """
 
 import json
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from diffusers_pqcad.hub import results_table, table_notes
@@ -22,12 +23,10 @@ def run_block(metrics: dict) -> str:
     return f"{results_table(metrics)}\n\n{table_notes(metrics)}"
 
 
-def benchmark_block(result: dict) -> str:
-    """Return the README's text for a run of `examples/benchmarks/unet_step.py`."""
+def benchmark_block(name: str, result: dict) -> str:
+    """Return the README's text for a run of `examples/benchmarks/NAME.py`."""
     sys.path.insert(0, str(HERE.parent / "benchmarks"))
-    from unet_step import markdown
-
-    return markdown(result)
+    return import_module(name).markdown(result)
 
 
 def block(name: str) -> str:
@@ -35,7 +34,7 @@ def block(name: str) -> str:
     folder = HERE / name
     if folder.is_dir():
         return run_block(json.loads((folder / "metrics.json").read_text()))
-    return benchmark_block(json.loads((HERE / f"{name}.json").read_text()))
+    return benchmark_block(name, json.loads((HERE / f"{name}.json").read_text()))
 
 
 def render(text: str) -> str:
