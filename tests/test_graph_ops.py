@@ -3,11 +3,13 @@
 import copy
 import gc
 import pickle
+import shutil
 from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from families import build, call
 from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, graph_ops, kernels, quantize_
@@ -154,3 +156,17 @@ def test_blocks_of_a_kind_share_one_graph() -> None:
         counts.append(counter.frame_count)
         torch._dynamo.reset()
     assert counts[1] == counts[0] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ on a CPU")
+@pytest.mark.parametrize("family", ["UNet2DModel", "DiT"])
+@torch.no_grad()
+def test_the_default_compiler_takes_the_operators(family: str) -> None:
+    """Inductor checks the strides that the operators promise, and moves what lies between them."""
+    torch.manual_seed(0)
+    model = quantize_(build(family), PQCADConfig(method="fixed", weight_bits=8))
+    compiled = torch.compile(model, fullgraph=True)
+    for timestep in (10, 900):
+        expected = call(model, family, timestep=timestep)
+        torch.testing.assert_close(call(compiled, family, timestep=timestep), expected, rtol=1e-2, atol=1e-2)
