@@ -157,6 +157,7 @@ def quantize_(model: nn.Module, config: PQCADConfig) -> nn.Module:
         raise ValueError(
             f"{type(model).__name__} has parametrized weights; if progressive_quantize left them, call convert_."
         )
+    refuse_adapters(model)
     searched = match_modules(model, config)
     decided = decide_config(searched, config)
     layers = swap_(model, searched)
@@ -167,25 +168,51 @@ def quantize_(model: nn.Module, config: PQCADConfig) -> nn.Module:
     return model
 
 
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise ValueError for a model with peft adapters: they rename the layers, and would be quantized themselves."""
+    adapted = next((name for name, _ in model.named_modules() if name.endswith(".base_layer")), None)
+    if adapted is not None:
+        raise ValueError(
+            f"{type(model).__name__} carries adapters (such as on {adapted.removesuffix('.base_layer')}). Unload them "
+            "first, as with unload_lora(); afterwards they can be loaded again."
+        )
+
+
+def quantization_config_of(model: Any) -> PQCADConfig:
+    """Return what a quantized `model` of diffusers or transformers says of itself; ValueError for other modules."""
+    config = getattr(model, "config", None)
+    found = config.get("quantization_config") if isinstance(config, Mapping) else None
+    found = getattr(config, "quantization_config", None) if found is None else found
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__} keeps no quantization_config, as diffusers and transformers models do. Quantize "
+            "the float model anew with quantize_()."
+        )
+    return PQCADConfig.from_dict(found) if isinstance(found, dict) else found
+
+
 def requantize_(model: Any, config: PQCADConfig) -> nn.Module:
-    """Give the quantized diffusers `model` the bits of `config`, in place and layer by layer, and return it.
+    """Quantize the quantized `model` anew as `config` says, in place and layer by layer, and return it.
 
     The same as `quantize_(model.dequantize(), config)`, but only one weight at a time is in floating point. The layers
-    stay the same; activation ranges are dynamic afterwards. Raises ValueError, with the model unchanged, for settings
-    that do not fit it, or a model that is not quantized.
+    and the steps of a student stay the same; activation ranges are dynamic afterwards. Raises ValueError, with the
+    model unchanged, for settings that do not fit it, or a model that is not quantized.
     """
     layers = packed_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} is not quantized; call quantize_().")
-    before = model.config["quantization_config"]
-    before = PQCADConfig.from_dict(before) if isinstance(before, dict) else before
+    refuse_adapters(model)
+    before = quantization_config_of(model)
     for setting in ("modules_to_not_convert", "search_all_modules"):
         if getattr(config, setting) not in (getattr(before, setting), getattr(PQCADConfig(), setting)):
             raise ValueError(
                 f"{setting}: the layers of a quantized model stay the same; expected {getattr(before, setting)}, got "
                 f"{getattr(config, setting)}. Leave it out, or quantize the float model."
             )
-    kept = {setting: getattr(before, setting) for setting in ("modules_to_not_convert", "search_all_modules")}
+    kept = {
+        setting: getattr(before, setting)
+        for setting in ("modules_to_not_convert", "search_all_modules", "num_inference_steps")
+    }
     config = PQCADConfig(**config.to_dict() | kept)
     check_group_size(layers, config.group_size)
     decided = decide_config(layers, config)
@@ -205,8 +232,8 @@ def finish_(model: nn.Module, config: PQCADConfig) -> None:
         layer.name = name
     if config.timestep_boundaries is not None:
         share_timestep_groups(model, install_timestep_groups(model, config.timestep_boundaries))
-    override_methods_(model)
     if layers:
+        override_methods_(model)
         found = list(layers.values())
         log_once(type(model).__name__, kernels.summary(found), slow=kernels.lacks_fast_kernel(found))
 
@@ -225,15 +252,20 @@ def share_timestep_groups(model: nn.Module, groups: TimestepGroups) -> None:
 
 
 def mark_quantized_(model: Any, config: PQCADConfig) -> None:
-    """Make a diffusers `model` that was quantized in memory look as if loaded so; other models are left alone."""
-    if not hasattr(model, "register_to_config"):
-        return
-    from diffusers.quantizers.auto import DiffusersAutoQuantizer
+    """Make a diffusers or transformers `model` that was quantized in memory look as if loaded so; else do nothing."""
+    if hasattr(model, "register_to_config"):
+        from diffusers.quantizers.auto import DiffusersAutoQuantizer as AutoQuantizer
 
-    model.register_to_config(quantization_config=config)
+        model.register_to_config(quantization_config=config)
+    elif type(model).__module__.startswith("transformers."):
+        from transformers.quantizers.auto import AutoHfQuantizer as AutoQuantizer
+
+        model.config.quantization_config = config
+    else:
+        return
     model.is_quantized = True
     model.quantization_method = config.quant_method
-    model.hf_quantizer = DiffusersAutoQuantizer.from_config(config, pre_quantized=True)
+    model.hf_quantizer = AutoQuantizer.from_config(config, pre_quantized=True)
 
 
 def unmark_quantized_(model: Any) -> None:

@@ -1,7 +1,7 @@
 """One operator per packed layer for the graphs of `torch.compile`: nothing in it breaks a graph or asks to recompile.
 
-The operator calls the layer, as an eager model does, so a compiled model takes the same kernels. The layer is named
-by a tensor: a number would be a constant of the graph, and every block would be compiled anew.
+The operator computes as an eager layer does, so a compiled model takes the same kernels. The layer is named by a
+tensor: a number would be a constant of the graph, and every block would be compiled anew.
 """
 
 from itertools import count
@@ -42,7 +42,7 @@ def run(x: Tensor, group: Tensor, handle: Tensor) -> Tensor:
     layer = LAYERS[int(handle)]
     if layer.timestep_groups is not None:
         layer.timestep_groups.select(group)
-    return layer(x)
+    return layer.compute(x)  # hooks were traced before
 
 
 @torch.library.custom_op("pqcad::packed_linear", mutates_args=())

@@ -117,7 +117,7 @@ def layer_info(name: str, layer: nn.Linear | nn.Conv2d, floats: dict[str, nn.Mod
 
 def float_weight(modules: dict[str, nn.Module], name: str, shape: torch.Size) -> Tensor:
     """Return the weight of the module `name`; raises ValueError where there is none of that shape."""
-    weight = getattr(modules.get(name), "weight", None)
+    weight = getattr(modules.get(name.removesuffix(".base_layer")), "weight", None)  # the name before an adapter came
     if weight is None or weight.shape != shape:
         found = None if weight is None else tuple(weight.shape)
         raise ValueError(

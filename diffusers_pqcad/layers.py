@@ -223,7 +223,11 @@ class QuantizedLayer(nn.Module):
         if self.timestep_groups is None:
             return 0
         # In a graph a number would be a constant, and each group of timesteps would be compiled anew.
-        group = self.timestep_groups.index if torch.compiler.is_compiling() else self.timestep_groups.current
+        groups = self.timestep_groups
+        group = groups.index if torch.compiler.is_compiling() else groups.current
+        if group is None and groups.index is not None:  # a compiled hook, and this layer outside of the graph
+            groups.select(groups.index)
+            group = groups.current
         if group is None:
             raise ValueError(
                 f"{self.name}: its activation ranges depend on the timestep, but no timestep was seen. Call the whole "
@@ -261,6 +265,10 @@ class QuantizedLayer(nn.Module):
             if kernels.needs_gradient(self, x):  # the operator has none; the reference kernel can be traced
                 return kernels.reference.run(self, None, x)
             return graph_ops.call(self, x)
+        return self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Return the output of the packed layer by the kernel that this call takes; hooks are not run."""
         kernel = kernels.select_kernel(self, x)
         if kernel.NAME == kernels.reference.NAME:
             return kernel.run(self, None, x)

@@ -10,9 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusers_pqcad.config import PQCADConfig
-from diffusers_pqcad.convert import decide_config, finish_, match_modules, pack_layers_, swap_
-from diffusers_pqcad.layers import SCALE_BUFFERS, QuantizedLayer, packed_layers, quantized_layers
+from diffusers_pqcad.config import PQCADConfig, matches
+from diffusers_pqcad.convert import (
+    decide_config,
+    finish_,
+    match_modules,
+    pack_layers_,
+    quantizable_layers,
+    swap_,
+)
+from diffusers_pqcad.layers import SCALE_BUFFERS, FloatLayer, QuantizedLayer, packed_layers, quantized_layers
 from diffusers_pqcad.packing import unpack_codes
 from diffusers_pqcad.qparams import ACTIVATION_QMAX, row_chunks
 from diffusers_pqcad.timesteps import TimestepGroups
@@ -39,9 +46,10 @@ def prepare_(
 
     `dtype` is that of the computed weights, fp32 for layers that have a part of their name in `keep_in_fp32_modules`.
     """
-    layers = swap_(model, match_modules(model, config))
     if not pre_quantized:
+        swap_(model, match_modules(model, config))
         return
+    layers = swap_(model, saved_layers(model, config))
     groups = None if config.timestep_boundaries is None else TimestepGroups(config.timestep_boundaries)
     for name, layer in layers.items():
         spec = config.weight_spec(name, is_linear=isinstance(layer, nn.Linear))
@@ -52,6 +60,24 @@ def prepare_(
             timestep_groups=groups,
             compute_dtype=torch.float32 if in_fp32 else dtype,
         )
+
+
+def saved_layers(model: nn.Module, config: PQCADConfig) -> dict[str, FloatLayer]:
+    """Return the layers that a saved `config` says are packed.
+
+    Their names, where it holds them (method "progressive"), and not this version's default exemptions.
+    """
+    named = config.weight_bits_by_module
+    if not named:
+        return match_modules(model, config)
+    layers = quantizable_layers(model)
+    config.check_patterns(layers)
+    excluded = [pattern for pattern in config.modules_to_not_convert if any(matches(name, pattern) for name in named)]
+    unknown = sorted(set(named) - set(layers))
+    if excluded or unknown:
+        reason = f"{excluded[0]!r} is excluded" if excluded else f"the model has no layer {unknown[0]!r}"
+        raise ValueError(f"weight_bits_by_module: {reason}. The config was edited, or belongs to another model.")
+    return {name: layers[name] for name in named}
 
 
 def complete_(model: nn.Module, config: PQCADConfig, *, pre_quantized: bool) -> PQCADConfig:

@@ -29,9 +29,11 @@ class TimestepGroups:
 
     def index_of(self, timestep: Any) -> Tensor:
         """Return the group of `timestep` (number or tensor) as an int64 tensor, () or (B,); no value is looked at."""
-        timestep = torch.as_tensor(timestep)
+        if not isinstance(timestep, Tensor):
+            # Not `tensor(timestep)`: a graph would hold the number as a constant.
+            timestep = torch.full((), timestep, dtype=torch.float64)
         if timestep.is_floating_point():
-            timestep = timestep.float()  # boundaries above 256 are not exact in bf16
+            timestep = timestep.double()  # boundaries above 256 are not exact in bf16
         edges = torch.tensor(self.boundaries, device=timestep.device, dtype=timestep.dtype)
         index = torch.bucketize(timestep, edges, right=True).cpu()
         return index.reshape(()) if index.numel() == 1 else index
@@ -57,7 +59,7 @@ class TimestepGroups:
             )
         index = self.index_of(timestep)
         if torch.compiler.is_compiling():
-            self.index = index
+            self.index, self.current = index, None  # whoever needs a number looks at the index itself
         else:
             self.select(index)
 

@@ -9,12 +9,12 @@ from transformers.quantizers.base import HfQuantizer
 
 from diffusers_pqcad.config import PQCADConfig, matches
 from diffusers_pqcad.convert import dequantize_, quantizable_layers
-from diffusers_pqcad.layers import DTYPE_MARKER, quantized_layers
+from diffusers_pqcad.layers import FloatLayer
 from diffusers_pqcad.loading import complete_, prepare_, refuse_disk, refuse_missing
 
 
 class PQCADTransformersQuantizer(HfQuantizer):
-    """As `PQCADQuantizer`, for a transformers model. Embeddings and output layers stay as they are."""
+    """As `PQCADQuantizer`, for a transformers model. Patch embeddings and output layers stay as they are."""
 
     requires_calibration = False
     quantization_config: PQCADConfig
@@ -44,34 +44,30 @@ class PQCADTransformersQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> nn.Module:
-        config, keep_in_fp32 = self.quantization_config, getattr(model, "_keep_in_fp32_modules", None)
+        config = self.quantization_config
         if not self.pre_quantized:
             layers = quantizable_layers(model)
-            exempt = self.get_modules_to_not_convert(model, None, keep_in_fp32)
+            exempt = {*self.get_modules_to_not_convert(model), *convolutions(layers)}
             config.modules_to_not_convert += [
                 pattern
-                for pattern in sorted(exempt)
-                if pattern not in config.modules_to_not_convert and any(matches(name, pattern) for name in layers)
+                for pattern in sorted(exempt - set(config.modules_to_not_convert))
+                if any(matches(name, pattern) for name in layers)
             ]
         prepare_(
             model,
             config,
             pre_quantized=self.pre_quantized,
             dtype=dtype or torch.get_default_dtype(),
-            keep_in_fp32_modules=keep_in_fp32,
+            # As transformers does: the list names what overflows in fp16.
+            keep_in_fp32_modules=getattr(model, "_keep_in_fp32_modules", None) if dtype == torch.float16 else None,
         )
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        # transformers fills what a checkpoint lacks with anything; what it has loaded carries a mark.
-        refuse_missing(
-            [
-                f"{name}.{tensor_name}"
-                for name, layer in quantized_layers(model).items()
-                for tensor_name, tensor in [*layer.named_parameters(), *layer.named_buffers()]
-                if tensor_name != DTYPE_MARKER and not getattr(tensor, "_is_hf_initialized", False)
-            ]
-        )
+        if self.pre_quantized:
+            # transformers fills what a checkpoint lacks with anything; what it has loaded or tied carries a mark.
+            tensors = model.state_dict(keep_vars=True)
+            refuse_missing([name for name in tensors if not getattr(tensors[name], "_is_hf_initialized", False)])
         self.quantization_config = complete_(model, self.quantization_config, pre_quantized=self.pre_quantized)
         self.pre_quantized = True
         model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
@@ -79,3 +75,8 @@ class PQCADTransformersQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         return dequantize_(model)
+
+
+def convolutions(layers: dict[str, FloatLayer]) -> list[str]:
+    """Return the names of the convolutions among `layers`: the first layers of a vision model."""
+    return [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]

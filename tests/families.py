@@ -219,7 +219,10 @@ def inputs_of(family: str, *, batch: int = 2, size: int = SIZE, timestep: Any = 
     """Return the keyword arguments of a call; floats in `dtype`."""
     values = dict(FAMILIES[family].inputs(batch, size))
     if FAMILIES[family].has_timestep:
-        values["timestep"] = torch.full((batch,), timestep) if isinstance(timestep, int) else timestep
+        if isinstance(timestep, list):  # a number, as it is
+            values["timestep"] = timestep[0]
+        else:
+            values["timestep"] = torch.full((batch,), timestep) if isinstance(timestep, int) else timestep
 
     def cast(value: Any) -> Any:
         if isinstance(value, dict):

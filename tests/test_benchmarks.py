@@ -17,6 +17,7 @@ SCRIPTS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
 
 def import_script(name: str) -> Iterator[ModuleType]:
+    sys.path.insert(0, str(SCRIPTS))  # as a script's own folder is
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -25,6 +26,7 @@ def import_script(name: str) -> Iterator[ModuleType]:
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
+    sys.path.remove(str(SCRIPTS))
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,24 @@ class TestUNetStep:
         bits = average_bits(unet)
         assert bits is not None
         assert bits[0] == 4
+
+    def test_peers_take_part_and_those_that_cannot_are_named(self, unet_step, monkeypatch, capsys):
+        def absent(unet, samples, timestep):
+            raise ImportError("No module named 'nonsense'")
+
+        def plain(unet, samples, timestep):
+            assert len(samples) == unet_step.NUM_CALIBRATION_SAMPLES
+            return unet_step.peers.eager(unet)
+
+        monkeypatch.setattr(unet_step.peers, "PEERS", {"a copy": plain, "an absent one": absent})
+        monkeypatch.setattr(torch, "compile", lambda model, **options: model)  # minutes, and not what is tested
+        result = unet_step.main(tiny_settings(unet_step, peers=True))
+        rows = {row["name"]: row for row in result["contestants"]}
+        assert rows["a copy"]["relative_error"] == 0
+        assert rows["a copy"]["weight_bytes"] is None
+        assert {"W8A8, static ranges, torch.compile", "W4A8, dynamic ranges, torch.compile"} < set(rows)
+        assert result["skipped"] == {"an absent one": "ImportError: No module named 'nonsense'"}
+        assert "Skipped: an absent one (ImportError: No module named 'nonsense')." in capsys.readouterr().out
 
     def test_an_output_that_is_not_finite_stops_the_run(self, unet_step):
         output = torch.tensor([1.0, float("nan")])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffusers_pqcad import PQCADConfig, graph_ops, kernels, quantize_
 from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear, QuantizedLayer, packed_layers
 from diffusers_pqcad.qparams import ActivationQParams, WeightSpec
-from diffusers_pqcad.timesteps import TimestepGroups
+from diffusers_pqcad.timesteps import TimestepGroups, install_timestep_groups
 
 CONVS: dict[str, dict[str, Any]] = {
     "3x3": {"kernel_size": 3, "padding": 1},
@@ -170,3 +170,59 @@ def test_the_default_compiler_takes_the_operators(family: str) -> None:
     for timestep in (10, 900):
         expected = call(model, family, timestep=timestep)
         torch.testing.assert_close(call(compiled, family, timestep=timestep), expected, rtol=1e-2, atol=1e-2)
+
+
+@torch.no_grad()
+def test_hooks_run_once_in_a_compiled_layer() -> None:
+    layer, x = linear(), torch.randn(2, 6)
+    layer.register_forward_hook(lambda module, args, output: output * 2)
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+
+
+class Broken(nn.Module):
+    """A model whose layer lies outside of the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = linear()
+
+    def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+        torch._dynamo.graph_break()
+        return self.outside(sample)
+
+    @torch._dynamo.disable
+    def outside(self, sample: Tensor) -> Tensor:
+        return self.layer(sample)
+
+
+@torch.no_grad()
+def test_a_layer_behind_a_graph_break_takes_the_range_of_this_call() -> None:
+    model, x = Broken(), torch.randn(2, 6)
+    groups = install_timestep_groups(model, [500])
+    model.layer.set_input_qparams_(ActivationQParams(torch.tensor([0.01, 0.1]), torch.tensor([0, 128])), groups)
+    expected = {timestep: model(x, torch.tensor(timestep)) for timestep in (10, 900)}
+    compiled = torch.compile(model, backend="eager")
+    for timestep in (10, 900, 10):
+        torch.testing.assert_close(compiled(x, torch.tensor(timestep)), expected[timestep])
+    assert not torch.equal(expected[10], expected[900])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [int, float])
+def test_timesteps_that_are_numbers_are_compiled_as_often_as_for_a_float_model(kind: type) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    model = build("UNet2DModel")
+    quantize_(model, PQCADConfig(method="fixed", weight_bits=8))
+    groups = install_timestep_groups(model, [300, 600])
+    for layer in packed_layers(model).values():
+        layer.set_input_qparams_(ActivationQParams(torch.full((3,), 0.05), torch.full((3,), 128)), groups)
+    compiled, counts = torch.compile(model, backend=counter, fullgraph=True), []
+    for timestep in (999, 899, 650, 550, 350, 250, 50, 10, 1):
+        torch.testing.assert_close(
+            call(compiled, "UNet2DModel", timestep=[kind(timestep)]),
+            call(model, "UNet2DModel", timestep=timestep),
+        )
+        counts.append(counter.frame_count)
+    assert counts[-1] == counts[2]  # the first number is a constant, the second makes it a variable

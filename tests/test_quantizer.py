@@ -28,7 +28,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from diffusers_pqcad import PQCADConfig, PQCADQuantizer, quantize_
+from diffusers_pqcad import PQCADConfig, PQCADQuantizer, quantize_, requantize_
 from diffusers_pqcad.convert import finish_, mark_quantized_
 from diffusers_pqcad.layers import PQCADConv2d, QuantizedLayer, average_bits, packed_layers
 from diffusers_pqcad.qparams import ActivationQParams
@@ -783,13 +783,20 @@ CONFIG_EDITS = {
     ),
     "unknown key": (lambda values: values.update(bits=4), r"unknown settings \['bits'\]"),
     "bits outside the palette": (lambda values: values["weight_bits_by_module"].update({LAYER: 5}), "expected widths"),
-    "layer without bits": (lambda values: values["weight_bits_by_module"].pop(LAYER), f"{LAYER}: the config of this"),
+    "layer without bits": (
+        lambda values: values["weight_bits_by_module"].pop(LAYER),
+        rf"lacks 1 tensors .*{LAYER}.weight",
+    ),
+    "layer of another model": (
+        lambda values: values["weight_bits_by_module"].update(typo=4),
+        "the model has no layer 'typo'",
+    ),
     "other width": (other_width, rf"{LAYER}.qweight expected shape"),
     "other group size": (lambda values: values.update(group_size=8), "expected shape"),
     "group size that does not divide": (lambda values: values.update(group_size=7), "group_size=7 must divide"),
     "layer exempted later": (
         lambda values: values["modules_to_not_convert"].append(LAYER),
-        rf"lacks 1 tensors .*{LAYER}.weight",
+        rf"weight_bits_by_module: '{LAYER}' is excluded",
     ),
     "pattern that matches nothing": (lambda values: values["modules_to_not_convert"].append("typo"), "'typo' matches"),
 }
@@ -884,3 +891,20 @@ def test_stable_diffusions_unet_at_full_size(tmp_path):
         name: sum(file.stat().st_size for file in (tmp_path / name).glob("*.safetensors")) for name in ("float", "w4")
     }
     assert sizes["float"] > 6.5 * sizes["w4"]
+
+
+def test_a_saved_model_is_what_its_config_says_whatever_is_exempt_by_default_today(tiny_unet, tmp_path, monkeypatch):
+    quantize_(tiny_unet, PQCADConfig()).save_pretrained(tmp_path)
+    monkeypatch.setattr("diffusers_pqcad.config.EXEMPT_MODULES", ("mid_block",))
+    assert_same_model(UNet2DModel.from_pretrained(tmp_path), tiny_unet)
+
+
+def test_a_plain_module_cannot_be_requantized_without_a_config():
+    model = quantize_(nn.Sequential(nn.Linear(8, 8)), PQCADConfig())
+    with pytest.raises(ValueError, match="Sequential keeps no quantization_config"):
+        requantize_(model, PQCADConfig(weight_bits=3))
+
+
+def test_requantizing_keeps_what_a_student_was_distilled_for(quantized):
+    quantized.config["quantization_config"].num_inference_steps = 10
+    assert requantize_(quantized, PQCADConfig(weight_bits=3)).config["quantization_config"].num_inference_steps == 10

@@ -19,6 +19,7 @@ from diffusers_pqcad.evaluation.metrics import (
     frechet_distance,
     image_mse,
     kernel_distance,
+    median_sqnr_db,
     psnr_db,
     reference_variance,
     sqnr_db,
@@ -46,9 +47,9 @@ class EvaluationReport:
     """What `evaluate` measured; a field that was not measured is None.
 
     Sample i of both pipelines starts from the same noise. Ratios are in dB, sizes in bytes, latencies in milliseconds
-    per image. `sqnr_interval_db` is the 95 % bootstrap interval over images. `trajectory_error[k]` is the relative
-    squared error of z at `trajectory_timesteps[k]`; timestep -1 is the final image. The distances carry the name
-    `metric_name` of their extractor and compare only at equal `num_images`.
+    per image. `sqnr_interval_db` is the 95 % bootstrap interval over images, `sqnr_median_db` the SQNR of the median
+    image. `trajectory_error[k]` is the relative squared error of z at `trajectory_timesteps[k]`; timestep -1 is the
+    final image. The distances carry the name `metric_name` of their extractor and compare only at equal `num_images`.
     """
 
     num_images: int
@@ -57,6 +58,7 @@ class EvaluationReport:
     seed: int
     sqnr_db: float
     sqnr_interval_db: tuple[float, float]
+    sqnr_median_db: float
     psnr_db: float
     trajectory_timesteps: tuple[int, ...] | None
     trajectory_error: tuple[float, ...] | None
@@ -210,6 +212,7 @@ def evaluate(
         seed=seed,
         sqnr_db=sqnr_db(wanted, samples),
         sqnr_interval_db=bootstrap_interval(image_mse(wanted, samples), reference_variance(wanted), seed=seed),
+        sqnr_median_db=median_sqnr_db(wanted, samples),
         psnr_db=psnr_db(wanted, samples),
         trajectory_timesteps=timesteps,
         trajectory_error=error_curve,

@@ -28,4 +28,4 @@ def run(layer: "QuantizedLayer", packed: None, x: Tensor) -> Tensor:
         x = fake_quantize_activation(x, qparams)
     weight = layer.dequantized_weight().to(x.dtype)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return layer.float_forward(x, weight, bias)
+    return layer.float_forward(x, weight, bias).to(x.dtype)  # under autocast it is another one

@@ -1,10 +1,12 @@
 """How much faster is one int8 UNet step than stock fp32?
 
     python examples/benchmarks/unet_step.py --num_threads 1 --json outputs/unet_step.json
+    python examples/benchmarks/unet_step.py --peers True      # beside other runtimes, of `pip install -e ".[bench]"`
 
 The model has the shape of DDPM-CIFAR10 (35.7 M parameters) and random weights: time does not depend on their values,
 and the error column only guards against a contestant that is fast because it is wrong. All contestants take turns in
-one process. Only runs on otherwise idle, pinned cores count (`taskset -c 0`): load slows fp32 more than int8.
+one process; a peer that is not installed, or fails, is skipped by name. Only runs on idle, pinned cores count
+(`taskset -c 0`): load slows fp32 more than int8.
 """
 
 import copy
@@ -13,8 +15,9 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import peers
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
@@ -29,6 +32,7 @@ from diffusers_pqcad.timesteps import install_timestep_groups
 
 STOCK = "stock diffusers, fp32"
 TIMESTEP = 500
+NUM_CALIBRATION_SAMPLES = 4
 
 
 @dataclass
@@ -40,6 +44,7 @@ class Settings:
     num_rounds: int = 9
     warmup_rounds: int = 2
     seed: int = 0
+    peers: bool = False  # also other runtimes, and ours compiled: minutes of compilation
     json: str | None = None  # file for everything that was measured
     sample_size: int = 32
     block_out_channels: list[int] = field(default_factory=lambda: [128, 256, 256, 256])
@@ -91,14 +96,26 @@ def with_static_ranges(unet: UNet2DModel, sample: Tensor) -> UNet2DModel:
     return unet
 
 
-def build_contestants(settings: Settings) -> dict[str, tuple[UNet2DModel, Tensor]]:
-    """Return each contestant's model and input, the stock model first."""
-    unet = build_unet(settings)
+class Contestant(NamedTuple):
+    """A step, its input, and the model behind it where that is one of diffusers."""
+
+    step: peers.Step
+    sample: Tensor
+    unet: UNet2DModel | None
+
+
+def samples_of(settings: Settings, count: int) -> list[Tensor]:
+    """Return `count` inputs of the model; the first one is what is timed."""
     generator = torch.Generator().manual_seed(settings.seed)
-    sample = torch.randn(settings.batch_size, 3, *[settings.sample_size] * 2, generator=generator)
+    shape = (settings.batch_size, 3, settings.sample_size, settings.sample_size)
+    return [torch.randn(shape, generator=generator) for _ in range(count)]
+
+
+def build_contestants(settings: Settings, unet: UNet2DModel, sample: Tensor) -> dict[str, Contestant]:
+    """Return the contestants that only need diffusers and us, the stock model first."""
     channels_last = sample.to(memory_format=torch.channels_last)
     w8a8 = quantized(unet, 8)
-    return {
+    models = {
         STOCK: (unet, sample),
         "fp32, channels_last": (copy.deepcopy(unet).to(memory_format=torch.channels_last), channels_last),
         "bf16, channels_last": (
@@ -109,6 +126,30 @@ def build_contestants(settings: Settings) -> dict[str, tuple[UNet2DModel, Tensor
         "W4A8, dynamic ranges": (quantized(unet, 4), channels_last),
         "W8A8, static ranges": (with_static_ranges(w8a8, channels_last), channels_last),
     }
+    contestants = {name: Contestant(peers.eager(model), x, model) for name, (model, x) in models.items()}
+    if settings.peers:
+        for name in ("W8A8, static ranges", "W4A8, dynamic ranges"):
+            model = models[name][0]
+            step = peers.eager(torch.compile(model, dynamic=False))  # type: ignore[arg-type]
+            contestants[f"{name}, torch.compile"] = Contestant(step, channels_last, model)
+    return contestants
+
+
+def build_peers(settings: Settings, unet: UNet2DModel) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """Return the peers that are installed and run, and why the others do not."""
+    samples = samples_of(settings, NUM_CALIBRATION_SAMPLES)
+    contestants, skipped = {}, {}
+    for name, build in peers.PEERS.items():
+        print(f"building: {name}", flush=True)
+        try:
+            step = build(unet, samples, TIMESTEP)
+            step(samples[0], TIMESTEP)
+        except Exception as error:  # a peer may fail in any way; the table says which did
+            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
+            print(f"skipped: {name}: {skipped[name]}", flush=True)
+        else:
+            contestants[name] = Contestant(step, samples[0], None)
+    return contestants, skipped
 
 
 def relative_error(output: Tensor, reference: Tensor) -> float:
@@ -125,27 +166,33 @@ def commit() -> str | None:
     return result.stdout.strip() or None
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: its tensors cannot be exported
 def benchmark(settings: Settings) -> dict[str, Any]:
     """Return the circumstances of the run and one row per contestant."""
     torch.set_num_threads(settings.num_threads)
-    contestants = build_contestants(settings)
-    stock, sample = contestants[STOCK]
-    reference = stock(sample, TIMESTEP).sample
+    unet = build_unet(settings)
+    (sample,) = samples_of(settings, 1)
+    contestants = build_contestants(settings, unet, sample)
+    skipped: dict[str, str] = {}
+    if settings.peers:
+        others, skipped = build_peers(settings, unet)
+        contestants |= others
+    reference = unet(sample, TIMESTEP).sample
     # The outputs are checked before the clock starts; this also builds the kernels' copies of the weights.
     errors = {
-        name: relative_error(unet(sample, TIMESTEP).sample, reference) for name, (unet, sample) in contestants.items()
+        name: relative_error(contestant.step(contestant.sample, TIMESTEP), reference)
+        for name, contestant in contestants.items()
     }
 
-    def step_of(unet: UNet2DModel, sample: Tensor) -> Callable[[], None]:
+    def step_of(contestant: Contestant) -> Callable[[], None]:
         def step() -> None:
-            unet(sample, TIMESTEP)
+            contestant.step(contestant.sample, TIMESTEP)
 
         return step
 
     circumstances = environment() | {"vnni": onednn.available() and not onednn.saturates(), "commit": commit()}
     latencies = interleaved_latency(
-        {name: step_of(*contestant) for name, contestant in contestants.items()},
+        {name: step_of(contestant) for name, contestant in contestants.items()},
         num_rounds=settings.num_rounds,
         warmup_rounds=settings.warmup_rounds,
     )
@@ -155,17 +202,17 @@ def benchmark(settings: Settings) -> dict[str, Any]:
             **latencies[name]._asdict(),
             "ratio": latencies[STOCK].median_ms / latencies[name].median_ms,
             "relative_error": errors[name],
-            "weight_bytes": tensor_bytes(unet),
-            "kernel_cache_bytes": kernel_cache_bytes(unet),
+            "weight_bytes": None if contestant.unet is None else tensor_bytes(contestant.unet),
+            "kernel_cache_bytes": None if contestant.unet is None else kernel_cache_bytes(contestant.unet),
         }
-        for name, (unet, _) in contestants.items()
+        for name, contestant in contestants.items()
     ]
-    num_parameters = stock.num_parameters()
     return {
         "settings": {key: value for key, value in asdict(settings).items() if key != "json"},
         "environment": circumstances,
-        "num_parameters": num_parameters,
+        "num_parameters": unet.num_parameters(),
         "contestants": rows,
+        "skipped": skipped,
     }
 
 
@@ -188,10 +235,16 @@ def markdown(result: dict[str, Any]) -> str:
     for row in result["contestants"]:
         lines.append(
             f"| {row['name']} | {row['median_ms']:.1f} | {row['min_ms']:.1f} to {row['max_ms']:.1f} "
-            f"| {row['ratio']:.2f} | {row['relative_error']:.1e} | {row['weight_bytes'] / 1e6:.1f} "
-            f"| {row['kernel_cache_bytes'] / 1e6:.1f} |"
+            f"| {row['ratio']:.2f} | {row['relative_error']:.1e} | {megabytes(row['weight_bytes'])} "
+            f"| {megabytes(row['kernel_cache_bytes'])} |"
         )
+    lines += [f"\nSkipped: {name} ({reason})." for name, reason in result.get("skipped", {}).items()]
     return "\n".join(lines)
+
+
+def megabytes(num_bytes: int | None) -> str:
+    """Return a table's cell; the memory of other runtimes is not ours to know."""
+    return "-" if num_bytes is None else f"{num_bytes / 1e6:.1f}"
 
 
 def main(settings: Settings) -> dict[str, Any]:

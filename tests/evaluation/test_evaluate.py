@@ -176,6 +176,9 @@ class TestEvaluate:
         mse = ((wanted - sample) ** 2).mean().item()
         assert report.sqnr_db == pytest.approx(10 * math.log10(wanted.var(correction=0).item() / mse), abs=1e-3)
         assert report.psnr_db == pytest.approx(10 * math.log10(4 / mse), abs=1e-3)
+        errors = ((wanted - sample) ** 2).flatten(1).mean(1)
+        expected = 10 * math.log10(wanted.var(correction=0).item() / errors.median().item())  # of five images
+        assert report.sqnr_median_db == pytest.approx(expected, abs=1e-3)
         low, high = report.sqnr_interval_db
         assert low <= report.sqnr_db <= high
         # The trajectory starts at the same noise and ends at the final samples, whatever the batch size.

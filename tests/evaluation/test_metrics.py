@@ -18,6 +18,7 @@ from diffusers_pqcad.evaluation.metrics import (
     frechet_distance,
     image_mse,
     kernel_distance,
+    median_sqnr_db,
     psnr_db,
     reference_variance,
     sqnr_db,
@@ -222,6 +223,13 @@ class TestSqnrAndPsnr:
         reference = torch.tensor([[0.0, 0.0], [2.0, 2.0]])
         assert reference_variance(reference) == 1.0
         assert sqnr_db(reference, reference + 1) == pytest.approx(0.0, abs=1e-12)
+
+    def test_the_median_image_does_not_see_one_that_is_lost(self):
+        reference = torch.tensor([[-1.0, 1.0]] * 5, dtype=torch.float64)
+        sample = reference + torch.tensor([[0.1], [0.1], [0.1], [0.01], [2.0]])
+        assert median_sqnr_db(reference, sample) == pytest.approx(20.0, rel=1e-6)
+        assert sqnr_db(reference, sample) < 2
+        assert median_sqnr_db(reference, reference) == math.inf
 
     def test_equal_is_infinite(self):
         assert sqnr_db(images(0), images(0)) == psnr_db(images(0), images(0)) == math.inf
