@@ -529,14 +529,7 @@ def test_lora_autocast(family: str) -> None:
     )
 
 
-@action("... with gradient checkpointing", ["UNet2DModel"], refused=True)
-def test_gradient_checkpointing_is_refused_by_diffusers(family: str) -> None:
-    for model in (build(family), quantized(family)):
-        with pytest.raises(ValueError, match="does not support gradient checkpointing"):
-            model.enable_gradient_checkpointing()
-
-
-@action("... with gradient checkpointing", [name for name in FAMILIES if name != "UNet2DModel"])
+@action("... with gradient checkpointing")
 def test_gradient_checkpointing(family: str) -> None:
     from peft import inject_adapter_in_model
 
