@@ -34,6 +34,11 @@ def unet_step() -> Iterator[ModuleType]:
     yield from import_script("unet_step")
 
 
+@pytest.fixture(scope="module")
+def load() -> Iterator[ModuleType]:
+    yield from import_script("load")
+
+
 @pytest.fixture(autouse=True)
 def same_number_of_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -138,10 +143,6 @@ class TestUNetStep:
 
 
 class TestLoad:
-    @pytest.fixture(scope="class")
-    def load(self) -> Iterator[ModuleType]:
-        yield from import_script("load")
-
     def test_the_default_model_has_the_shape_of_sd_15(self, load):
         with torch.device("meta"):
             assert load.build(load.Settings()).num_parameters() == 859_520_964
