@@ -7,6 +7,7 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
+from diffusers_pqcad import qparams
 from diffusers_pqcad.layers import QuantizedLayer
 
 DECIMALS = "{:.1e}"
@@ -102,7 +103,8 @@ def layer_info(name: str, layer: nn.Linear | nn.Conv2d, floats: dict[str, nn.Mod
         return LayerInfo(name, tuple(layer.weight.shape), bits, None, "float", None, stored, None)
     perturbation = layer.perturbation
     if floats is not None:
-        perturbation = relative_error(layer.weight.detach(), float_weight(floats, name, layer.weight_shape))
+        weight = float_weight(floats, name, layer.weight_shape)
+        perturbation = qparams.relative(qparams.perturbation(weight, layer.levels(), layer.weight_scale))
     return LayerInfo(
         name=name,
         shape=tuple(layer.weight_shape),
@@ -124,9 +126,3 @@ def float_weight(modules: dict[str, nn.Module], name: str, shape: torch.Size) ->
             f"reference: {name} has shape {found}, expected {tuple(shape)}. Give the float model that was quantized."
         )
     return weight.detach()
-
-
-def relative_error(weight: Tensor, reference: Tensor) -> float:
-    """Return ||weight - reference||^2 / ||reference||^2, both in fp32."""
-    reference = reference.float()
-    return ((weight.float() - reference).square().sum() / reference.square().sum().clamp(min=1e-30)).item()
