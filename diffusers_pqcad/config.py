@@ -75,7 +75,8 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         weight_bits: average bits over the weights of the searched layers, scales not counted; a width of
             `bit_choices` with method "fixed".
         bit_choices: the widths that "progressive" may give a layer, out of 8, 6, 4, 3 and 2.
-        activation_bits: 8 (asymmetric uint8 per tensor), or `None` to keep activations in floating point.
+        activation_bits: 8 or 7 (asymmetric uint8 per tensor), or `None` to keep activations in floating point. With 7,
+            also layers of 8 bits run as int8 on CPUs without VNNI, at twice the rounding step.
         group_size: inputs that share a weight scale in Linear layers; `None`: one scale per output channel.
         method: "progressive" (bits per layer, moved in two stages under a momentum) or "fixed" (round to nearest at
             one width).
@@ -93,7 +94,7 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
 
     weight_bits: float = 4.0
     bit_choices: tuple[int, ...] = (8, 6, 4, 3, 2)
-    activation_bits: int | None = ACTIVATION_BITS
+    activation_bits: int | None = 8
     group_size: int | None = None
     method: Literal["progressive", "fixed"] = "progressive"
     modules_to_not_convert: list[str] = field(default_factory=list)
@@ -135,8 +136,10 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
                 f"weight_bits: an average of {self.weight_bits} cannot be met with bit_choices "
                 f"{list(self.bit_choices)}; expected {low} to {high}."
             )
-        if self.activation_bits not in (ACTIVATION_BITS, None):
-            raise ValueError(f"activation_bits: expected {ACTIVATION_BITS} or None, got {self.activation_bits}.")
+        if self.activation_bits not in (*ACTIVATION_BITS, None):
+            raise ValueError(
+                f"activation_bits: expected one of {ACTIVATION_BITS} or None, got {self.activation_bits}."
+            )
         if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
             raise ValueError(f"group_size: expected a positive integer or None, got {self.group_size!r}.")
         wrong = {name: bits for name, bits in self.weight_bits_by_module.items() if bits not in WEIGHT_BITS}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from diffusers_pqcad.calibration import CalibrationSet
 from diffusers_pqcad.checkpoint import check_request, load_checkpoint, model_hash, save_checkpoint, tensors_hash
 from diffusers_pqcad.fake_quant import (
+    RANGE_TRAJECTORIES,
     bits_by_module,
     calibrate_activations_,
     fake_quant_layers,
@@ -206,7 +207,7 @@ class Distillation:
 
     def calibrate_activations(self) -> None:
         """Set the activation ranges on the student's own trajectories at N / 2 steps."""
-        noise = self.train_set.trajectory[:64, 0]
+        noise = self.train_set.trajectory[:RANGE_TRAJECTORIES, 0]
         steps = list(denoise(self.student, self.scheduler, noise, self.num_steps))[:-1]
         calibrate_activations_(self.student, ((step.timestep, step.sample) for step in steps))
 
@@ -217,7 +218,7 @@ class Distillation:
         config = self.config
         generator = torch.Generator().manual_seed(((config.seed * 1_000_003 + step) * 8191 + rank) % 2**63)
         num_jumps, size = len(self.jumps.start), config.train_batch_size
-        total, teacher_loss, calibration_loss = self.weight.new_zeros(()), None, None
+        batches: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}  # rows, samples, targets, weights
         if self.teacher is not None:
             rows = torch.randint(0, num_jumps, (size,), generator=generator)
             sample = self.fresh_batch(rows, generator, data)
@@ -225,14 +226,26 @@ class Distillation:
             if bool(spoken.any()):
                 rows, sample = rows[spoken], sample[spoken]
                 target = self.teacher_target(sample, rows)
-                output = model(sample, self.jumps.start[rows]).sample
-                teacher_loss = weighted_error(output, target, self.weight[rows] * gate[rows]) * len(rows) / size
-                total = total + teacher_loss
+                batches["teacher"] = rows, sample, target, self.weight[rows] * gate[rows] * len(rows) / size
         if config.calibration:
             rows = torch.randint(0, num_jumps, (size,), generator=generator)
             trajectories = torch.randint(0, len(self.train_set), (size,), generator=generator)
-            sample, target = self.calibration_batch(self.train_set, trajectories, rows)
-            calibration_loss = weighted_error(model(sample, self.jumps.start[rows]).sample, target, self.weight[rows])
+            batches["calibration"] = (
+                rows,
+                *self.calibration_batch(self.train_set, trajectories, rows),
+                self.weight[rows],
+            )
+        if not batches:
+            return self.weight.new_zeros(()), None, None
+        # One call for both terms: a larger batch costs less than two, and the weights are rounded once.
+        rows, sample, target, weight = map(torch.cat, zip(*batches.values(), strict=True))
+        output = model(sample, self.jumps.start[rows]).sample
+        sizes = [len(batch[0]) for batch in batches.values()]
+        errors = map(weighted_error, output.split(sizes), target.split(sizes), weight.split(sizes))
+        terms = dict(zip(batches, errors, strict=True))
+        teacher_loss, calibration_loss = terms.get("teacher"), terms.get("calibration")
+        total = self.weight.new_zeros(()) if teacher_loss is None else teacher_loss
+        if calibration_loss is not None:
             total = total + config.calibration_weight * calibration_loss
         return total, teacher_loss, calibration_loss
 

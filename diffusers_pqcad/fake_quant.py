@@ -29,6 +29,7 @@ from diffusers_pqcad.qparams import (
 from diffusers_pqcad.timesteps import TimestepGroups, install_timestep_groups
 
 MAX_TIMESTEP_GROUPS = 8
+RANGE_TRAJECTORIES = 32  # whose smallest and largest inputs make the static ranges
 
 
 class WeightFakeQuantize(nn.Module):
@@ -45,14 +46,14 @@ class WeightFakeQuantize(nn.Module):
 
 
 class InputFakeQuantize(nn.Module):
-    """Rounds a layer's input to uint8: dynamic until `scale` and `zero_point` (G,) are set, then by timestep group."""
+    """Rounds a layer's input: dynamic until `scale` and `zero_point` (G,) are set, then by timestep group."""
 
     scale: Tensor | None
     zero_point: Tensor | None
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, bits: int) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.bits = name, bits
         self.enabled = False  # weights are decided with float activations; see progressive.py
         self.groups: TimestepGroups | None = None
         self.register_buffer("scale", None)
@@ -63,18 +64,18 @@ class InputFakeQuantize(nn.Module):
         self.scale, self.zero_point, self.groups = qparams.scale, qparams.zero_point, groups
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `x` rounded to uint8 codes and back."""
+        """Return `x` rounded to its codes and back."""
         if not self.enabled:
             return x
         if self.scale is None or self.zero_point is None or self.groups is None:
-            return fake_quantize_activation(x, dynamic_activation_qparams(x))
+            return fake_quantize_activation(x, dynamic_activation_qparams(x, self.bits), self.bits)
         group = self.groups.current
         if group is None:
             raise ValueError(f"{self.name}: no timestep was seen. Call the whole model, which records it.")
         qparams = ActivationQParams(self.scale[group], self.zero_point[group])
         if isinstance(group, Tensor):
             qparams = ActivationQParams(*(per_sample(values, x, self.name) for values in qparams))
-        return fake_quantize_activation(x, qparams)
+        return fake_quantize_activation(x, qparams, self.bits)
 
 
 def round_input(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -101,7 +102,7 @@ def prepare_(model: nn.Module, config: PQCADConfig, bits: Mapping[str, int]) -> 
     for name, layer in layers.items():
         parametrize.register_parametrization(layer, "weight", quantizers[name])
         if config.activation_bits is not None:
-            layer.input_fake_quantize = InputFakeQuantize(name)
+            layer.input_fake_quantize = InputFakeQuantize(name, config.activation_bits)
             layer.register_forward_pre_hook(round_input)
     model.pqcad_config = config
     return model.requires_grad_(True)  # latents are trained, also where the float model was frozen
@@ -241,9 +242,8 @@ def calibrate_activations_(
     group_low = torch.stack([low[first:end].amin(dim=0) for first, end in zip(firsts, ends, strict=True)]).flip(0)
     group_high = torch.stack([high[first:end].amax(dim=0) for first, end in zip(firsts, ends, strict=True)]).flip(0)
     for index, layer in enumerate(layers):
-        layer.input_fake_quantize.set_qparams_(  # type: ignore[union-attr,operator]
-            activation_qparams(group_low[:, index], group_high[:, index]), groups
-        )
+        quantizer: InputFakeQuantize = layer.input_fake_quantize  # type: ignore[assignment]
+        quantizer.set_qparams_(activation_qparams(group_low[:, index], group_high[:, index], quantizer.bits), groups)
     enable_activations_(model, True)
     return boundaries
 

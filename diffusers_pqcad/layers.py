@@ -241,7 +241,7 @@ class QuantizedLayer(nn.Module):
             return None
         group = self.input_group()
         if group is None or self.input_scale is None or self.input_zero_point is None:
-            return dynamic_activation_qparams(x)
+            return dynamic_activation_qparams(x, self.activation_bits)
         qparams = ActivationQParams(self.input_scale[group], self.input_zero_point[group])
         if isinstance(group, int) or group.dim() == 0:
             return qparams

@@ -32,6 +32,7 @@ from diffusers_pqcad.checkpoint import (
 from diffusers_pqcad.config import PQCADConfig
 from diffusers_pqcad.convert import match_modules, relative_weight_error
 from diffusers_pqcad.fake_quant import (
+    RANGE_TRAJECTORIES,
     at_bits,
     bits_by_module,
     calibrate_activations_,
@@ -77,6 +78,7 @@ class ProgressiveConfig:
     price_batch_size: int = 8
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     reconstruction_samples: int = 256
+    round_share: float = 0.5  # of iterations and samples, where the bits will change again
     recovery_steps: int = 75  # per stage; 0 switches the whole-network recovery off
     recovery_batch_size: int = 32
     recovery_learning_rate: float = 3e-5
@@ -93,6 +95,8 @@ class ProgressiveConfig:
         check_minimum(self, kappa=0, trust=0, perturbation_floor=0, cooldown=0)
         check_minimum(self, rounds_per_stage=1, price_batches=1, price_batch_size=1, reconstruction_samples=8)
         check_minimum(self, recovery_steps=0, recovery_batch_size=1, evaluation_steps=1)
+        if not 0 < self.round_share <= 1:
+            raise ValueError(f"round_share: expected a share above 0 and up to 1, got {self.round_share}.")
 
 
 @dataclass
@@ -281,18 +285,23 @@ class ProgressiveQuantizer:
         round_index: int,
         *,
         may_roll_back: bool,
+        share: float,
         units: Iterable[str] = (),
     ) -> list[str]:
         """Carry out `moves` unit by unit, in execution order, with reconstruction; return what was rolled back.
 
-        `units` names further units to reconstruct although none of their layers moves.
+        `share` is that of the reconstruction's iterations and samples; `units` names further units to reconstruct
+        although none of their layers moves.
         """
+        settings = self.settings.reconstruction
+        settings = replace(settings, iterations=math.ceil(share * settings.iterations))
+        num_samples = max(8, round(share * self.settings.reconstruction_samples))
         by_unit: dict[str, list[Move]] = {name: [] for name in units}
         for move in moves:
             by_unit.setdefault(self.unit_of(move.layer), []).append(move)
         layers = fake_quant_layers(self.model)
         held_out = self.check.draw(self.settings.reconstruction_samples // 4, self.seed(2, stage))
-        samples = self.train.draw(self.settings.reconstruction_samples, self.seed(3, stage, round_index))
+        samples = self.train.draw(num_samples, self.seed(3, stage, round_index))
         error = output_error(self.model, held_out)
         rolled_back = []
         for name in sorted(by_unit, key=self.order.index):
@@ -300,10 +309,10 @@ class ProgressiveQuantizer:
             before, before_bits = clone_state(unit), {move.layer: move.from_bits for move in unit_moves}
             for move in unit_moves:
                 set_bits_(layers[move.layer], move.to_bits)
-            if self.settings.reconstruction.iterations:
+            if settings.iterations:
                 io = capture_io(self.model, self.reference, name, samples[0], samples[1], samples[3])
                 seed = self.seed(4, stage, round_index)
-                result = reconstruct(unit, io, self.settings.reconstruction, name=name, seed=seed)
+                result = reconstruct(unit, io, settings, name=name, seed=seed)
                 self.history.units.append(asdict(result) | {"stage": stage, "round": round_index})
             if not unit_moves:
                 continue
@@ -359,7 +368,8 @@ class ProgressiveQuantizer:
         left = max(self.settings.rounds_per_stage - round_index, 1)
         moves = controller.propose(budget, rounds_left=left, perturbation=perturbation)
         controller.commit(moves)
-        rolled_back = self.move_units(moves, stage, round_index, may_roll_back=self.settings.signal == "output")
+        may_roll_back, share = self.settings.signal == "output", self.settings.round_share
+        rolled_back = self.move_units(moves, stage, round_index, may_roll_back=may_roll_back, share=share)
         controller.end_round()
         self.record(stage, round_index, "round", moves, rolled_back)
         return True
@@ -379,7 +389,8 @@ class ProgressiveQuantizer:
             if bits != before[name]
         ]
         # Bits are final after the last stage: every unit is reconstructed once more, on the inputs it will see.
-        self.move_units(net, stage, 1_000, may_roll_back=False, units=self.order if last else ())
+        units, share = (self.order, 1.0) if last else ((), self.settings.round_share)
+        self.move_units(net, stage, 1_000, may_roll_back=False, share=share, units=units)
         self.record(stage, len(self.history.rounds), "forced", net, [])
 
     def correct_biases(self, stage: int) -> None:
@@ -399,8 +410,9 @@ class ProgressiveQuantizer:
 
     def calibrate_activations(self) -> None:
         """Set static activation ranges on the training trajectories; nothing to do for float activations."""
-        steps = ((int(t), self.train_set.trajectory[:, index]) for index, t in enumerate(self.train_set.timestep))
-        calibrate_activations_(self.model, ((t, sample[:64]) for t, sample in steps))
+        trajectory = self.train_set.trajectory[:RANGE_TRAJECTORIES]
+        steps = ((int(t), trajectory[:, index]) for index, t in enumerate(self.train_set.timestep))
+        calibrate_activations_(self.model, steps)
 
     def save(self, path: Path | None, **extra: Any) -> None:
         """Write the resume file."""

@@ -5,7 +5,8 @@ the most negative code is never used and zero is exact. Two bits would leave thr
 half-integer grid (-3/2, -1/2, 1/2, 3/2) is used, stored as the odd integers -3, -1, 1, 3 at half its scale. So
 everywhere `weight = level * scale` with an int8 level, whatever the width.
 
-Activations are asymmetric uint8: `x = (code - zero_point) * scale`, with a range that always includes zero.
+Activations are asymmetric uint8: `x = (code - zero_point) * scale`, with a range that always includes zero. Of 7 bits,
+the codes end at 127: 8-bit products that a CPU without VNNI can add up exactly.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,8 +19,7 @@ import torch
 from torch import Tensor
 
 WEIGHT_BITS = (2, 3, 4, 6, 8)
-ACTIVATION_BITS = 8
-ACTIVATION_QMAX = 2**ACTIVATION_BITS - 1
+ACTIVATION_BITS = (8, 7)
 MIN_SCALE = 1e-12  # keeps 1 / scale finite in fp32
 
 
@@ -55,8 +55,13 @@ class WeightSpec:
         return row_length // self.group_size
 
 
+def activation_qmax(bits: int) -> int:
+    """Return the largest activation code of `bits`; the smallest is 0."""
+    return 2**bits - 1
+
+
 class ActivationQParams(NamedTuple):
-    """`scale` fp32 > 0 and `zero_point` int32 in [0, 255]: 0-dim, or (G,) for G timestep groups."""
+    """`scale` fp32 > 0 and `zero_point` int32 in [0, qmax]: 0-dim, or (G,) for G timestep groups."""
 
     scale: Tensor
     zero_point: Tensor
@@ -150,49 +155,49 @@ def fake_quantize_weight(weight: Tensor, scale: Tensor, spec: WeightSpec) -> Ten
     return (round_to_levels(groups / scale, spec) * scale).reshape(weight.shape)
 
 
-def activation_qparams(minimum: Tensor, maximum: Tensor) -> ActivationQParams:
-    """Return the asymmetric uint8 qparams of the range [minimum, maximum], widened to include zero; any shape.
+def activation_qparams(minimum: Tensor, maximum: Tensor, bits: int = 8) -> ActivationQParams:
+    """Return the asymmetric qparams of the range [minimum, maximum], widened to include zero; any shape.
 
     Raises ValueError where a bound is not finite.
     """
     minimum, maximum = minimum.float().clamp(max=0), maximum.float().clamp(min=0)
     if not (torch.isfinite(minimum).all() and torch.isfinite(maximum).all()):
         raise ValueError("the activations hold a NaN or an infinity; a range cannot be chosen for them.")
-    return unchecked_activation_qparams(minimum, maximum)
+    return unchecked_activation_qparams(minimum, maximum, bits)
 
 
-def unchecked_activation_qparams(minimum: Tensor, maximum: Tensor) -> ActivationQParams:
+def unchecked_activation_qparams(minimum: Tensor, maximum: Tensor, bits: int) -> ActivationQParams:
     """`activation_qparams` for minimum <= 0 <= maximum, unchecked: no host synchronization.
 
     Where a bound is not finite, neither is the scale, and so the layer's output.
     """
-    span = maximum - minimum
-    scale = torch.where(span == 0, 1.0, (span / ACTIVATION_QMAX).clamp(min=MIN_SCALE))
+    span, qmax = maximum - minimum, activation_qmax(bits)
+    scale = torch.where(span == 0, 1.0, (span / qmax).clamp(min=MIN_SCALE))
     # A NaN has no integer form; as 0 it stays a valid zero point, and the scale carries the NaN to the output.
-    zero_point = (-minimum / scale).nan_to_num(0.0).round().clamp(0, ACTIVATION_QMAX).to(torch.int32)
+    zero_point = (-minimum / scale).nan_to_num(0.0).round().clamp(0, qmax).to(torch.int32)
     return ActivationQParams(scale, zero_point)
 
 
-def dynamic_activation_qparams(x: Tensor) -> ActivationQParams:
+def dynamic_activation_qparams(x: Tensor, bits: int = 8) -> ActivationQParams:
     """Return the 0-dim qparams of the range of `x`, per tensor and call; those of zeros where `x` is empty."""
     if x.numel() == 0:
         x = x.new_zeros(1)
     # amin and amax apart: on channels_last tensors they are 20 times faster than aminmax.
     minimum, maximum = x.detach().amin().float().clamp(max=0), x.detach().amax().float().clamp(min=0)
-    return unchecked_activation_qparams(minimum, maximum)
+    return unchecked_activation_qparams(minimum, maximum, bits)
 
 
-def dynamic_scalar_qparams(x: Tensor) -> ScalarQParams:
+def dynamic_scalar_qparams(x: Tensor, bits: int = 8) -> ScalarQParams:
     """Return `dynamic_activation_qparams` of a non-empty `x` as Python numbers, the same ones to the last bit.
 
     A dozen operators on 0-dim tensors take longer than a small layer. Each fp32 operation is done in double precision
     and rounded once more, which is exact for sums and quotients: 53 bits >= 2 * 24 + 2 (Figueroa 1995).
     """
     minimum, maximum = min(_fp32(x.amin().item()), 0.0), max(_fp32(x.amax().item()), 0.0)  # in this order, NaN stays
-    span = _fp32(maximum - minimum)
-    scale = 1.0 if span == 0 else max(_fp32(span / ACTIVATION_QMAX), _fp32(MIN_SCALE))
+    span, qmax = _fp32(maximum - minimum), activation_qmax(bits)
+    scale = 1.0 if span == 0 else max(_fp32(span / qmax), _fp32(MIN_SCALE))
     quotient = _fp32(-minimum / scale)
-    return ScalarQParams(scale, min(round(quotient), ACTIVATION_QMAX) if isfinite(quotient) else 0)
+    return ScalarQParams(scale, min(round(quotient), qmax) if isfinite(quotient) else 0)
 
 
 def _fp32(value: float) -> float:
@@ -200,28 +205,28 @@ def _fp32(value: float) -> float:
 
 
 class _FakeQuantizeActivation(torch.autograd.Function):
-    """Rounds onto the uint8 grid; one mask is all that the backward needs.
+    """Rounds onto the grid of codes 0 to `qmax`; one mask is all that the backward needs.
 
     Element-wise passes weigh as much as convolutions when a small model is trained on a CPU: in place, this is faster
     than the same operators under autograd, and than torch's own operator.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int) -> Tensor:
         codes = (x * scale.reciprocal()).round_().add_(zero_point)
-        ctx.save_for_backward((codes >= 0) & (codes <= ACTIVATION_QMAX))
-        return codes.clamp_(0, ACTIVATION_QMAX).sub_(zero_point).mul_(scale)
+        ctx.save_for_backward((codes >= 0) & (codes <= qmax))
+        return codes.clamp_(0, qmax).sub_(zero_point).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (inside,) = ctx.saved_tensors
-        return gradient * inside, None, None
+        return gradient * inside, None, None, None
 
 
-def fake_quantize_activation(x: Tensor, qparams: ActivationQParams) -> Tensor:
-    """Return `x` rounded to uint8 codes and back; qparams broadcast against `x`.
+def fake_quantize_activation(x: Tensor, qparams: ActivationQParams, bits: int = 8) -> Tensor:
+    """Return `x` rounded to codes of `bits` and back; qparams broadcast against `x`.
 
     Straight-through inside the range, no gradient outside it; the scale gets none. Computed in fp32: in half precision
     the codes themselves would be off by one.
     """
-    return _FakeQuantizeActivation.apply(x.float(), *qparams).to(x.dtype)
+    return _FakeQuantizeActivation.apply(x.float(), *qparams, activation_qmax(bits)).to(x.dtype)

@@ -159,7 +159,7 @@ BAD_VALUES = [
     ({"weight_bits": float("nan"), "method": "fixed"}, "takes one width out of"),
     ({"weight_bits": 4.5, "method": "fixed"}, "takes one width out of .* Use method='progressive'"),
     ({"weight_bits": 5, "method": "fixed"}, "takes one width out of"),
-    ({"activation_bits": 4}, "activation_bits: expected 8 or None, got 4"),
+    ({"activation_bits": 4}, r"activation_bits: expected one of \(8, 7\) or None, got 4"),
     ({"group_size": 0}, "group_size: expected a positive integer or None, got 0"),
     ({"group_size": 32.0}, "group_size: expected a positive integer or None, got 32.0"),
     ({"group_size": -1}, "group_size: expected a positive integer or None, got -1"),

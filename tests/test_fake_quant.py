@@ -219,7 +219,7 @@ def test_rounding_of_activations_is_off_until_enabled(prepared: UNet2DModel) -> 
 
 
 def test_dynamic_rounding_of_an_input_by_hand() -> None:
-    quantizer = InputFakeQuantize("layer")
+    quantizer = InputFakeQuantize("layer", 8)
     quantizer.enabled = True
     rounded = quantizer(torch.tensor([-1.0, 0.0, 0.5, 4.1]))
     scale = 5.1 / 255

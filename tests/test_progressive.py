@@ -350,7 +350,7 @@ def test_only_the_units_that_disappoint_are_rolled_back(
     run.controller.commit(moves)
     errors = iter([0.0, *([1e9] + [0.0] * len(units))])  # the first unit is a disaster, the others cost nothing
     monkeypatch.setattr(progressive_module, "output_error", lambda *_: next(errors))
-    rolled_back = run.move_units(moves, 0, 0, may_roll_back=True)
+    rolled_back = run.move_units(moves, 0, 0, may_roll_back=True, share=1.0)
     assert {run.unit_of(layer) for layer in rolled_back} == {min(units, key=run.order.index)}
     assert bits_by_module(tiny_unet) == run.controller.bits
     for move in moves:
@@ -369,7 +369,7 @@ def test_a_move_that_ends_in_nan_is_rolled_back(
     run.controller.commit(moves)
     errors = iter([1.0, float("nan")])
     monkeypatch.setattr(progressive_module, "output_error", lambda *_: next(errors))
-    assert run.move_units(moves, 0, 0, may_roll_back=True) == [moves[0].layer]
+    assert run.move_units(moves, 0, 0, may_roll_back=True, share=1.0) == [moves[0].layer]
 
 
 @pytest.mark.parametrize("after", [2.0, 1.0, float("nan")])

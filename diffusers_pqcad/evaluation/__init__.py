@@ -38,7 +38,7 @@ from diffusers_pqcad.sampling import denoise, generate, initial_noise, sample_sh
 
 __all__ = ["EvaluationReport", "evaluate", "generate_samples", "load_extractor", "to_uint8"]
 
-MAX_TRAJECTORY_IMAGES = 32  # enough for a mean curve; a trajectory costs as much as its samples
+MAX_TRAJECTORY_IMAGES = 16  # enough for a mean curve; a trajectory costs as much as its samples
 MAX_KERNEL_SUBSET = 1000  # Binkowski et al. 2018
 
 
@@ -138,7 +138,7 @@ def evaluate(
     reference_num_inference_steps: int | None = None,
     batch_size: int = 64,
     num_latency_rounds: int = 3,
-    latency_batch_size: int = 16,
+    latency_batch_size: int = 8,
     progress: bool = True,
     reference_samples: Tensor | None = None,
     weights_path: str | Path | None = None,

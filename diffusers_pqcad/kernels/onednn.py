@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffusers_pqcad.qparams import ACTIVATION_QMAX, ScalarQParams, dynamic_scalar_qparams
+from diffusers_pqcad.qparams import ScalarQParams, activation_qmax, dynamic_scalar_qparams
 
 if TYPE_CHECKING:
     from diffusers_pqcad.layers import QuantizedLayer
 
 NAME = "onednn"
 OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
-# Two neighbouring products of the widest inputs, 2 * 255 * 63, still fit a signed 16-bit intermediate sum.
-MAX_BITS_WITHOUT_VNNI = 6
+# Without VNNI two neighbouring products are added in 16 bits, which hold 2 * 255 * 31 and 2 * 127 * 127 at most.
+MAX_WEIGHT_BITS_WITHOUT_VNNI = {8: 6, 7: 8}  # by activation bits
 NO_OPERATORS = "this PyTorch has no oneDNN int8 operators"
 NO_VNNI = "this CPU has no VNNI, where 8-bit products saturate silently"
 
@@ -79,7 +79,8 @@ def refusal(layer: "QuantizedLayer") -> str | None:
     if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
         return f"padding {layer.padding!r} in mode {layer.padding_mode!r} is not supported"
     widens = layer.weight_scale.shape[1] > 1  # groups are re-quantized to 8 bits per channel
-    if (layer.spec.bits > MAX_BITS_WITHOUT_VNNI or widens) and saturates():
+    weight_bits = 8 if widens else layer.spec.bits
+    if weight_bits > MAX_WEIGHT_BITS_WITHOUT_VNNI[layer.activation_bits] and saturates():
         return NO_VNNI
     return None
 
@@ -103,38 +104,40 @@ def pack(layer: "QuantizedLayer") -> PackedLayer:
 def scalar_qparams(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor) -> ScalarQParams:
     """Return the activation range of this call: the static one of its timestep, else that of `x`."""
     if packed.ranges is None:
-        return dynamic_scalar_qparams(x)
+        return dynamic_scalar_qparams(x, layer.activation_bits or 8)
     group = layer.input_group()
     assert isinstance(group, int)  # `select_kernel` sends a batch of several groups elsewhere
     return packed.ranges[group]
 
 
-def quantize_to_uint8(x: Tensor, qparams: ScalarQParams) -> Tensor:
-    """Return the uint8 codes of dense fp32 `x`, in its memory format."""
+def quantize_to_uint8(x: Tensor, qparams: ScalarQParams, bits: int = 8) -> Tensor:
+    """Return the codes, uint8 below 2**bits, of dense fp32 `x`, in its memory format."""
     # aten's fused pass is 10 times faster than the same arithmetic in separate operators; reading its storage avoids
     # the copy of int_repr().
     if not has_fused_quantize():
         codes = (x * (1.0 / qparams.scale)).round_().add_(qparams.zero_point)
-        return codes.clamp_(0, ACTIVATION_QMAX).to(torch.uint8)
+        return codes.clamp_(0, activation_qmax(bits)).to(torch.uint8)
     quantized = torch.quantize_per_tensor(x, qparams.scale, qparams.zero_point, torch.quint8)
     codes = torch.empty(0, dtype=torch.uint8)
-    return codes.set_(quantized.untyped_storage(), 0, quantized.size(), quantized.stride())
+    codes.set_(quantized.untyped_storage(), 0, quantized.size(), quantized.stride())
+    return codes if bits == 8 else codes.clamp_(max=activation_qmax(bits))
 
 
 def run(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor) -> Tensor:
     """Return the int8 operation's output in the dtype of `x`; convolutions return channels_last."""
-    dtype = x.dtype if x.dtype in OUTPUT_DTYPES else torch.float32
+    assert layer.activation_bits is not None  # refused
+    bits, dtype = layer.activation_bits, x.dtype if x.dtype in OUTPUT_DTYPES else torch.float32
     bias = None if layer.bias is None else layer.bias.float()
     qparams = scalar_qparams(layer, packed, x)
     if packed.geometry is None:
-        codes = quantize_to_uint8(x.float().contiguous(), qparams)
+        codes = quantize_to_uint8(x.float().contiguous(), qparams, bits)
         output = torch.ops.onednn.qlinear_pointwise.default(
             codes, *qparams, *packed.weight, bias, 1.0, 0, dtype, "none", [], ""
         )
         return output.to(x.dtype)
     batched = x.dim() == 4
     x_nchw = x if batched else x.unsqueeze(0)
-    codes = quantize_to_uint8(x_nchw.float().contiguous(memory_format=torch.channels_last), qparams)
+    codes = quantize_to_uint8(x_nchw.float().contiguous(memory_format=torch.channels_last), qparams, bits)
     output = torch.ops.onednn.qconv2d_pointwise.default(
         codes, *qparams, *packed.weight, bias, *packed.geometry, 1.0, 0, dtype, "none", [], ""
     )

@@ -24,8 +24,8 @@ def pack(layer: "QuantizedLayer") -> None:
 def run(layer: "QuantizedLayer", packed: None, x: Tensor) -> Tensor:
     """Return the float operation on the dequantized weights and the fake-quantized `x`, in the dtype of `x`."""
     qparams = layer.input_qparams(x)
-    if qparams is not None:
-        x = fake_quantize_activation(x, qparams)
+    if qparams is not None and layer.activation_bits is not None:
+        x = fake_quantize_activation(x, qparams, layer.activation_bits)
     weight = layer.dequantized_weight().to(x.dtype)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return layer.float_forward(x, weight, bias).to(x.dtype)  # under autocast it is another one

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffusers_pqcad.qparams import ACTIVATION_QMAX
+from diffusers_pqcad.qparams import activation_qmax
 
 if TYPE_CHECKING:
     from diffusers_pqcad.layers import QuantizedLayer
@@ -55,7 +55,8 @@ def run(layer: "QuantizedLayer", packed: PackedLinear, x: Tensor) -> Tensor:
 
     qparams = layer.input_qparams(x)
     assert qparams is not None  # refused without
-    codes = (x.float() * qparams.scale.reciprocal()).round_().add_(qparams.zero_point).clamp_(0, ACTIVATION_QMAX)
+    qmax = activation_qmax(layer.activation_bits or 8)
+    codes = (x.float() * qparams.scale.reciprocal()).round_().add_(qparams.zero_point).clamp_(0, qmax)
     products = safe_int_mm(codes.sub_(MIDDLE).to(torch.int8).reshape(-1, x.shape[-1]), packed.levels)
     products = products + (MIDDLE - qparams.zero_point) * packed.level_sum
     output = products.float() * (qparams.scale * packed.scale)
