@@ -78,7 +78,7 @@ class ProgressiveConfig:
     price_batch_size: int = 8
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     reconstruction_samples: int = 256
-    round_share: float = 0.5  # of iterations and samples, where the bits will change again
+    round_share: float = 0.25  # of iterations and samples, where the bits will change again
     recovery_steps: int = 75  # per stage; 0 switches the whole-network recovery off
     recovery_batch_size: int = 32
     recovery_learning_rate: float = 3e-5

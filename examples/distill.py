@@ -122,7 +122,7 @@ class Settings:
     reconstruction_batch_size: int = 16
     reconstruction_samples: int = 256
     recovery_steps: int = 20  # per stage
-    max_train_steps: int = 100  # of the distillation
+    max_train_steps: int = 80  # of the distillation
     train_batch_size: int = 32
     learning_rate: float = 2e-5  # of the distillation; Adam
     evaluation_steps: int = 20  # updates between two measurements on the held-out trajectories

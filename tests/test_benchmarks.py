@@ -4,9 +4,11 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -35,6 +37,16 @@ def unet_step() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
+def pipeline() -> Iterator[ModuleType]:
+    yield from import_script("pipeline")
+
+
+@pytest.fixture(scope="module")
+def scaling() -> Iterator[ModuleType]:
+    yield from import_script("scaling")
+
+
+@pytest.fixture(scope="module")
 def load() -> Iterator[ModuleType]:
     yield from import_script("load")
 
@@ -46,95 +58,123 @@ def same_number_of_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def tiny_settings(unet_step: ModuleType, **changes: object) -> object:
-    small = {"batch_size": 1, "num_rounds": 2, "warmup_rounds": 0, "sample_size": 16, "block_out_channels": [32] * 4}
-    return unet_step.Settings(**small | changes)
+def tiny_settings(script: ModuleType, **changes: object) -> object:
+    return script.Settings(**{"model": "tiny", "batch_size": 1, "num_rounds": 2, "warmup_rounds": 0} | changes)
+
+
+def rows_of(result: dict) -> dict[str, dict]:
+    return {row["name"]: row for row in result["contestants"]}
+
+
+class TestModels:
+    @pytest.mark.parametrize(
+        ("name", "num_parameters"),
+        [("ddpm-cifar10", 35_746_307), ("sd15", 859_520_964), ("fashion-mnist", 1_107_041)],
+        ids=["google/ddpm-cifar10-32", "SD-1.5", "bundled"],
+    )
+    def test_shapes_are_those_of_the_models_they_are_named_after(self, unet_step, name, num_parameters):
+        with torch.device("meta") if name != "fashion-mnist" else nullcontext():
+            assert unet_step.models.build(name).num_parameters() == num_parameters
+
+    def test_an_unknown_one_is_refused(self, unet_step):
+        with pytest.raises(ValueError, match="model: expected one of .*'ddpm-cifar10'.*, got 'sd16'"):
+            unet_step.models.build("sd16")
 
 
 class TestUNetStep:
-    def test_default_model_has_the_shape_of_ddpm_cifar10(self, unet_step):
-        with torch.device("meta"):
-            unet = unet_step.build_unet(unet_step.Settings())
-        assert unet.num_parameters() == 35_746_307  # google/ddpm-cifar10-32
-
     def test_table_and_file_hold_every_contestant(self, unet_step, tmp_path, capsys):
         file = tmp_path / "new folder" / "result.json"
         result = unet_step.main(tiny_settings(unet_step, json=str(file)))
 
         assert json.loads(file.read_text()) == json.loads(json.dumps(result))
         assert str(tmp_path) not in file.read_text()
-        rows = {row["name"]: row for row in result["contestants"]}
-        assert list(rows) == [
-            "stock diffusers, fp32",
-            "fp32, channels_last",
-            "bf16, channels_last",
-            "W8A8, dynamic ranges",
-            "W4A8, dynamic ranges",
-            "W8A8, static ranges",
-        ]
+        rows = rows_of(result)
+        names = ["stock diffusers, fp32", "fp32, channels_last", "W8A8", "W8A7", "W4A8", "W4A8, dynamic ranges"]
+        assert list(rows) == names
         table = capsys.readouterr().out
         for name, row in rows.items():
             assert f"| {name} | {row['median_ms']:.1f} |" in table
             assert row["min_ms"] <= row["median_ms"] <= row["max_ms"]
             assert len(row["rounds_ms"]) == 2
             assert row["ratio"] == rows["stock diffusers, fp32"]["median_ms"] / row["median_ms"]
-        for fact in ("seed 0", "threads: 1 ", "VNNI: ", "load before the run", f"torch {torch.__version__}"):
+        for fact in ("16x16", "seed 0", "threads: 1 ", "VNNI: ", "load before the run", f"torch {torch.__version__}"):
             assert fact in table
         assert result["settings"]["num_threads"] == result["environment"]["num_threads"] == 1
 
     def test_errors_and_sizes_are_those_of_the_formats(self, unet_step):
-        result = unet_step.benchmark(tiny_settings(unet_step, num_rounds=1))
-        stock, channels_last, bf16, w8a8, w4a8, static = result["contestants"]
+        result = unet_step.benchmark(
+            tiny_settings(unet_step, num_rounds=1, contestants=[*unet_step.QUICK, "bf16, channels_last"])
+        )
+        stock, channels_last, w8a8, w8a7, w4a8, dynamic, bf16 = result["contestants"]
         assert stock["relative_error"] == 0
         assert channels_last["relative_error"] < 1e-5
         assert 1e-4 < bf16["relative_error"] < 0.05
-        for row in (w8a8, static):
-            assert 1e-4 < row["relative_error"] < 0.1
-        assert w8a8["relative_error"] < w4a8["relative_error"] < 0.5
+        assert 1e-4 < w8a8["relative_error"] < w8a7["relative_error"] < 0.1
+        for row in (w4a8, dynamic):
+            assert w8a7["relative_error"] < row["relative_error"] < 0.5
 
         assert bf16["weight_bytes"] == stock["weight_bytes"] / 2
         assert w4a8["weight_bytes"] < w8a8["weight_bytes"] < bf16["weight_bytes"]
         assert stock["kernel_cache_bytes"] == 0
-        if result["environment"]["vnni"]:  # the kernel computes with 8 bits a weight, whatever is stored
-            assert w4a8["kernel_cache_bytes"] == w8a8["kernel_cache_bytes"] > 0
+        assert w4a8["kernel_cache_bytes"] == w8a7["kernel_cache_bytes"] > 0  # the kernel computes with 8 bits a weight
+        assert w8a8["kernel_cache_bytes"] == (w8a7["kernel_cache_bytes"] if result["environment"]["vnni"] else 0)
 
-    def test_static_ranges_on_the_observed_input_give_the_dynamic_output(self, unet_step):
-        settings = tiny_settings(unet_step)
-        sample = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-        with torch.inference_mode():
-            dynamic = unet_step.quantized(unet_step.build_unet(settings), 8)
-            static = unet_step.with_static_ranges(dynamic, sample)
-            expected, output = dynamic(sample, 500).sample, static(sample, 500).sample
+    def test_static_ranges_are_the_extremes_of_the_calibration_inputs(self, unet_step):
+        unet = unet_step.models.build("tiny")
+        generator = torch.Generator().manual_seed(0)
+        calibration = [unet_step.models.draw_inputs(unet, 1, None, generator) for _ in range(2)]
+        with torch.no_grad():
+            build = unet_step.field_of.pqcad
+            dynamic = build(unet, [], weight_bits=4, static=False)
+            alone, both = (build(unet, calibration[:n], weight_bits=4) for n in (1, 2))
+            expected, output = dynamic.step(calibration[0]), alone.step(calibration[0])
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
-        assert all(layer.input_scale is None for layer in packed_layers(dynamic).values())
-        assert all(layer.input_scale is not None for layer in packed_layers(static).values())
+        assert all(layer.input_scale is None for layer in packed_layers(dynamic.unet).values())
+        narrow, wide = (packed_layers(contestant.unet) for contestant in (alone, both))
+        assert all(wide[name].input_scale >= narrow[name].input_scale for name in wide)
 
     def test_quantizes_every_layer_but_the_exempt_ones(self, unet_step):
         with torch.inference_mode():
-            unet = unet_step.quantized(unet_step.build_unet(tiny_settings(unet_step)), 4)
+            unet = unet_step.field_of.pqcad(unet_step.models.build("tiny"), [], weight_bits=4, static=False).unet
         floats = [name for name, module in unet.named_modules() if type(module) in (nn.Linear, nn.Conv2d)]
         assert floats == ["conv_in", "time_embedding.linear_1", "time_embedding.linear_2", "conv_out"]
         bits = average_bits(unet)
         assert bits is not None
         assert bits[0] == 4
 
+    def test_conditional_models_take_part(self, unet_step):
+        result = unet_step.benchmark(
+            tiny_settings(unet_step, model="tiny-conditional", sample_size=16, num_rounds=1, contestants=["W8A8"])
+        )
+        assert result["sample_size"] == [16, 16]
+        rows = rows_of(result)
+        assert list(rows) == ["stock diffusers, fp32", "W8A8"]
+        assert rows["W8A8"]["relative_error"] < 0.1
+        assert result["skipped"] == {}
+
     def test_peers_take_part_and_those_that_cannot_are_named(self, unet_step, monkeypatch, capsys):
-        def absent(unet, samples, timestep):
+        def absent(unet, calibration):
             raise ImportError("No module named 'nonsense'")
 
-        def plain(unet, samples, timestep):
-            assert len(samples) == unet_step.NUM_CALIBRATION_SAMPLES
-            return unet_step.peers.eager(unet)
+        def plain(unet, calibration):
+            assert len(calibration) == unet_step.NUM_CALIBRATION_INPUTS
+            return unet_step.field_of.eager(unet)._replace(unet=None)
 
-        monkeypatch.setattr(unet_step.peers, "PEERS", {"a copy": plain, "an absent one": absent})
-        monkeypatch.setattr(torch, "compile", lambda model, **options: model)  # minutes, and not what is tested
-        result = unet_step.main(tiny_settings(unet_step, peers=True))
-        rows = {row["name"]: row for row in result["contestants"]}
+        stock = {"stock diffusers, fp32": unet_step.field_of.CONTESTANTS["stock diffusers, fp32"]}
+        monkeypatch.setattr(
+            unet_step.field_of, "CONTESTANTS", stock | {"a copy": plain, "an absent one": absent, "not asked": absent}
+        )
+        result = unet_step.main(tiny_settings(unet_step, contestants=["a*"]))
+        rows = rows_of(result)
+        assert list(rows) == ["stock diffusers, fp32", "a copy"]
         assert rows["a copy"]["relative_error"] == 0
         assert rows["a copy"]["weight_bytes"] is None
-        assert {"W8A8, static ranges, torch.compile", "W4A8, dynamic ranges, torch.compile"} < set(rows)
         assert result["skipped"] == {"an absent one": "ImportError: No module named 'nonsense'"}
         assert "Skipped: an absent one (ImportError: No module named 'nonsense')." in capsys.readouterr().out
+
+    def test_a_pattern_that_matches_nothing_is_refused(self, unet_step):
+        with pytest.raises(ValueError, match=r"contestants: \['OpenVimo\*'\] match none of .*'OpenVINO fp32'"):
+            unet_step.chosen(["W4A8", "OpenVimo*"])
 
     def test_an_output_that_is_not_finite_stops_the_run(self, unet_step):
         output = torch.tensor([1.0, float("nan")])
@@ -142,16 +182,64 @@ class TestUNetStep:
             unet_step.relative_error(output, torch.ones(2))
 
 
-class TestLoad:
-    def test_the_default_model_has_the_shape_of_sd_15(self, load):
-        with torch.device("meta"):
-            assert load.build(load.Settings()).num_parameters() == 859_520_964
+class TestPipeline:
+    def test_ours_at_half_the_steps_beside_stock(self, pipeline, tmp_path, capsys):
+        file = tmp_path / "pipeline.json"
+        settings = tiny_settings(pipeline, num_inference_steps=4, contestants=["W4A8"], json=str(file))
+        result = pipeline.main(settings)
+        assert json.loads(file.read_text()) == json.loads(json.dumps(result))
+        rows = rows_of(result)
+        assert list(rows) == ["stock diffusers, fp32, 4 steps", "stock diffusers, fp32, 2 steps", "W4A8, 2 steps"]
+        for row in rows.values():
+            expected = rows["stock diffusers, fp32, 4 steps"]["median_ms"] / row["median_ms"]
+            assert row["ratio"] == pytest.approx(expected)
+        assert "| W4A8, 2 steps |" in capsys.readouterr().out
 
+    def test_calls_the_model_once_a_step(self, pipeline, monkeypatch):
+        unet = pipeline.models.build("tiny")
+        timesteps = []
+        unet.register_forward_pre_hook(lambda module, args: timesteps.append(int(args[1])))
+        with torch.no_grad():
+            pipeline.timed(unet, tiny_settings(pipeline), 4)()
+        assert timesteps == [999, 749, 499, 249]
+
+    def test_an_odd_number_of_steps_is_refused(self, pipeline):
+        with pytest.raises(ValueError, match="expected an even number, got 5"):
+            pipeline.benchmark(tiny_settings(pipeline, num_inference_steps=5))
+
+
+class TestScaling:
+    def test_both_series_and_their_lines(self, scaling, tmp_path, capsys):
+        file = tmp_path / "scaling.json"
+        settings = scaling.Settings(
+            model="tiny", batch_sizes=[1, 2, 3], sample_sizes=[16, 32], num_rounds=1, contestants=["W4A8"],
+            json=str(file),
+        )  # fmt: skip
+        result = scaling.main(settings)
+        assert json.loads(file.read_text()) == result
+        batch, pixels = result["series"]["batch"], result["series"]["pixels"]
+        assert list(batch) == list(pixels) == ["stock diffusers, fp32", "W4A8"]
+        assert list(batch["W4A8"]["median_ms"]) == ["1", "2", "3"]
+        assert list(pixels["W4A8"]["median_ms"]) == ["256", "1024"]
+        printed = capsys.readouterr().out
+        assert "| batch | 1 | 2 | 3 | slope |" in printed
+        assert "| pixels | 16² | 32² | slope |" in printed
+
+    def test_the_line_is_that_of_numpy(self, scaling):
+        amounts, times = [1, 2, 4, 8], [3.0, 5.5, 9.0, 18.0]
+        slope, intercept = np.polyfit(amounts, times, 1)
+        fitted = scaling.line(amounts, times)
+        assert fitted["slope_ms"] == pytest.approx(slope)
+        assert fitted["intercept_ms"] == pytest.approx(intercept)
+        assert fitted["r_squared"] == pytest.approx(np.corrcoef(amounts, times)[0, 1] ** 2)
+
+
+class TestLoad:
     def test_every_contestant_is_measured_in_a_process_of_its_own(self, load, tmp_path, capsys, monkeypatch):
         chosen = ("plain load, fp32", "W4 fixed", "W4 saved packed")  # each takes as long as importing diffusers does
         monkeypatch.setattr(load, "CONFIGS", {name: load.CONFIGS[name] for name in chosen})
         file = tmp_path / "load.json"
-        result = load.main(load.Settings(shape="tiny", json=str(file), directory=str(tmp_path)))
+        result = load.main(load.Settings(model="tiny-conditional", json=str(file), directory=str(tmp_path)))
         assert json.loads(file.read_text()) == result
         assert [path.name for path in tmp_path.iterdir()] == ["load.json"]  # the model's files are gone
         assert str(tmp_path) not in file.read_text()

@@ -227,6 +227,24 @@ def test_dynamic_rounding_of_an_input_by_hand() -> None:
     torch.testing.assert_close(rounded, expected)
 
 
+def test_seven_bits_of_activations_end_at_127(tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet) -> None:
+    """Half the codes at twice the scale, simulated, packed and run alike."""
+    config = PQCADConfig(activation_bits=7)
+    coarse = prepare_(copy.deepcopy(tiny_unet), config, mixed_bits(tiny_unet, config))
+    fine = prepare_(copy.deepcopy(tiny_unet), PQCADConfig(), mixed_bits(tiny_unet, config))
+    for model in (coarse, fine):
+        calibrate_activations_(model, steps_of(tiny_calibration_set))
+    for ours, others in zip(input_quantizers(coarse), input_quantizers(fine), strict=True):
+        torch.testing.assert_close(ours.scale, others.scale * 255 / 127)
+        assert ours.zero_point.max() <= 127
+    sample = torch.randn(2, 1, 8, 8)
+    expected = call(coarse, sample, 500)
+    packed = convert_(coarse)
+    with use("reference"):
+        torch.testing.assert_close(call(packed, sample, 500), expected, rtol=0, atol=1e-5)
+    assert {layer.activation_bits for layer in packed_layers(packed).values()} == {7}
+
+
 def test_static_ranges_are_the_extremes_of_each_group(
     prepared: UNet2DModel, tiny_calibration_set: CalibrationSet
 ) -> None:

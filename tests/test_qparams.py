@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusers_pqcad.qparams import (
+    ACTIVATION_BITS,
     MIN_SCALE,
     WEIGHT_BITS,
     ActivationQParams,
     WeightSpec,
+    activation_qmax,
     activation_qparams,
     dequantize_weight,
     dynamic_activation_qparams,
@@ -220,25 +222,28 @@ def test_activation_qparams_by_hand(low: float, high: float, scale: float, zero_
     assert (qparams.scale.item(), qparams.zero_point.item()) == (scale, zero_point)
 
 
-@given(low=st.floats(-1e4, 1e4, width=32), width=st.floats(0, 1e4, width=32))
-def test_zero_is_exact_and_the_range_is_covered(low: float, width: float) -> None:
+@given(
+    low=st.floats(-1e4, 1e4, width=32), width=st.floats(0, 1e4, width=32), bits=st.sampled_from(ACTIVATION_BITS)
+)
+def test_zero_is_exact_and_the_range_is_covered(low: float, width: float, bits: int) -> None:
     minimum, maximum = torch.tensor(low), torch.tensor(low) + width
-    qparams = activation_qparams(minimum, maximum)
-    assert 0 <= qparams.zero_point <= 255
-    assert fake_quantize_activation(torch.zeros(1), qparams).item() == 0.0
+    qparams = activation_qparams(minimum, maximum, bits)
+    assert 0 <= qparams.zero_point <= activation_qmax(bits)
+    assert fake_quantize_activation(torch.zeros(1), qparams, bits).item() == 0.0
     x = torch.linspace(0, 1, 301) * (maximum - minimum) + minimum
-    error = (fake_quantize_activation(x, qparams) - x).abs()
+    error = (fake_quantize_activation(x, qparams, bits) - x).abs()
     assert (error <= qparams.scale * 0.5 * (1 + 1e-3)).all()  # 1e-3: rounding of x itself, 256 codes from zero
 
 
+@pytest.mark.parametrize("bits", ACTIVATION_BITS)
 @pytest.mark.parametrize("seed", range(20))
-def test_activation_rounding_equals_torch(seed: int) -> None:
+def test_activation_rounding_equals_torch(seed: int, bits: int) -> None:
     """Values and gradients, with an eighth of the inputs outside the range."""
     x = random_weight(seed, 4, 100).requires_grad_()
-    qparams = activation_qparams(torch.tensor(-1.0 - seed / 10), torch.tensor(1.2))
-    expected = torch.fake_quantize_per_tensor_affine(x, qparams.scale, qparams.zero_point, 0, 255)
+    qparams = activation_qparams(torch.tensor(-1.0 - seed / 10), torch.tensor(1.2), bits)
+    expected = torch.fake_quantize_per_tensor_affine(x, qparams.scale, qparams.zero_point, 0, 2**bits - 1)
     (expected_gradient,) = torch.autograd.grad(expected.sum(), x)
-    actual = fake_quantize_activation(x, qparams)
+    actual = fake_quantize_activation(x, qparams, bits)
     (gradient,) = torch.autograd.grad(actual.sum(), x)
     assert torch.equal(actual, expected)
     torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-6)  # scale * (1 / scale), not 1
@@ -261,11 +266,12 @@ BOUNDS = [0.0, -0.0, 1e-45, -3e-39, 1e-12, -1e-12, 1.0, 255.0, 3.4e38, -3.4e38, 
     low=st.one_of(st.floats(width=32), st.sampled_from(BOUNDS)),
     high=st.one_of(st.floats(width=32), st.sampled_from(BOUNDS)),
     dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float64]),
+    bits=st.sampled_from(ACTIVATION_BITS),
 )
-def test_scalar_qparams_are_the_same_numbers(low: float, high: float, dtype: torch.dtype) -> None:
+def test_scalar_qparams_are_the_same_numbers(low: float, high: float, dtype: torch.dtype, bits: int) -> None:
     x = torch.tensor([low, high], dtype=dtype)
-    scale, zero_point = dynamic_scalar_qparams(x)
-    expected = dynamic_activation_qparams(x)
+    scale, zero_point = dynamic_scalar_qparams(x, bits)
+    expected = dynamic_activation_qparams(x, bits)
     np.testing.assert_array_equal(np.float64(scale), expected.scale.double().numpy())  # a NaN equals a NaN
     assert zero_point == expected.zero_point
 

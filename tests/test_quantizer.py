@@ -41,6 +41,7 @@ CONFIGS = {
     "fixed": PQCADConfig(method="fixed", weight_bits=3),
     "groups": PQCADConfig(weight_bits=3.5, group_size=8),
     "everything": PQCADConfig(weight_bits=5, search_all_modules=True, activation_bits=None),
+    "7-bit activations": PQCADConfig(method="fixed", weight_bits=8, activation_bits=7),
 }
 
 

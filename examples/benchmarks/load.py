@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import models
 import psutil
 import torch
 from diffusers import UNet2DConditionModel
 from transformers import HfArgumentParser
+from unet_step import report
 
 from diffusers_pqcad import PQCADConfig
 from diffusers_pqcad.evaluation.speed import environment
@@ -35,28 +37,17 @@ CONFIGS: dict[str, dict[str, Any] | None] = {
     "W4 on average (default)": {},
     **dict.fromkeys(FROM_PACKED),
 }
-SHAPES: dict[str, dict[str, Any]] = {
-    "sd15": {"sample_size": 64, "cross_attention_dim": 768},
-    "tiny": {"sample_size": 8, "cross_attention_dim": 8, "block_out_channels": (8, 16, 16, 16), "norm_num_groups": 8},
-}
-
 
 @dataclass
 class Settings:
     """Settings of one run."""
 
-    shape: str = "sd15"
+    model: str = "sd15"  # a conditional one
     num_threads: int = 1
     seed: int = 0
     json: str | None = None  # file for everything that was measured
     directory: str | None = None  # for the model's files; default: a temporary folder
     contestant: str | None = None  # load only this one, here, and print what it took: a child process
-
-
-def build(settings: Settings) -> UNet2DConditionModel:
-    """Return the float model, with random weights."""
-    torch.manual_seed(settings.seed)
-    return UNet2DConditionModel(**SHAPES[settings.shape]).eval()
 
 
 def load(settings: Settings, name: str, directory: Path) -> dict[str, Any]:
@@ -94,7 +85,7 @@ def peak_bytes() -> int:
 def in_a_process(settings: Settings, name: str, directory: Path) -> dict[str, Any]:
     """Return `load` of one contestant, run in a fresh process."""
     command = [sys.executable, __file__, "--contestant", name, "--directory", str(directory)]
-    command += ["--shape", settings.shape, "--num_threads", str(settings.num_threads), "--seed", str(settings.seed)]
+    command += ["--model", settings.model, "--num_threads", str(settings.num_threads), "--seed", str(settings.seed)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{name}: {result.stderr[-2000:]}")
@@ -103,7 +94,7 @@ def in_a_process(settings: Settings, name: str, directory: Path) -> dict[str, An
 
 def benchmark(settings: Settings, directory: Path) -> dict[str, Any]:
     """Return the circumstances of the run and one row per contestant."""
-    model = build(settings)
+    model = models.build(settings.model, settings.seed)
     model.save_pretrained(directory / "float")
     num_parameters = model.num_parameters()
     del model
@@ -112,7 +103,7 @@ def benchmark(settings: Settings, directory: Path) -> dict[str, Any]:
         print(f"loading: {name}", flush=True)
         rows.append({"name": name, **in_a_process(settings, name, directory)})
     return {
-        "settings": {"shape": settings.shape, "num_threads": settings.num_threads, "seed": settings.seed},
+        "settings": {"model": settings.model, "num_threads": settings.num_threads, "seed": settings.seed},
         "environment": environment(),
         "num_parameters": num_parameters,
         "contestants": rows,
@@ -151,14 +142,9 @@ def main(settings: Settings) -> dict[str, Any]:
         return result
     with tempfile.TemporaryDirectory(dir=settings.directory) as directory:
         result = benchmark(settings, Path(directory))
-    print(markdown(result))
-    if settings.json is not None:
-        path = Path(settings.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+    report(result, markdown(result), settings.json)
     return result
 
 
 if __name__ == "__main__":
-    (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses()
-    main(settings)
+    main(*HfArgumentParser(Settings).parse_args_into_dataclasses())

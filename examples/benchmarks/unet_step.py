@@ -1,154 +1,80 @@
-"""How much faster is one int8 UNet step than stock fp32?
+"""How much faster is one int8 UNet step than stock fp32, and than other runtimes?
 
     python examples/benchmarks/unet_step.py --num_threads 1 --json outputs/unet_step.json
-    python examples/benchmarks/unet_step.py --peers True      # beside other runtimes, of `pip install -e ".[bench]"`
+    python examples/benchmarks/unet_step.py --contestants "*"      # beside the peers of `pip install -e ".[bench]"`
+    python examples/benchmarks/unet_step.py --model sd15 --sample_size 32 --contestants "W*" "OpenVINO*"
 
-The model has the shape of DDPM-CIFAR10 (35.7 M parameters) and random weights: time does not depend on their values,
-and the error column only guards against a contestant that is fast because it is wrong. All contestants take turns in
-one process; a peer that is not installed, or fails, is skipped by name. Only runs on idle, pinned cores count
+All contestants take turns in one process (A B C A B C), stock fp32 first; name those that fit the memory together. One
+that is not installed, or fails, is skipped by name. The error column guards against a contestant that is fast because
+it is wrong; weights are random, so it is no measure of quality. Only runs on idle, pinned cores count
 (`taskset -c 0`): load slows fp32 more than int8.
 """
 
-import copy
 import json
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import peers
+import contestants as field_of
+import models
 import torch
-from diffusers import UNet2DModel
-from torch import Tensor, nn
+from contestants import QUICK, STOCK, Contestant
+from torch import Tensor
 from transformers import HfArgumentParser
 
-from diffusers_pqcad import PQCADConfig, quantize_
 from diffusers_pqcad.evaluation.speed import environment, interleaved_latency, tensor_bytes
 from diffusers_pqcad.kernels import onednn
-from diffusers_pqcad.layers import QuantizedLayer, kernel_cache_bytes, packed_layers
-from diffusers_pqcad.qparams import ActivationQParams, dynamic_activation_qparams
-from diffusers_pqcad.timesteps import install_timestep_groups
+from diffusers_pqcad.layers import kernel_cache_bytes
 
-STOCK = "stock diffusers, fp32"
-TIMESTEP = 500
-NUM_CALIBRATION_SAMPLES = 4
+NUM_CALIBRATION_INPUTS = 4
 
 
 @dataclass
 class Settings:
     """Settings of one run; the defaults are the model and the batch of the README's table."""
 
+    model: str = "ddpm-cifar10"
     batch_size: int = 2
+    sample_size: int | None = None  # height and width of the input; default: the model's own
     num_threads: int = 1
     num_rounds: int = 9
     warmup_rounds: int = 2
     seed: int = 0
-    peers: bool = False  # also other runtimes, and ours compiled: minutes of compilation
+    contestants: list[str] = field(default_factory=lambda: list(QUICK))  # names or globs
     json: str | None = None  # file for everything that was measured
-    sample_size: int = 32
-    block_out_channels: list[int] = field(default_factory=lambda: [128, 256, 256, 256])
 
 
-def build_unet(settings: Settings) -> UNet2DModel:
-    """Return a UNet in the shape of google/ddpm-cifar10-32, in fp32, with random weights."""
-    torch.manual_seed(settings.seed)
-    unet = UNet2DModel(
-        sample_size=settings.sample_size,
-        block_out_channels=tuple(settings.block_out_channels),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-        attention_head_dim=None,  # one head
-    )
-    return unet.eval()
+def chosen(patterns: list[str]) -> list[str]:
+    """Return the names of the contestants that match `patterns`, and stock fp32; raises ValueError where none does."""
+    unknown = [pattern for pattern in patterns if not any(fnmatchcase(n, pattern) for n in field_of.CONTESTANTS)]
+    if unknown:
+        raise ValueError(f"contestants: {unknown} match none of {list(field_of.CONTESTANTS)}.")
+    return [
+        name
+        for name in field_of.CONTESTANTS
+        if name == STOCK or any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
 
 
-def quantized(unet: UNet2DModel, weight_bits: int) -> UNet2DModel:
-    """Return a copy of `unet` with int8 activations, ranges chosen in each call."""
-    unet = copy.deepcopy(unet)
-    quantize_(unet, PQCADConfig(method="fixed", weight_bits=weight_bits))
-    return unet.to(memory_format=torch.channels_last)  # for the few layers that stay in floating point
-
-
-def with_static_ranges(unet: UNet2DModel, sample: Tensor) -> UNet2DModel:
-    """Return a copy of quantized `unet` whose activation ranges are those of one call with `sample`."""
-    unet = copy.deepcopy(unet)
-    layers = packed_layers(unet)
-    observed: dict[str, ActivationQParams] = {}
-
-    def observe(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, QuantizedLayer)
-        observed[layer.name] = dynamic_activation_qparams(args[0])
-
-    hooks = [layer.register_forward_pre_hook(observe) for layer in layers.values()]
-    unet(sample, TIMESTEP)
-    for hook in hooks:
-        hook.remove()
-    groups = install_timestep_groups(unet, ())  # one group: all timesteps share the ranges
-    for name, layer in layers.items():
-        qparams = observed[name]
-        layer.set_input_qparams_(ActivationQParams(qparams.scale.view(1), qparams.zero_point.view(1)), groups)
-    return unet
-
-
-class Contestant(NamedTuple):
-    """A step, its input, and the model behind it where that is one of diffusers."""
-
-    step: peers.Step
-    sample: Tensor
-    unet: UNet2DModel | None
-
-
-def samples_of(settings: Settings, count: int) -> list[Tensor]:
-    """Return `count` inputs of the model; the first one is what is timed."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    shape = (settings.batch_size, 3, settings.sample_size, settings.sample_size)
-    return [torch.randn(shape, generator=generator) for _ in range(count)]
-
-
-def build_contestants(settings: Settings, unet: UNet2DModel, sample: Tensor) -> dict[str, Contestant]:
-    """Return the contestants that only need diffusers and us, the stock model first."""
-    channels_last = sample.to(memory_format=torch.channels_last)
-    w8a8 = quantized(unet, 8)
-    models = {
-        STOCK: (unet, sample),
-        "fp32, channels_last": (copy.deepcopy(unet).to(memory_format=torch.channels_last), channels_last),
-        "bf16, channels_last": (
-            copy.deepcopy(unet).bfloat16().to(memory_format=torch.channels_last),
-            channels_last.to(torch.bfloat16),
-        ),
-        "W8A8, dynamic ranges": (w8a8, channels_last),
-        "W4A8, dynamic ranges": (quantized(unet, 4), channels_last),
-        "W8A8, static ranges": (with_static_ranges(w8a8, channels_last), channels_last),
-    }
-    contestants = {name: Contestant(peers.eager(model), x, model) for name, (model, x) in models.items()}
-    if settings.peers:
-        for name in ("W8A8, static ranges", "W4A8, dynamic ranges"):
-            model = models[name][0]
-            step = peers.eager(torch.compile(model, dynamic=False))  # type: ignore[arg-type]
-            contestants[f"{name}, torch.compile"] = Contestant(step, channels_last, model)
-    return contestants
-
-
-def build_peers(settings: Settings, unet: UNet2DModel) -> tuple[dict[str, Contestant], dict[str, str]]:
-    """Return the peers that are installed and run, and why the others do not."""
-    samples = samples_of(settings, NUM_CALIBRATION_SAMPLES)
-    contestants, skipped = {}, {}
-    for name, build in peers.PEERS.items():
+def build_contestants(names: list[str], unet: Any, calibration: list[models.Inputs]) -> tuple[dict, dict[str, str]]:
+    """Return the contestants `names` that are installed and run, and why the others do not."""
+    contestants: dict[str, Contestant] = {}
+    skipped: dict[str, str] = {}
+    for name in names:
         print(f"building: {name}", flush=True)
         try:
-            step = build(unet, samples, TIMESTEP)
-            step(samples[0], TIMESTEP)
+            contestant = field_of.CONTESTANTS[name](unet, calibration)
+            contestant.step(calibration[0])
         except Exception as error:  # a peer may fail in any way; the table says which did
+            if name == STOCK:
+                raise
             skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
             print(f"skipped: {name}: {skipped[name]}", flush=True)
         else:
-            contestants[name] = Contestant(step, samples[0], None)
+            contestants[name] = contestant
     return contestants, skipped
 
 
@@ -166,33 +92,33 @@ def commit() -> str | None:
     return result.stdout.strip() or None
 
 
+def circumstances() -> dict[str, Any]:
+    """Return what a time depends on beside the contestant, before it is measured."""
+    return environment() | {"vnni": onednn.available() and not onednn.saturates(), "commit": commit()}
+
+
 @torch.no_grad()  # not inference mode: its tensors cannot be exported
 def benchmark(settings: Settings) -> dict[str, Any]:
     """Return the circumstances of the run and one row per contestant."""
     torch.set_num_threads(settings.num_threads)
-    unet = build_unet(settings)
-    (sample,) = samples_of(settings, 1)
-    contestants = build_contestants(settings, unet, sample)
-    skipped: dict[str, str] = {}
-    if settings.peers:
-        others, skipped = build_peers(settings, unet)
-        contestants |= others
-    reference = unet(sample, TIMESTEP).sample
+    names = chosen(settings.contestants)
+    unet = models.build(settings.model, settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    inputs, *calibration = (
+        models.draw_inputs(unet, settings.batch_size, settings.sample_size, generator)
+        for _ in range(1 + NUM_CALIBRATION_INPUTS)
+    )
+    contestants, skipped = build_contestants(names, unet, calibration)
+    reference = contestants[STOCK].step(inputs)
     # The outputs are checked before the clock starts; this also builds the kernels' copies of the weights.
-    errors = {
-        name: relative_error(contestant.step(contestant.sample, TIMESTEP), reference)
-        for name, contestant in contestants.items()
-    }
+    errors = {name: relative_error(contestant.step(inputs), reference) for name, contestant in contestants.items()}
 
-    def step_of(contestant: Contestant) -> Callable[[], None]:
-        def step() -> None:
-            contestant.step(contestant.sample, TIMESTEP)
+    def timed(contestant: Contestant) -> Callable[[], None]:
+        return lambda: (contestant.step(inputs), None)[1]
 
-        return step
-
-    circumstances = environment() | {"vnni": onednn.available() and not onednn.saturates(), "commit": commit()}
+    machine = circumstances()
     latencies = interleaved_latency(
-        {name: step_of(contestant) for name, contestant in contestants.items()},
+        {name: timed(contestant) for name, contestant in contestants.items()},
         num_rounds=settings.num_rounds,
         warmup_rounds=settings.warmup_rounds,
     )
@@ -209,25 +135,34 @@ def benchmark(settings: Settings) -> dict[str, Any]:
     ]
     return {
         "settings": {key: value for key, value in asdict(settings).items() if key != "json"},
-        "environment": circumstances,
+        "environment": machine,
         "num_parameters": unet.num_parameters(),
+        "sample_size": list(inputs[0].shape[2:]),
         "contestants": rows,
         "skipped": skipped,
     }
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """Return `result` as a Markdown table with its circumstances above it."""
-    settings, machine = result["settings"], result["environment"]
+def machine_line(machine: dict[str, Any]) -> str:
+    """Return the circumstances of a run in one paragraph."""
     load = ", ".join(f"{average:.2f}" for average in machine["load_average"] or ()) or "unknown"
-    lines = [
-        f"One UNet step, {result['num_parameters'] / 1e6:.1f} M parameters, batch {settings['batch_size']}, "
-        f"{settings['sample_size']}x{settings['sample_size']}: medians of {settings['num_rounds']} interleaved rounds "
-        f"after {settings['warmup_rounds']} to warm up, seed {settings['seed']}.",
-        "",
+    return (
         f"{machine['cpu']}, {machine['cpu_capability']}, VNNI: {'yes' if machine['vnni'] else 'no'}, threads: "
         f"{machine['num_threads']} of {machine['num_cpus']} cores, load before the run (1, 5, 15 min): {load}; "
-        f"torch {machine['torch']}, diffusers {machine['diffusers']}, commit {machine['commit']}.",
+        f"torch {machine['torch']}, diffusers {machine['diffusers']}, commit {machine['commit']}."
+    )
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return `result` as a Markdown table with its circumstances above it."""
+    settings = result["settings"]
+    height, width = result["sample_size"]
+    lines = [
+        f"One step of the UNet {settings['model']}, {result['num_parameters'] / 1e6:.1f} M parameters, batch "
+        f"{settings['batch_size']}, {height}x{width}: medians of {settings['num_rounds']} interleaved rounds after "
+        f"{settings['warmup_rounds']} to warm up, seed {settings['seed']}.",
+        "",
+        machine_line(result["environment"]),
         "",
         "| contestant | ms | min to max | times faster | relative error | weights MB | int8 copies MB |",
         "|---|---|---|---|---|---|---|",
@@ -238,7 +173,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {row['ratio']:.2f} | {row['relative_error']:.1e} | {megabytes(row['weight_bytes'])} "
             f"| {megabytes(row['kernel_cache_bytes'])} |"
         )
-    lines += [f"\nSkipped: {name} ({reason})." for name, reason in result.get("skipped", {}).items()]
+    lines += [f"\nSkipped: {name} ({reason})." for name, reason in result["skipped"].items()]
     return "\n".join(lines)
 
 
@@ -247,17 +182,20 @@ def megabytes(num_bytes: int | None) -> str:
     return "-" if num_bytes is None else f"{num_bytes / 1e6:.1f}"
 
 
+def report(result: dict[str, Any], text: str, path: str | None) -> None:
+    """Print `text`, and write `result` to the JSON file `path`."""
+    print(text)
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(result, indent=2) + "\n")
+
+
 def main(settings: Settings) -> dict[str, Any]:
     """Run the benchmark, print its table and write its JSON file."""
     result = benchmark(settings)
-    print(markdown(result))
-    if settings.json is not None:
-        path = Path(settings.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+    report(result, markdown(result), settings.json)
     return result
 
 
 if __name__ == "__main__":
-    (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses()
-    main(settings)
+    main(*HfArgumentParser(Settings).parse_args_into_dataclasses())

@@ -17,10 +17,12 @@ from diffusers_pqcad import kernels
 from diffusers_pqcad.kernels import onednn
 from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear, QuantizedLayer
 from diffusers_pqcad.qparams import (
+    ACTIVATION_BITS,
     WEIGHT_BITS,
     ActivationQParams,
     ScalarQParams,
     WeightSpec,
+    activation_qmax,
     activation_qparams,
     dynamic_activation_qparams,
     dynamic_scalar_qparams,
@@ -67,32 +69,35 @@ CASES = {
 }
 
 
-def packed(make: Callable[[], QuantizedLayer], bits: int, group_size: int | None = None) -> QuantizedLayer:
+def packed(
+    make: Callable[[], QuantizedLayer], bits: int, group_size: int | None = None, activation_bits: int = 8
+) -> QuantizedLayer:
     layer = make().requires_grad_(False)
     layer.name = "block.layer"
-    layer.pack_(WeightSpec(bits, group_size), activation_bits=8)
+    layer.pack_(WeightSpec(bits, group_size), activation_bits=activation_bits)
     return layer
 
 
-def codes_of(x: Tensor) -> tuple[np.ndarray, np.float32, int]:
+def codes_of(x: Tensor, bits: int = 8) -> tuple[np.ndarray, np.float32, int]:
     """Codes, scale and zero point of `x`, computed anew with numpy in the precision of the kernels, fp32."""
     values = x.float().numpy()
     low, high = min(values.min(), np.float32(0)), max(values.max(), np.float32(0))
-    scale = np.float32(high - low) / np.float32(255) if high > low else np.float32(1)
-    zero_point = int(np.clip(np.rint(-low / scale), 0, 255))
-    return np.clip(np.rint(values * (np.float32(1) / scale)) + zero_point, 0, 255), scale, zero_point
+    qmax = 2**bits - 1
+    scale = np.float32(high - low) / np.float32(qmax) if high > low else np.float32(1)
+    zero_point = int(np.clip(np.rint(-low / scale), 0, qmax))
+    return np.clip(np.rint(values * (np.float32(1) / scale)) + zero_point, 0, qmax), scale, zero_point
 
 
-def fused_codes(x: Tensor) -> np.ndarray:
+def fused_codes(x: Tensor, bits: int = 8) -> np.ndarray:
     """The codes of PyTorch's fused pass, which rounds ties after adding the zero point; see their own test below."""
-    return onednn.quantize_to_uint8(x.float().contiguous(), dynamic_scalar_qparams(x)).numpy()
+    return onednn.quantize_to_uint8(x.float().contiguous(), dynamic_scalar_qparams(x, bits), bits).numpy()
 
 
 def oracle(layer: QuantizedLayer, x: Tensor, *, kernel: str = "") -> Tensor:
     """The output of `kernel` (the layer's own by default) in float64, from integer codes and integer levels."""
-    codes, scale, zero_point = codes_of(x)
+    codes, scale, zero_point = codes_of(x, layer.activation_bits)
     if (kernel or layer.kernel_name()) == "onednn":
-        codes = fused_codes(x)
+        codes = fused_codes(x, layer.activation_bits)
     centred = torch.from_numpy(codes.astype(np.float64) - zero_point)
     weight = layer.levels().double()
     if isinstance(layer, nn.Linear):
@@ -112,17 +117,18 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("bits", WEIGHT_BITS)
+@pytest.mark.parametrize(("bits", "activation_bits"), [*((bits, 8) for bits in WEIGHT_BITS), (8, 7)])
 @pytest.mark.parametrize("case", CASES)
-def test_both_kernels_agree_with_float64(case: str, bits: int) -> None:
+def test_both_kernels_agree_with_float64(case: str, bits: int, activation_bits: int) -> None:
     make, shape = CASES[case]
-    layer = packed(make, bits)
+    layer = packed(make, bits, activation_bits=activation_bits)
     x = torch.randn(shape) * 3 + 0.5
     with torch.no_grad():
         chosen = layer(x)
         with kernels.use("reference"):
             reference = layer(x)
-    assert layer.kernel_name() == ("reference" if bits == 8 and onednn.saturates() else "onednn")
+    needs_vnni = (bits, activation_bits) == (8, 8)
+    assert layer.kernel_name() == ("reference" if needs_vnni and onednn.saturates() else "onednn")
     assert chosen.dtype == reference.dtype == torch.float32
     exact = layer.kernel_name() == "onednn"  # its int32 sums: what is left are a few fp32 products
     assert_near(chosen, oracle(layer, x), 1e-6 if exact else 3e-6)
@@ -138,14 +144,17 @@ def test_both_kernels_agree_with_float64(case: str, bits: int) -> None:
     padding=st.integers(0, 2),
     dilation=st.integers(1, 2),
     bits=st.sampled_from(WEIGHT_BITS),
+    activation_bits=st.sampled_from(ACTIVATION_BITS),
     shift=st.sampled_from([-5.0, 0.0, 5.0]),
 )
 @settings(max_examples=25)
-def test_any_convolution(seed, channels, groups, kernel, stride, padding, dilation, bits, shift) -> None:
+def test_any_convolution(
+    seed, channels, groups, kernel, stride, padding, dilation, bits, activation_bits, shift
+) -> None:  # fmt: skip
     torch.manual_seed(seed)
     in_channels, out_channels = channels[0] * groups, channels[1] * groups
     make = conv(in_channels, out_channels, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups)
-    layer = packed(make, bits)
+    layer = packed(make, bits, activation_bits=activation_bits)
     x = torch.randn(2, in_channels, 9, 8) + shift  # all positive or all negative, too: padding stands for zero
     with torch.no_grad():
         assert_near(layer(x), oracle(layer, x), 3e-6)
@@ -156,18 +165,19 @@ def test_any_convolution(seed, channels, groups, kernel, stride, padding, dilati
     sizes=st.tuples(st.integers(1, 130), st.integers(1, 70)),
     batch=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     bits=st.sampled_from(WEIGHT_BITS),
+    activation_bits=st.sampled_from(ACTIVATION_BITS),
 )
 @settings(max_examples=40)
-def test_any_linear_layer(seed: int, sizes: tuple[int, int], batch: list[int], bits: int) -> None:
+def test_any_linear_layer(seed, sizes, batch, bits, activation_bits) -> None:
     torch.manual_seed(seed)
-    layer = packed(linear(*sizes), bits)
+    layer = packed(linear(*sizes), bits, activation_bits=activation_bits)
     x = torch.randn(*batch, sizes[0])
     with torch.no_grad():
         assert_near(layer(x), oracle(layer, x), 3e-6)
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("bits", WEIGHT_BITS)
+@pytest.mark.parametrize(("bits", "activation_bits"), [*((bits, 8) for bits in WEIGHT_BITS), (8, 7)])
 @pytest.mark.parametrize(
     ("make", "shape"),
     [
@@ -184,16 +194,17 @@ def test_any_linear_layer(seed: int, sizes: tuple[int, int], batch: list[int], b
     ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_worst_case_is_exact(make, shape: tuple[int, ...], bits: int, sign: int) -> None:
-    """All codes 255 times all levels at the end of the grid: the largest sums there are, without a rounding error."""
+def test_the_worst_case_is_exact(make, shape: tuple[int, ...], bits: int, activation_bits: int, sign: int) -> None:
+    """All codes the largest times all levels at the end of the grid: the largest sums there are, without a rounding error."""
     layer = make().requires_grad_(False)
     layer.weight.fill_(sign * WeightSpec(bits).level_max)
     layer.bias.zero_()
-    layer.pack_(WeightSpec(bits), activation_bits=8)
+    layer.pack_(WeightSpec(bits), activation_bits=activation_bits)
     assert layer.levels().unique().tolist() == [sign * WeightSpec(bits).level_max]
+    qmax = activation_qmax(activation_bits)
     with torch.no_grad():
-        output = layer(torch.full(shape, 255.0))
-    sums = sign * 255 * WeightSpec(bits).level_max * layer.weight_shape[1:].numel()
+        output = layer(torch.full(shape, float(qmax)))
+    sums = sign * qmax * WeightSpec(bits).level_max * layer.weight_shape[1:].numel()
     assert abs(sums) < 2**24  # an fp32 integer
     assert output.unique().tolist() == [float(sums)]
 

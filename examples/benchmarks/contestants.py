@@ -1,0 +1,226 @@
+"""What takes part in the benchmarks: each a function from a float UNet and calibration inputs to a `Contestant`.
+
+The library of a peer is imported where it is used.
+"""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from models import Inputs
+from torch import Tensor, nn
+
+from diffusers_pqcad import PQCADConfig, quantize_
+from diffusers_pqcad.layers import QuantizedLayer, packed_layers
+from diffusers_pqcad.qparams import activation_qparams
+from diffusers_pqcad.timesteps import install_timestep_groups
+
+Step = Callable[[Inputs], Tensor]
+STOCK = "stock diffusers, fp32"
+INPUT_NAMES = ("sample", "timestep", "encoder_hidden_states")
+
+
+class Contestant(NamedTuple):
+    """A step, and the model behind it where it is one of PyTorch: then its memory is known."""
+
+    step: Step
+    unet: nn.Module | None = None
+
+
+Builder = Callable[[Any, list[Inputs]], Contestant]
+
+
+def eager(unet: nn.Module, memory_format: torch.memory_format = torch.contiguous_format) -> Contestant:
+    """Return a contestant that calls `unet`, its sample in `memory_format` and its inputs in its dtype."""
+    dtype = next(unet.parameters()).dtype
+
+    def step(inputs: Inputs) -> Tensor:
+        sample, timestep, *context = inputs
+        sample = sample.to(dtype, memory_format=memory_format)
+        return unet(sample, timestep, *(tensor.to(dtype) for tensor in context), return_dict=False)[0]
+
+    return Contestant(step, unet)
+
+
+def floating(
+    unet: Any, calibration: list[Inputs], *, dtype: torch.dtype = torch.float32, compiled: bool = False
+) -> Contestant:
+    """The float model in channels_last, also in another dtype or compiled by inductor."""
+    unet = copy.deepcopy(unet).to(dtype).to(memory_format=torch.channels_last)
+    if compiled:
+        unet.compile(dynamic=False)  # the first step takes a minute or more
+    return eager(unet, torch.channels_last)
+
+
+def pqcad(
+    unet: Any,
+    calibration: list[Inputs],
+    *,
+    weight_bits: int,
+    activation_bits: int = 8,
+    static: bool = True,
+    compiled: bool = False,
+) -> Contestant:
+    """Ours: packed weights, int8 kernels; `static` activation ranges come from `calibration`."""
+    unet = copy.deepcopy(unet)
+    quantize_(unet, PQCADConfig(method="fixed", weight_bits=weight_bits, activation_bits=activation_bits))
+    unet.to(memory_format=torch.channels_last)  # for the few layers that stay in floating point
+    contestant = eager(unet, torch.channels_last)
+    if static:
+        set_static_ranges_(contestant, calibration)
+    if compiled:
+        unet.compile(dynamic=False)
+    return contestant
+
+
+def set_static_ranges_(contestant: Contestant, calibration: list[Inputs]) -> None:
+    """Give the quantized layers of `contestant`, in place, the activation ranges that they see on `calibration`."""
+    unet = contestant.unet
+    assert unet is not None
+    layers = packed_layers(unet)
+    lows: dict[str, list[Tensor]] = {name: [] for name in layers}
+    highs: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def observe(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, QuantizedLayer)
+        lows[layer.name].append(args[0].amin())
+        highs[layer.name].append(args[0].amax())
+
+    hooks = [layer.register_forward_pre_hook(observe) for layer in layers.values()]
+    for inputs in calibration:
+        contestant.step(inputs)
+    for hook in hooks:
+        hook.remove()
+    groups = install_timestep_groups(unet, ())  # one group: all timesteps share the ranges
+    for name, layer in layers.items():
+        low, high = torch.stack(lows[name]).amin().view(1), torch.stack(highs[name]).amax().view(1)
+        layer.set_input_qparams_(activation_qparams(low, high, layer.activation_bits or 8), groups)
+
+
+def torchao_int8(unet: Any, calibration: list[Inputs]) -> Contestant:
+    """int8 weights and dynamic int8 activations of Linear layers; it has none for convolutions."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+    from torchao.quantization import quantize_ as torchao_quantize_
+
+    unet = copy.deepcopy(unet)
+    torchao_quantize_(unet, Int8DynamicActivationInt8WeightConfig())
+    return eager(unet)._replace(unet=None)
+
+
+def quanto_int8(unet: Any, calibration: list[Inputs]) -> Contestant:
+    """int8 weights and calibrated int8 activations, convolutions included."""
+    from optimum.quanto import Calibration, freeze, qint8, quantize
+
+    contestant = eager(copy.deepcopy(unet))
+    quantize(contestant.unet, weights=qint8, activations=qint8)
+    with Calibration(debug=False):
+        for inputs in calibration:
+            contestant.step(inputs)
+    freeze(contestant.unet)
+    return contestant._replace(unet=None)
+
+
+def sdnq_int8(unet: Any, calibration: list[Inputs], *, matmul: bool) -> Contestant:
+    """int8 weights, convolutions included; with `matmul`, dynamic int8 activations too."""
+    from sdnq import sdnq_post_load_quant
+
+    unet = sdnq_post_load_quant(
+        copy.deepcopy(unet),
+        weights_dtype="int8",
+        quant_conv=True,
+        use_quantized_matmul=matmul,
+        use_quantized_matmul_conv=matmul,
+    )
+    return eager(unet)._replace(unet=None)
+
+
+class Plain(nn.Module):
+    """A UNet of tensors in, tensor out, for exporters."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor | None = None) -> Tensor:
+        """Return the model's output."""
+        context = () if encoder_hidden_states is None else (encoder_hidden_states,)
+        return self.unet(sample, timestep, *context, return_dict=False)[0]
+
+
+def as_numpy(inputs: Inputs) -> dict[str, np.ndarray]:
+    """Return `inputs` as named numpy arrays."""
+    return {name: tensor.numpy() for name, tensor in zip(INPUT_NAMES, inputs, strict=False)}
+
+
+def openvino(unet: Any, calibration: list[Inputs], *, precision: str, int8: bool) -> Contestant:
+    """OpenVINO on the CPU at an inference precision hint; with `int8`, quantized by NNCF on `calibration`."""
+    import openvino as ov
+
+    shapes = [list(tensor.shape) for tensor in calibration[0]]
+    model = ov.convert_model(Plain(unet), example_input=calibration[0], input=shapes)
+    names = [port.any_name for port in model.inputs]
+
+    def named(inputs: Inputs) -> dict[str, np.ndarray]:
+        return dict(zip(names, as_numpy(inputs).values(), strict=True))
+
+    if int8:
+        import nncf
+
+        model = nncf.quantize(model, nncf.Dataset(list(map(named, calibration))), subset_size=len(calibration))
+    options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = ov.Core().compile_model(model, "CPU", options)
+    return Contestant(lambda inputs: torch.from_numpy(compiled(named(inputs))[0]))
+
+
+def onnxruntime_int8(unet: Any, calibration: list[Inputs]) -> Contestant:
+    """ONNX Runtime, statically quantized on `calibration` (QDQ, uint8 activations, int8 weights per channel)."""
+    import onnxruntime as ort
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.inputs = map(as_numpy, calibration)
+
+        def get_next(self) -> Any:
+            return next(self.inputs, None)
+
+    with tempfile.TemporaryDirectory() as directory:
+        source, target = Path(directory, "float.onnx"), Path(directory, "int8.onnx")
+        names = list(INPUT_NAMES[: len(calibration[0])])
+        torch.onnx.export(Plain(unet), calibration[0], source, input_names=names, dynamo=True)
+        quantize_static(
+            source, target, Reader(), per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8
+        )
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = ort.InferenceSession(target, options, providers=["CPUExecutionProvider"])
+    return Contestant(lambda inputs: torch.from_numpy(session.run(None, as_numpy(inputs))[0]))
+
+
+CONTESTANTS: dict[str, Builder] = {
+    STOCK: lambda unet, calibration: eager(unet),
+    "fp32, channels_last": floating,
+    "W8A8": partial(pqcad, weight_bits=8),
+    "W8A7": partial(pqcad, weight_bits=8, activation_bits=7),
+    "W4A8": partial(pqcad, weight_bits=4),
+    "W4A8, dynamic ranges": partial(pqcad, weight_bits=4, static=False),
+    "bf16, channels_last": partial(floating, dtype=torch.bfloat16),
+    "fp32, torch.compile": partial(floating, compiled=True),
+    "W8A7, torch.compile": partial(pqcad, weight_bits=8, activation_bits=7, compiled=True),
+    "W4A8, torch.compile": partial(pqcad, weight_bits=4, compiled=True),
+    "torchao W8A8 (Linear only)": torchao_int8,
+    "quanto W8A8": quanto_int8,
+    "SDNQ W8": partial(sdnq_int8, matmul=False),
+    "SDNQ W8A8, its matmul": partial(sdnq_int8, matmul=True),
+    "OpenVINO fp32": partial(openvino, precision="f32", int8=False),
+    "OpenVINO bf16": partial(openvino, precision="bf16", int8=False),
+    "OpenVINO + NNCF int8": partial(openvino, precision="f32", int8=True),
+    "OpenVINO + NNCF int8, bf16": partial(openvino, precision="bf16", int8=True),
+    "ONNX Runtime int8": onnxruntime_int8,
+}
+QUICK = tuple(CONTESTANTS)[:6]  # need nothing but diffusers, and no compilation
