@@ -113,13 +113,16 @@ class History:
         write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # states, timesteps, full-precision outputs, squared gains
+
+
 @dataclass(frozen=True)
 class Batches:
-    """Seeded access to the (state, timestep, full-precision output, squared gain) tuples of a calibration set."""
+    """Seeded access to the batches of a calibration set."""
 
     calibration: CalibrationSet
 
-    def draw(self, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def draw(self, count: int, seed: int) -> Batch:
         """Return `count` random tuples: samples (n, C, H, W), timesteps (n,), outputs (n, C, H, W), weights (n,)."""
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randint(0, len(self.calibration), (count,), generator=generator)
@@ -138,7 +141,7 @@ def weighted_error(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def output_error(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor, Tensor], batch_size: int = 64) -> float:
+def output_error(model: nn.Module, batch: Batch, batch_size: int = 64) -> float:
     """Return the weighted error of `model` on a drawn batch."""
     sample, timestep, target, weight = batch
     outputs = [
@@ -168,17 +171,18 @@ def trajectory_error(model: nn.Module, calibration: CalibrationSet, num_inferenc
 
 @torch.no_grad()
 def transition_prices(
-    model: nn.Module, frozen: nn.Module, controller: BitController, batch: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> dict[str, float]:
-    """Return how far each layer's next transition moves the model's output on `batch` (weighted squared distance).
+    model: nn.Module, frozen: nn.Module, controller: BitController, batches: list[Batch]
+) -> list[dict[str, float]]:
+    """Return how far each layer's next transition moves the model's output on each batch (weighted squared distance).
 
-    `frozen` is a copy of `model` with rounded weights (`freeze_`): a price takes one pass, and rounding all the other
-    layers again in each would double its time.
+    `frozen` is a copy of `model` with rounded weights (`freeze_`): a price takes one pass over all batches, and
+    rounding all the other layers again in each would double its time.
     """
-    sample, timestep, _, weight = batch
+    sizes = [len(batch[0]) for batch in batches]
+    sample, timestep, _, weight = map(torch.cat, zip(*batches, strict=True))
     layers = fake_quant_layers(model)
     before = frozen(sample, timestep).sample
-    prices = {}
+    prices: list[dict[str, float]] = [{} for _ in batches]
     for name in controller.movable(ignore_frozen=True):
         narrower = controller.narrower(name)
         assert narrower is not None
@@ -186,7 +190,10 @@ def transition_prices(
         kept = rounded.clone()
         with at_bits(layers[name], narrower):
             rounded.copy_(layers[name].weight)
-        prices[name] = weighted_error(frozen(sample, timestep).sample, before, weight).item()
+        after = frozen(sample, timestep).sample
+        parts = zip(prices, after.split(sizes), before.split(sizes), weight.split(sizes), strict=True)
+        for batch_prices, *part in parts:
+            batch_prices[name] = weighted_error(*part).item()
         rounded.copy_(kept)
     return prices
 
@@ -263,6 +270,10 @@ class ProgressiveQuantizer:
         """Return the unit that holds `layer`."""
         return next(unit for unit in self.order if layer == unit or layer.startswith(f"{unit}."))
 
+    def held_out_batch(self, stage: int) -> Batch:
+        """Return what the output error is measured on: the same batch throughout a stage, before and after a move."""
+        return self.check.draw(self.settings.reconstruction_samples // 8, self.seed(2, stage))
+
     def observe(self, stage: int, round_index: int) -> None:
         """Update the momentum of every layer's price with this round's batches."""
         if self.settings.signal == "weight":
@@ -271,7 +282,7 @@ class ProgressiveQuantizer:
             frozen = freeze_(copy.deepcopy(self.model))
             seeds = (self.seed(1, stage, round_index, index) for index in range(self.settings.price_batches))
             batches = [self.train.draw(self.settings.price_batch_size, seed) for seed in seeds]
-            measured = [transition_prices(self.model, frozen, self.controller, batch) for batch in batches]
+            measured = transition_prices(self.model, frozen, self.controller, batches)
         for prices in measured:
             self.controller.observe(prices)
         self.perturbations = {name: sum(prices[name] for prices in measured) / len(measured) for name in measured[0]}
@@ -300,7 +311,7 @@ class ProgressiveQuantizer:
         for move in moves:
             by_unit.setdefault(self.unit_of(move.layer), []).append(move)
         layers = fake_quant_layers(self.model)
-        held_out = self.check.draw(self.settings.reconstruction_samples // 4, self.seed(2, stage))
+        held_out = self.held_out_batch(stage)
         samples = self.train.draw(num_samples, self.seed(3, stage, round_index))
         error = output_error(self.model, held_out)
         rolled_back = []
@@ -334,8 +345,7 @@ class ProgressiveQuantizer:
         """Append one round to the history."""
         controller = self.controller
         momenta = {name: controller.momentum(name) for name in controller.num_weights}
-        check = self.check.draw(self.settings.reconstruction_samples // 4, self.seed(2, stage))
-        error = output_error(self.model, check)
+        error = output_error(self.model, self.held_out_batch(stage))
         self.history.rounds.append(
             {
                 "stage": stage,
@@ -360,7 +370,7 @@ class ProgressiveQuantizer:
         if not controller.over(budget) or not controller.movable():
             return False
         self.observe(stage, round_index)
-        held_out = self.check.draw(self.settings.reconstruction_samples // 4, self.seed(2, stage))
+        held_out = self.held_out_batch(stage)
         power = (held_out[2].square().flatten(1).mean(dim=1) * held_out[3]).mean().item()
         perturbation = output_error(self.model, held_out) + self.settings.perturbation_floor * power
         if self.settings.signal == "weight":
@@ -396,8 +406,8 @@ class ProgressiveQuantizer:
     def correct_biases(self, stage: int) -> None:
         """Correct the layers' mean outputs; kept only if the held-out output error falls."""
         layers = fake_quant_layers(self.model)
-        sample, timestep, *_ = self.train.draw(self.settings.reconstruction_samples // 4, self.seed(6, stage))
-        held_out = self.check.draw(self.settings.reconstruction_samples // 4, self.seed(2, stage))
+        sample, timestep, *_ = self.train.draw(self.settings.reconstruction_samples // 8, self.seed(6, stage))
+        held_out = self.held_out_batch(stage)
         before, error = clone_state(self.model), output_error(self.model, held_out)
         order = execution_order(self.model, layers, sample[:1], timestep[:1])
         correct_biases_(self.model, self.reference, order, sample, timestep)

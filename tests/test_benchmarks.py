@@ -42,6 +42,11 @@ def pipeline() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
+def profile_step() -> Iterator[ModuleType]:
+    yield from import_script("profile_step")
+
+
+@pytest.fixture(scope="module")
 def scaling() -> Iterator[ModuleType]:
     yield from import_script("scaling")
 
@@ -69,7 +74,7 @@ def rows_of(result: dict) -> dict[str, dict]:
 class TestModels:
     @pytest.mark.parametrize(
         ("name", "num_parameters"),
-        [("ddpm-cifar10", 35_746_307), ("sd15", 859_520_964), ("fashion-mnist", 1_107_041)],
+        [("ddpm-cifar10", 35_746_307), ("sd15", 859_520_964), ("fashion-mnist", 1_112_801)],
         ids=["google/ddpm-cifar10-32", "SD-1.5", "bundled"],
     )
     def test_shapes_are_those_of_the_models_they_are_named_after(self, unet_step, name, num_parameters):
@@ -89,8 +94,15 @@ class TestUNetStep:
         assert json.loads(file.read_text()) == json.loads(json.dumps(result))
         assert str(tmp_path) not in file.read_text()
         rows = rows_of(result)
-        names = ["stock diffusers, fp32", "fp32, channels_last", "W8A8", "W8A7", "W4A8", "W4A8, dynamic ranges"]
-        assert list(rows) == names
+        assert list(rows) == [
+            "stock diffusers, fp32",
+            "fp32, channels_last",
+            "W8A8",
+            "W8A7",
+            "W4A8",
+            "W4A8, dynamic ranges",
+            "W4A8, no int8 copies",
+        ]
         table = capsys.readouterr().out
         for name, row in rows.items():
             assert f"| {name} | {row['median_ms']:.1f} |" in table
@@ -105,17 +117,17 @@ class TestUNetStep:
         result = unet_step.benchmark(
             tiny_settings(unet_step, num_rounds=1, contestants=[*unet_step.QUICK, "bf16, channels_last"])
         )
-        stock, channels_last, w8a8, w8a7, w4a8, dynamic, bf16 = result["contestants"]
+        stock, channels_last, w8a8, w8a7, w4a8, dynamic, no_copies, bf16 = result["contestants"]
         assert stock["relative_error"] == 0
         assert channels_last["relative_error"] < 1e-5
         assert 1e-4 < bf16["relative_error"] < 0.05
         assert 1e-4 < w8a8["relative_error"] < w8a7["relative_error"] < 0.1
-        for row in (w4a8, dynamic):
+        for row in (w4a8, dynamic, no_copies):
             assert w8a7["relative_error"] < row["relative_error"] < 0.5
 
         assert bf16["weight_bytes"] == stock["weight_bytes"] / 2
         assert w4a8["weight_bytes"] < w8a8["weight_bytes"] < bf16["weight_bytes"]
-        assert stock["kernel_cache_bytes"] == 0
+        assert stock["kernel_cache_bytes"] == no_copies["kernel_cache_bytes"] == 0
         assert w4a8["kernel_cache_bytes"] == w8a7["kernel_cache_bytes"] > 0  # the kernel computes with 8 bits a weight
         assert w8a8["kernel_cache_bytes"] == (w8a7["kernel_cache_bytes"] if result["environment"]["vnni"] else 0)
 
@@ -180,6 +192,26 @@ class TestUNetStep:
         output = torch.tensor([1.0, float("nan")])
         with pytest.raises(ValueError, match="a NaN or an infinity"):
             unet_step.relative_error(output, torch.ones(2))
+
+
+class TestProfileStep:
+    def test_shares_of_a_step(self, profile_step, tmp_path, capsys):
+        file = tmp_path / "profile.json"
+        settings = profile_step.Settings(
+            model="tiny", batch_size=1, num_steps=2, num_operators=50, contestants=["W4A8"], json=str(file)
+        )
+        result = profile_step.main(settings)
+        assert json.loads(file.read_text()) == result
+        assert "| W4A8, " in capsys.readouterr().out
+        for name, operator in (
+            ("stock diffusers, fp32", "aten::mkldnn_convolution"),
+            ("W4A8", "onednn::qconv2d_point"),
+        ):
+            profiled = rows_of(result)[name]
+            assert profiled["ms"] > 0
+            assert 5 < len(profiled["operators"]) <= 50
+            assert any(row["name"].startswith(operator) for row in profiled["operators"])
+            assert 0 < sum(row["share"] for row in profiled["operators"]) < 1
 
 
 class TestPipeline:

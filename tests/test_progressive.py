@@ -39,7 +39,7 @@ from diffusers_pqcad.progressive import (
     weighted_error,
 )
 from diffusers_pqcad.qparams import WeightSpec
-from diffusers_pqcad.reconstruction import ReconstructionConfig
+from diffusers_pqcad.reconstruction import ReconstructionConfig, UnitResult
 
 W4 = PQCADConfig(weight_bits=4)
 PQ = tuple[UNet2DModel, History]
@@ -154,19 +154,19 @@ def test_a_price_is_what_one_transition_does_to_the_output(
     layers = match_modules(tiny_unet, config)
     controller = BitController({name: layer.weight.numel() for name, layer in layers.items()}, (8, 4))
     prepare_(tiny_unet, config, controller.bits)
-    batch = Batches(tiny_calibration_set).draw(4, 0)
+    batches = [Batches(tiny_calibration_set).draw(count, seed) for seed, count in enumerate((4, 3))]
     state = clone_state(tiny_unet)
-    prices = transition_prices(tiny_unet, freeze_(copy.deepcopy(tiny_unet)), controller, batch)
-    assert prices.keys() == layers.keys()
+    measured = transition_prices(tiny_unet, freeze_(copy.deepcopy(tiny_unet)), controller, batches)
     assert all(torch.equal(value, state[name]) for name, value in tiny_unet.state_dict().items())
-    sample, timestep, _, weight = batch
     name = "mid_block.resnets.0.conv2"
-    with torch.no_grad():
-        before = tiny_unet(sample, timestep).sample
-        with at_bits(fake_quant_layers(tiny_unet)[name], 4):
-            after = tiny_unet(sample, timestep).sample
-    expected = ((after.double() - before.double()).square().mean(dim=(1, 2, 3)) * weight).mean().item()
-    assert prices[name] == pytest.approx(expected, rel=1e-4)
+    for (sample, timestep, _, weight), prices in zip(batches, measured, strict=True):
+        assert prices.keys() == layers.keys()
+        with torch.no_grad():
+            before = tiny_unet(sample, timestep).sample
+            with at_bits(fake_quant_layers(tiny_unet)[name], 4):
+                after = tiny_unet(sample, timestep).sample
+        expected = ((after.double() - before.double()).square().mean(dim=(1, 2, 3)) * weight).mean().item()
+        assert prices[name] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.fast
@@ -635,3 +635,27 @@ def test_the_resume_file_holds_no_pickle(
     state = load_checkpoint(path)
     assert {"model", "controller", "history", "progress"} <= state.keys()
     assert [file.name for file in tmp_path.iterdir()] == ["pq.safetensors"]
+
+
+def test_a_round_before_the_last_takes_its_share_of_the_reconstruction(
+    tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    seen = []
+
+    def watch(unit, io, config, **position):
+        seen.append((config.iterations, len(io.target)))
+        return UnitResult(position["name"], 1.0, 0.0, accepted=True)
+
+    monkeypatch.setattr(progressive_module, "reconstruct", watch)
+    settings = dataclasses.replace(
+        quick_progressive,
+        reconstruction=ReconstructionConfig(iterations=6), reconstruction_samples=64, round_share=0.25,
+        recovery_steps=0,
+    )  # fmt: skip
+    run = runner(tiny_unet, tiny_calibration_set, settings)
+    run.run(progress=False)
+    assert set(seen) == {(2, 16), (6, 64)}
+    assert seen[-len(run.units) :] == [(6, 64)] * len(run.units)  # all units once more at the final bits
+    with pytest.raises(ValueError, match="round_share: expected a share above 0 and up to 1, got 0"):
+        dataclasses.replace(quick_progressive, round_share=0)

@@ -222,9 +222,7 @@ def test_activation_qparams_by_hand(low: float, high: float, scale: float, zero_
     assert (qparams.scale.item(), qparams.zero_point.item()) == (scale, zero_point)
 
 
-@given(
-    low=st.floats(-1e4, 1e4, width=32), width=st.floats(0, 1e4, width=32), bits=st.sampled_from(ACTIVATION_BITS)
-)
+@given(low=st.floats(-1e4, 1e4, width=32), width=st.floats(0, 1e4, width=32), bits=st.sampled_from(ACTIVATION_BITS))
 def test_zero_is_exact_and_the_range_is_covered(low: float, width: float, bits: int) -> None:
     minimum, maximum = torch.tensor(low), torch.tensor(low) + width
     qparams = activation_qparams(minimum, maximum, bits)

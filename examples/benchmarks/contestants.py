@@ -15,7 +15,7 @@ import torch
 from models import Inputs
 from torch import Tensor, nn
 
-from diffusers_pqcad import PQCADConfig, quantize_
+from diffusers_pqcad import PQCADConfig, kernels, quantize_
 from diffusers_pqcad.layers import QuantizedLayer, packed_layers
 from diffusers_pqcad.qparams import activation_qparams
 from diffusers_pqcad.timesteps import install_timestep_groups
@@ -65,8 +65,9 @@ def pqcad(
     activation_bits: int = 8,
     static: bool = True,
     compiled: bool = False,
+    kernel: str | None = None,
 ) -> Contestant:
-    """Ours: packed weights, int8 kernels; `static` activation ranges come from `calibration`."""
+    """Ours: packed weights, int8 kernels or a forced one; `static` activation ranges come from `calibration`."""
     unet = copy.deepcopy(unet)
     quantize_(unet, PQCADConfig(method="fixed", weight_bits=weight_bits, activation_bits=activation_bits))
     unet.to(memory_format=torch.channels_last)  # for the few layers that stay in floating point
@@ -75,7 +76,14 @@ def pqcad(
         set_static_ranges_(contestant, calibration)
     if compiled:
         unet.compile(dynamic=False)
-    return contestant
+    if kernel is None:
+        return contestant
+
+    def step(inputs: Inputs) -> Tensor:
+        with kernels.use(kernel):
+            return contestant.step(inputs)
+
+    return Contestant(step, unet)
 
 
 def set_static_ranges_(contestant: Contestant, calibration: list[Inputs]) -> None:
@@ -209,6 +217,7 @@ CONTESTANTS: dict[str, Builder] = {
     "W8A7": partial(pqcad, weight_bits=8, activation_bits=7),
     "W4A8": partial(pqcad, weight_bits=4),
     "W4A8, dynamic ranges": partial(pqcad, weight_bits=4, static=False),
+    "W4A8, no int8 copies": partial(pqcad, weight_bits=4, kernel="reference"),
     "bf16, channels_last": partial(floating, dtype=torch.bfloat16),
     "fp32, torch.compile": partial(floating, compiled=True),
     "W8A7, torch.compile": partial(pqcad, weight_bits=8, activation_bits=7, compiled=True),
@@ -223,4 +232,4 @@ CONTESTANTS: dict[str, Builder] = {
     "OpenVINO + NNCF int8, bf16": partial(openvino, precision="bf16", int8=True),
     "ONNX Runtime int8": onnxruntime_int8,
 }
-QUICK = tuple(CONTESTANTS)[:6]  # need nothing but diffusers, and no compilation
+QUICK = tuple(CONTESTANTS)[:7]  # need nothing but diffusers, and no compilation

@@ -38,6 +38,7 @@ CONFIGS: dict[str, dict[str, Any] | None] = {
     **dict.fromkeys(FROM_PACKED),
 }
 
+
 @dataclass
 class Settings:
     """Settings of one run."""

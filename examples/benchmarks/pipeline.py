@@ -2,9 +2,8 @@
 
     python examples/benchmarks/pipeline.py --num_threads 1 --json outputs/pipeline.json
 
-Stock fp32 at N steps against the same at N / 2 and against ours at N / 2, from one call of `DDIMPipeline` to its images,
-interleaved. Weights are random or those of the bundled teacher: what half the steps cost in quality is the business of
-`examples/distill.py`.
+Stock fp32 at N steps against the same and ours at N / 2, from one call of `DDIMPipeline` to its images, interleaved.
+Weights are random or those of the bundled teacher: what half the steps cost in quality is for `examples/distill.py`.
 """
 
 from collections.abc import Callable
@@ -73,9 +72,7 @@ def benchmark(settings: Settings) -> dict[str, Any]:
         else:
             candidates[row_name(name, steps // 2)] = timed(contestant.unet, settings, steps // 2)
     machine = circumstances()
-    latencies = interleaved_latency(
-        candidates, num_rounds=settings.num_rounds, warmup_rounds=settings.warmup_rounds
-    )
+    latencies = interleaved_latency(candidates, num_rounds=settings.num_rounds, warmup_rounds=settings.warmup_rounds)
     stock_ms = latencies[row_name(STOCK, steps)].median_ms
     return {
         "settings": {key: value for key, value in asdict(settings).items() if key != "json"},

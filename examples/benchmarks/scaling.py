@@ -7,6 +7,7 @@ fitted to each series. A slope below fp32's is work saved; an intercept is what 
 """
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from statistics import linear_regression
 from typing import Any
 
@@ -47,7 +48,7 @@ def benchmark(settings: Settings) -> dict[str, Any]:
     def measure(batch_size: int, sample_size: int) -> dict[str, float]:
         inputs = models.draw_inputs(unet, batch_size, sample_size, generator)
         latencies = interleaved_latency(
-            {name: lambda step=contestant.step: step(inputs) for name, contestant in contestants.items()},
+            {name: partial(contestant.step, inputs) for name, contestant in contestants.items()},
             num_rounds=settings.num_rounds,
             warmup_rounds=settings.warmup_rounds,
         )
@@ -89,8 +90,8 @@ def markdown(result: dict[str, Any]) -> str:
     """Return `result` as one Markdown table for each axis, with its circumstances above them."""
     settings = result["settings"]
     lines = [
-        f"Milliseconds a step, UNet {settings['model']}, {result['num_parameters'] / 1e6:.1f} M parameters: medians of "
-        f"{settings['num_rounds']} interleaved rounds after {settings['warmup_rounds']} to warm up, seed "
+        f"Milliseconds a step, UNet {settings['model']}, {result['num_parameters'] / 1e6:.1f} M parameters: medians "
+        f"of {settings['num_rounds']} interleaved rounds after {settings['warmup_rounds']} to warm up, seed "
         f"{settings['seed']}. Slope: for each further image of the batch, or each 1024 pixels at batch 1.",
         "",
         machine_line(result["environment"]),

@@ -1,9 +1,10 @@
-"""Write the tables of the README from the committed results in this folder.
+"""Write the tables of both READMEs from the committed results in this folder.
 
     python examples/results/update_readme.py
 
-`NAME/metrics.json` is a run of `examples/distill.py`, `NAME.json` one of `examples/benchmarks/NAME.py`. A test runs
-`render` and compares, so a table that was edited by hand, or left behind by a new run, fails.
+`NAME/metrics.json` is a run of `examples/distill.py`; `SCRIPT.json` and `SCRIPT-WHICH.json` are runs of
+`examples/benchmarks/SCRIPT.py`. A test runs `render` and compares, so a table that was edited by hand, or left behind
+by a new run, fails.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 from diffusers_pqcad.hub import results_table, table_notes
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parents[1] / "README.md"
+READMES = (HERE.parents[1] / "README.md", HERE.parent / "benchmarks" / "README.md")
 
 
 def run_block(metrics: dict) -> str:
@@ -23,10 +24,10 @@ def run_block(metrics: dict) -> str:
     return f"{results_table(metrics)}\n\n{table_notes(metrics)}"
 
 
-def benchmark_block(name: str, result: dict) -> str:
-    """Return the README's text for a run of `examples/benchmarks/NAME.py`."""
+def benchmark_block(script: str, result: dict) -> str:
+    """Return the README's text for a run of `examples/benchmarks/SCRIPT.py`."""
     sys.path.insert(0, str(HERE.parent / "benchmarks"))
-    return import_module(name).markdown(result)
+    return import_module(script).markdown(result)
 
 
 def block(name: str) -> str:
@@ -34,7 +35,7 @@ def block(name: str) -> str:
     folder = HERE / name
     if folder.is_dir():
         return run_block(json.loads((folder / "metrics.json").read_text()))
-    return benchmark_block(name, json.loads((HERE / f"{name}.json").read_text()))
+    return benchmark_block(name.partition("-")[0], json.loads((HERE / f"{name}.json").read_text()))
 
 
 def render(text: str) -> str:
@@ -47,4 +48,5 @@ def render(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(render(README.read_text()))
+    for readme in READMES:
+        readme.write_text(render(readme.read_text()))

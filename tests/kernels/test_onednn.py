@@ -195,7 +195,7 @@ def test_any_linear_layer(seed, sizes, batch, bits, activation_bits) -> None:
 )
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_worst_case_is_exact(make, shape: tuple[int, ...], bits: int, activation_bits: int, sign: int) -> None:
-    """All codes the largest times all levels at the end of the grid: the largest sums there are, without a rounding error."""
+    """The largest code times the largest level, everywhere: the largest sums there are, without a rounding error."""
     layer = make().requires_grad_(False)
     layer.weight.fill_(sign * WeightSpec(bits).level_max)
     layer.bias.zero_()
