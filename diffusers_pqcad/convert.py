@@ -14,6 +14,7 @@ from diffusers_pqcad import kernels
 from diffusers_pqcad.allocation import allocate
 from diffusers_pqcad.config import PQCADConfig
 from diffusers_pqcad.layers import QUANTIZED_LAYERS, FloatLayer, QuantizedLayer, packed_layers
+from diffusers_pqcad.memory_format import install_channels_last_, remove_channels_last_
 from diffusers_pqcad.overrides import override_methods_, restore_methods_
 from diffusers_pqcad.qparams import (
     WeightSpec,
@@ -234,6 +235,8 @@ def finish_(model: nn.Module, config: PQCADConfig) -> None:
         share_timestep_groups(model, install_timestep_groups(model, config.timestep_boundaries))
     if layers:
         override_methods_(model)
+        if any(isinstance(layer, nn.Conv2d) for layer in layers.values()):
+            install_channels_last_(model)
         found = list(layers.values())
         log_once(type(model).__name__, kernels.summary(found), slow=kernels.lacks_fast_kernel(found))
 
@@ -271,6 +274,7 @@ def mark_quantized_(model: Any, config: PQCADConfig) -> None:
 def unmark_quantized_(model: Any) -> None:
     """Undo `mark_quantized_` and `finish_`."""
     remove_timestep_groups(model)
+    remove_channels_last_(model)
     restore_methods_(model)
     if hasattr(model, "_internal_dict"):
         # diffusers leaves the entry, so that a saved float model would say that it is quantized.

@@ -64,7 +64,7 @@ def benchmark(settings: Settings) -> dict[str, Any]:
     calibration = [
         models.draw_inputs(unet, settings.batch_size, None, generator) for _ in range(NUM_CALIBRATION_INPUTS)
     ]
-    contestants, skipped = build_contestants(chosen(settings.contestants), unet, calibration)
+    contestants, skipped, _ = build_contestants(chosen(settings.contestants), unet, calibration)
     candidates = {row_name(STOCK, steps): timed(unet, settings, steps)}
     for name, contestant in contestants.items():
         if contestant.unet is None:

@@ -66,7 +66,7 @@ def benchmark(settings: Settings) -> dict[str, Any]:
         models.draw_inputs(unet, settings.batch_size, settings.sample_size, generator)
         for _ in range(1 + NUM_CALIBRATION_INPUTS)
     )
-    contestants, skipped = build_contestants(chosen(settings.contestants), unet, calibration)
+    contestants, skipped, _ = build_contestants(chosen(settings.contestants), unet, calibration)
     machine = circumstances()
     profiles = []
     for name, contestant in contestants.items():

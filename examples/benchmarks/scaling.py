@@ -42,7 +42,7 @@ def benchmark(settings: Settings) -> dict[str, Any]:
     unet = models.build(settings.model, settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     calibration = [models.draw_inputs(unet, 1, None, generator) for _ in range(NUM_CALIBRATION_INPUTS)]
-    contestants, skipped = build_contestants(chosen(settings.contestants), unet, calibration)
+    contestants, skipped, _ = build_contestants(chosen(settings.contestants), unet, calibration)
     machine = circumstances()
 
     def measure(batch_size: int, sample_size: int) -> dict[str, float]:

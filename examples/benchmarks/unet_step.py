@@ -6,12 +6,14 @@
 
 All contestants take turns in one process (A B C A B C), stock fp32 first; name those that fit the memory together. One
 that is not installed, or fails, is skipped by name. The error column guards against a contestant that is fast because
-it is wrong; weights are random, so it is no measure of quality. Only runs on idle, pinned cores count
-(`taskset -c 0`): load slows fp32 more than int8.
+it is wrong; weights are random, so it is no measure of quality. First s: from the float model to a first output, with
+all that is converted, calibrated and compiled. Only runs on idle, pinned cores count (`taskset -c 0`): load slows fp32
+more than int8.
 """
 
 import json
 import subprocess
+import time
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -59,12 +61,16 @@ def chosen(patterns: list[str]) -> list[str]:
     ]
 
 
-def build_contestants(names: list[str], unet: Any, calibration: list[models.Inputs]) -> tuple[dict, dict[str, str]]:
-    """Return the contestants `names` that are installed and run, and why the others do not."""
+def build_contestants(
+    names: list[str], unet: Any, calibration: list[models.Inputs]
+) -> tuple[dict[str, Contestant], dict[str, str], dict[str, float]]:
+    """Return those of `names` that are installed and run, why the others do not, and seconds to a first output."""
     contestants: dict[str, Contestant] = {}
+    seconds: dict[str, float] = {}
     skipped: dict[str, str] = {}
     for name in names:
         print(f"building: {name}", flush=True)
+        started = time.perf_counter()
         try:
             contestant = field_of.CONTESTANTS[name](unet, calibration)
             contestant.step(calibration[0])
@@ -74,8 +80,8 @@ def build_contestants(names: list[str], unet: Any, calibration: list[models.Inpu
             skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
             print(f"skipped: {name}: {skipped[name]}", flush=True)
         else:
-            contestants[name] = contestant
-    return contestants, skipped
+            contestants[name], seconds[name] = contestant, time.perf_counter() - started
+    return contestants, skipped, seconds
 
 
 def relative_error(output: Tensor, reference: Tensor) -> float:
@@ -108,7 +114,7 @@ def benchmark(settings: Settings) -> dict[str, Any]:
         models.draw_inputs(unet, settings.batch_size, settings.sample_size, generator)
         for _ in range(1 + NUM_CALIBRATION_INPUTS)
     )
-    contestants, skipped = build_contestants(names, unet, calibration)
+    contestants, skipped, seconds = build_contestants(names, unet, calibration)
     reference = contestants[STOCK].step(inputs)
     # The outputs are checked before the clock starts; this also builds the kernels' copies of the weights.
     errors = {name: relative_error(contestant.step(inputs), reference) for name, contestant in contestants.items()}
@@ -125,6 +131,7 @@ def benchmark(settings: Settings) -> dict[str, Any]:
             **latencies[name]._asdict(),
             "ratio": latencies[STOCK].median_ms / latencies[name].median_ms,
             "relative_error": errors[name],
+            "first_seconds": seconds[name],
             "weight_bytes": None if contestant.unet is None else tensor_bytes(contestant.unet),
             "kernel_cache_bytes": None if contestant.unet is None else kernel_cache_bytes(contestant.unet),
         }
@@ -161,14 +168,14 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         machine_line(result["environment"]),
         "",
-        "| contestant | ms | min to max | times faster | relative error | weights MB | int8 copies MB |",
-        "|---|---|---|---|---|---|---|",
+        "| contestant | ms | min to max | times faster | relative error | first s | weights MB | int8 copies MB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in result["contestants"]:
         lines.append(
             f"| {row['name']} | {row['median_ms']:.1f} | {row['min_ms']:.1f} to {row['max_ms']:.1f} "
-            f"| {row['ratio']:.2f} | {row['relative_error']:.1e} | {megabytes(row['weight_bytes'])} "
-            f"| {megabytes(row['kernel_cache_bytes'])} |"
+            f"| {row['ratio']:.2f} | {row['relative_error']:.1e} | {row['first_seconds']:.1f} "
+            f"| {megabytes(row['weight_bytes'])} | {megabytes(row['kernel_cache_bytes'])} |"
         )
     lines += [f"\nSkipped: {name} ({reason})." for name, reason in result["skipped"].items()]
     return "\n".join(lines)
