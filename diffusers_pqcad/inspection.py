@@ -18,7 +18,7 @@ class LayerInfo:
     """One Linear or Conv2d layer, packed or in floating point.
 
     `shape` is that of the float weight, `bits` are those of one weight. `group_size` inputs share a scale, all of an
-    output channel where it is `None`. `activations`: "float", "uint8 dynamic", or "uint8 static xG" for G timestep
+    output channel where it is `None`. `activations`: "float", "8-bit dynamic", or "8-bit static xG" for G timestep
     groups. `kernel` is what a call without gradient takes here, `None` for a float layer. `bytes` are stored (weights,
     scales, biases; not the kernel's cache). `perturbation`: ||Q(W) - W||^2 / ||W||^2, `None` if unknown.
     """

@@ -325,11 +325,11 @@ class QuantizedLayer(nn.Module):
         self.handle = graph_ops.register(self)  # a copy is a layer of its own
 
     def activation_scheme(self) -> str:
-        """Return "float", "uint8 dynamic" or "uint8 static xG" with G timestep groups."""
+        """Return "float", "8-bit dynamic" or "8-bit static xG" with G timestep groups."""
         if self.activation_bits is None:
             return "float"
         ranges = "dynamic" if self.input_scale is None else f"static x{len(self.input_scale)}"
-        return f"uint{self.activation_bits} {ranges}"
+        return f"{self.activation_bits}-bit {ranges}"
 
     def extra_repr(self) -> str:
         """Add bits, activation scheme and kernel to the float layer's description."""

@@ -21,7 +21,7 @@ from diffusers_pqcad.convert import (
 )
 from diffusers_pqcad.layers import SCALE_BUFFERS, FloatLayer, QuantizedLayer, packed_layers, quantized_layers
 from diffusers_pqcad.packing import unpack_codes
-from diffusers_pqcad.qparams import activation_qmax, row_chunks
+from diffusers_pqcad.qparams import ACTIVATION_BITS, activation_qmax, row_chunks
 from diffusers_pqcad.timesteps import TimestepGroups
 
 
@@ -115,7 +115,7 @@ def check_loaded(model: nn.Module) -> None:
                 continue
             if buffer in SCALE_BUFFERS and not bool(((values > 0) & values.isfinite()).all()):
                 raise ValueError(f"{name}.{buffer}: scales must be positive and finite. The file was edited.")
-            qmax = activation_qmax(layer.activation_bits or 8)
+            qmax = activation_qmax(layer.activation_bits or max(ACTIVATION_BITS))
             if buffer not in SCALE_BUFFERS and not bool(((values >= 0) & (values <= qmax)).all()):
                 raise ValueError(f"{name}.{buffer}: expected 0 to {qmax}. The file was edited.")
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 def channels_last_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Forward-pre-hook of a float convolution: give it a channels_last input, and its output follows.
 
-    The input is small (an image or a latent); what would be copied instead are all later activations that meet the
-    output of an int8 convolution, in sums and concatenations. `torch.compile` chooses layouts itself.
+    At a model's first convolution it is an image or a latent, and small; what would be copied in its place are the
+    later activations that meet the output of an int8 convolution, in sums and concatenations. `torch.compile` chooses
+    layouts itself.
     """
     if not args or not isinstance(args[0], Tensor) or torch.compiler.is_compiling():
         return None

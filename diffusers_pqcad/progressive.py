@@ -61,6 +61,8 @@ from diffusers_pqcad.sampling import denoise
 
 logger = logging.getLogger(__name__)
 
+MIN_RECONSTRUCTION_SAMPLES = 8
+
 
 @dataclass(frozen=True)
 class ProgressiveConfig:
@@ -93,7 +95,8 @@ class ProgressiveConfig:
         if not 0 <= self.beta < 1:
             raise ValueError(f"beta: expected 0 (no momentum) to below 1, got {self.beta}.")
         check_minimum(self, kappa=0, trust=0, perturbation_floor=0, cooldown=0)
-        check_minimum(self, rounds_per_stage=1, price_batches=1, price_batch_size=1, reconstruction_samples=8)
+        check_minimum(self, rounds_per_stage=1, price_batches=1, price_batch_size=1)
+        check_minimum(self, reconstruction_samples=MIN_RECONSTRUCTION_SAMPLES)
         check_minimum(self, recovery_steps=0, recovery_batch_size=1, evaluation_steps=1)
         if not 0 < self.round_share <= 1:
             raise ValueError(f"round_share: expected a share above 0 and up to 1, got {self.round_share}.")
@@ -270,9 +273,14 @@ class ProgressiveQuantizer:
         """Return the unit that holds `layer`."""
         return next(unit for unit in self.order if layer == unit or layer.startswith(f"{unit}."))
 
+    @property
+    def num_check_samples(self) -> int:
+        """Images that a whole-model measurement takes: it is made for every unit, a reconstruction's are used once."""
+        return max(self.settings.reconstruction_samples // 8, 2)
+
     def held_out_batch(self, stage: int) -> Batch:
         """Return what the output error is measured on: the same batch throughout a stage, before and after a move."""
-        return self.check.draw(self.settings.reconstruction_samples // 8, self.seed(2, stage))
+        return self.check.draw(self.num_check_samples, self.seed(2, stage))
 
     def observe(self, stage: int, round_index: int) -> None:
         """Update the momentum of every layer's price with this round's batches."""
@@ -306,7 +314,7 @@ class ProgressiveQuantizer:
         """
         settings = self.settings.reconstruction
         settings = replace(settings, iterations=math.ceil(share * settings.iterations))
-        num_samples = max(8, round(share * self.settings.reconstruction_samples))
+        num_samples = max(MIN_RECONSTRUCTION_SAMPLES, round(share * self.settings.reconstruction_samples))
         by_unit: dict[str, list[Move]] = {name: [] for name in units}
         for move in moves:
             by_unit.setdefault(self.unit_of(move.layer), []).append(move)
@@ -406,7 +414,7 @@ class ProgressiveQuantizer:
     def correct_biases(self, stage: int) -> None:
         """Correct the layers' mean outputs; kept only if the held-out output error falls."""
         layers = fake_quant_layers(self.model)
-        sample, timestep, *_ = self.train.draw(self.settings.reconstruction_samples // 8, self.seed(6, stage))
+        sample, timestep, *_ = self.train.draw(self.num_check_samples, self.seed(6, stage))
         held_out = self.held_out_batch(stage)
         before, error = clone_state(self.model), output_error(self.model, held_out)
         order = execution_order(self.model, layers, sample[:1], timestep[:1])

@@ -155,7 +155,7 @@ def fake_quantize_weight(weight: Tensor, scale: Tensor, spec: WeightSpec) -> Ten
     return (round_to_levels(groups / scale, spec) * scale).reshape(weight.shape)
 
 
-def activation_qparams(minimum: Tensor, maximum: Tensor, bits: int = 8) -> ActivationQParams:
+def activation_qparams(minimum: Tensor, maximum: Tensor, bits: int) -> ActivationQParams:
     """Return the asymmetric qparams of the range [minimum, maximum], widened to include zero; any shape.
 
     Raises ValueError where a bound is not finite.
@@ -178,7 +178,7 @@ def unchecked_activation_qparams(minimum: Tensor, maximum: Tensor, bits: int) ->
     return ActivationQParams(scale, zero_point)
 
 
-def dynamic_activation_qparams(x: Tensor, bits: int = 8) -> ActivationQParams:
+def dynamic_activation_qparams(x: Tensor, bits: int) -> ActivationQParams:
     """Return the 0-dim qparams of the range of `x`, per tensor and call; those of zeros where `x` is empty."""
     if x.numel() == 0:
         x = x.new_zeros(1)
@@ -187,7 +187,7 @@ def dynamic_activation_qparams(x: Tensor, bits: int = 8) -> ActivationQParams:
     return unchecked_activation_qparams(minimum, maximum, bits)
 
 
-def dynamic_scalar_qparams(x: Tensor, bits: int = 8) -> ScalarQParams:
+def dynamic_scalar_qparams(x: Tensor, bits: int) -> ScalarQParams:
     """Return `dynamic_activation_qparams` of a non-empty `x` as Python numbers, the same ones to the last bit.
 
     A dozen operators on 0-dim tensors take longer than a small layer. Each fp32 operation is done in double precision
@@ -223,7 +223,7 @@ class _FakeQuantizeActivation(torch.autograd.Function):
         return gradient * inside, None, None, None
 
 
-def fake_quantize_activation(x: Tensor, qparams: ActivationQParams, bits: int = 8) -> Tensor:
+def fake_quantize_activation(x: Tensor, qparams: ActivationQParams, bits: int) -> Tensor:
     """Return `x` rounded to codes of `bits` and back; qparams broadcast against `x`.
 
     Straight-through inside the range, no gradient outside it; the scale gets none. Computed in fp32: in half precision

@@ -74,7 +74,7 @@ def with_static_ranges(model: Any, family: str, boundaries: tuple[int, ...] = (5
     ranges: dict[str, list[ActivationQParams]] = {name: [] for name in layers}
 
     def observe(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        ranges[layer.name].append(dynamic_activation_qparams(args[0]))
+        ranges[layer.name].append(dynamic_activation_qparams(args[0], 8))
 
     hooks = [layer.register_forward_pre_hook(observe) for layer in layers.values()]
     counts = []
@@ -183,7 +183,7 @@ def test_inspect(family: str) -> None:
         assert row.shape == tuple(layer.weight_shape)
         assert (row.bits, row.kernel) == (layer.spec.bits, layer.kernel_name())
         assert row.group_size == (4 if isinstance(layer, PQCADLinear) else None)
-        assert row.activations == "uint8 dynamic"
+        assert row.activations == "8-bit dynamic"
     inject_adapter_in_model(lora(family), model)
     rows_with_adapters = inspect(model, reference=build(family))
     measured = {row.name.removesuffix(".base_layer"): row.perturbation for row in rows_with_adapters if row.kernel}

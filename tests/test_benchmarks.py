@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_pqcad.layers import average_bits, packed_layers
+from diffusers_pqcad.layers import average_bits, kernel_cache_bytes, packed_layers
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
@@ -34,6 +34,11 @@ def import_script(name: str) -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def unet_step() -> Iterator[ModuleType]:
     yield from import_script("unet_step")
+
+
+@pytest.fixture(scope="module")
+def contestants(unet_step: ModuleType) -> ModuleType:
+    return sys.modules["contestants"]  # as the script imported it
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def same_number_of_threads() -> Iterator[None]:
 
 
 def tiny_settings(script: ModuleType, **changes: object) -> object:
-    return script.Settings(**{"model": "tiny", "batch_size": 1, "num_rounds": 2, "warmup_rounds": 0} | changes)
+    return script.Settings(**{"model": "tiny", "batch_size": 1, "num_rounds": 2} | changes)
 
 
 def rows_of(result: dict) -> dict[str, dict]:
@@ -79,11 +84,11 @@ class TestModels:
     )
     def test_shapes_are_those_of_the_models_they_are_named_after(self, unet_step, name, num_parameters):
         with torch.device("meta") if name != "fashion-mnist" else nullcontext():
-            assert unet_step.models.build(name).num_parameters() == num_parameters
+            assert unet_step.harness.models.build(name).num_parameters() == num_parameters
 
     def test_an_unknown_one_is_refused(self, unet_step):
         with pytest.raises(ValueError, match="model: expected one of .*'ddpm-cifar10'.*, got 'sd16'"):
-            unet_step.models.build("sd16")
+            unet_step.harness.models.build("sd16")
 
 
 class TestUNetStep:
@@ -132,12 +137,12 @@ class TestUNetStep:
         assert w4a8["kernel_cache_bytes"] == w8a7["kernel_cache_bytes"] > 0  # the kernel computes with 8 bits a weight
         assert w8a8["kernel_cache_bytes"] == (w8a7["kernel_cache_bytes"] if result["environment"]["vnni"] else 0)
 
-    def test_static_ranges_are_the_extremes_of_the_calibration_inputs(self, unet_step):
-        unet = unet_step.models.build("tiny")
+    def test_static_ranges_are_the_extremes_of_the_calibration_inputs(self, unet_step, contestants):
+        unet = unet_step.harness.models.build("tiny")
         generator = torch.Generator().manual_seed(0)
-        calibration = [unet_step.models.draw_inputs(unet, 1, None, generator) for _ in range(2)]
+        calibration = [unet_step.harness.models.draw_inputs(unet, 1, None, generator) for _ in range(2)]
         with torch.no_grad():
-            build = unet_step.field_of.pqcad
+            build = contestants.pqcad
             dynamic = build(unet, [], weight_bits=4, static=False)
             alone, both = (build(unet, calibration[:n], weight_bits=4) for n in (1, 2))
             expected, output = dynamic.step(calibration[0]), alone.step(calibration[0])
@@ -146,9 +151,9 @@ class TestUNetStep:
         narrow, wide = (packed_layers(contestant.unet) for contestant in (alone, both))
         assert all(wide[name].input_scale >= narrow[name].input_scale for name in wide)
 
-    def test_quantizes_every_layer_but_the_exempt_ones(self, unet_step):
+    def test_quantizes_every_layer_but_the_exempt_ones(self, unet_step, contestants):
         with torch.inference_mode():
-            unet = unet_step.field_of.pqcad(unet_step.models.build("tiny"), [], weight_bits=4, static=False).unet
+            unet = contestants.pqcad(unet_step.harness.models.build("tiny"), [], weight_bits=4, static=False).unet
         floats = [name for name, module in unet.named_modules() if type(module) in (nn.Linear, nn.Conv2d)]
         assert floats == ["conv_in", "time_embedding.linear_1", "time_embedding.linear_2", "conv_out"]
         bits = average_bits(unet)
@@ -165,17 +170,17 @@ class TestUNetStep:
         assert rows["W8A8"]["relative_error"] < 0.1
         assert result["skipped"] == {}
 
-    def test_peers_take_part_and_those_that_cannot_are_named(self, unet_step, monkeypatch, capsys):
+    def test_peers_take_part_and_those_that_cannot_are_named(self, unet_step, contestants, monkeypatch, capsys):
         def absent(unet, calibration):
             raise ImportError("No module named 'nonsense'")
 
         def plain(unet, calibration):
-            assert len(calibration) == unet_step.NUM_CALIBRATION_INPUTS
-            return unet_step.field_of.eager(unet)._replace(unet=None)
+            assert len(calibration) == unet_step.harness.NUM_CALIBRATION_INPUTS
+            return contestants.eager(unet)._replace(unet=None)
 
-        stock = {"stock diffusers, fp32": unet_step.field_of.CONTESTANTS["stock diffusers, fp32"]}
+        stock = {"stock diffusers, fp32": contestants.CONTESTANTS["stock diffusers, fp32"]}
         monkeypatch.setattr(
-            unet_step.field_of, "CONTESTANTS", stock | {"a copy": plain, "an absent one": absent, "not asked": absent}
+            unet_step.harness, "CONTESTANTS", stock | {"a copy": plain, "an absent one": absent, "not asked": absent}
         )
         result = unet_step.main(tiny_settings(unet_step, contestants=["a*"]))
         rows = rows_of(result)
@@ -187,7 +192,7 @@ class TestUNetStep:
 
     def test_a_pattern_that_matches_nothing_is_refused(self, unet_step):
         with pytest.raises(ValueError, match=r"contestants: \['OpenVimo\*'\] match none of .*'OpenVINO fp32'"):
-            unet_step.chosen(["W4A8", "OpenVimo*"])
+            unet_step.harness.chosen(["W4A8", "OpenVimo*"])
 
     def test_an_output_that_is_not_finite_stops_the_run(self, unet_step):
         output = torch.tensor([1.0, float("nan")])
@@ -228,8 +233,26 @@ class TestPipeline:
             assert row["ratio"] == pytest.approx(expected)
         assert "| W4A8, 2 steps |" in capsys.readouterr().out
 
+    def test_who_cannot_take_part_is_named(self, pipeline, contestants, monkeypatch):
+        def opaque(unet, calibration):
+            return contestants.eager(unet)._replace(unet=None)
+
+        chosen = {name: contestants.CONTESTANTS[name] for name in ("stock diffusers, fp32", "bf16, channels_last")}
+        monkeypatch.setattr(pipeline.harness, "CONTESTANTS", chosen | {"opaque": opaque})
+        result = pipeline.main(tiny_settings(pipeline, num_inference_steps=2, contestants=["*"]))
+        assert list(rows_of(result)) == ["stock diffusers, fp32, 2 steps", "stock diffusers, fp32, 1 steps"]
+        assert result["skipped"]["opaque"] == "not a model that a pipeline of diffusers can hold"
+        assert "BFloat16" in result["skipped"]["bf16, channels_last"]  # numpy has none
+
+    def test_a_forced_kernel_is_that_of_the_pipeline_too(self, pipeline, contestants):
+        with torch.no_grad():
+            unet = pipeline.harness.models.build("tiny")
+            unet = contestants.pqcad(unet, [], weight_bits=4, static=False, kernel="reference").unet
+            pipeline.timed(unet, tiny_settings(pipeline), 2)()
+        assert kernel_cache_bytes(unet) == 0
+
     def test_calls_the_model_once_a_step(self, pipeline, monkeypatch):
-        unet = pipeline.models.build("tiny")
+        unet = pipeline.harness.models.build("tiny")
         timesteps = []
         unet.register_forward_pre_hook(lambda module, args: timesteps.append(int(args[1])))
         with torch.no_grad():
@@ -258,10 +281,14 @@ class TestScaling:
         assert "| batch | 1 | 2 | 3 | slope |" in printed
         assert "| pixels | 16² | 32² | slope |" in printed
 
+    def test_one_point_is_no_line(self, scaling):
+        with pytest.raises(ValueError, match="at least two different sizes each"):
+            scaling.benchmark(scaling.Settings(model="tiny", batch_sizes=[1, 1]))
+
     def test_the_line_is_that_of_numpy(self, scaling):
         amounts, times = [1, 2, 4, 8], [3.0, 5.5, 9.0, 18.0]
         slope, intercept = np.polyfit(amounts, times, 1)
-        fitted = scaling.line(amounts, times)
+        fitted = scaling.line(dict(zip(amounts, times, strict=True)))
         assert fitted["slope_ms"] == pytest.approx(slope)
         assert fitted["intercept_ms"] == pytest.approx(intercept)
         assert fitted["r_squared"] == pytest.approx(np.corrcoef(amounts, times)[0, 1] ** 2)

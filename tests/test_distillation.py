@@ -291,7 +291,9 @@ def test_the_gate_scales_each_jump_and_a_closed_one_asks_no_teacher(
     loss, teacher_loss, calibration_loss = run.losses(tiny_quantized, 1, 0, torch.zeros(2), data)
     assert teacher_loss is None
     assert sizes == []
-    assert loss.item() == calibration_loss.item() == terms["open"][2].item()  # the same draws, whatever the gate
+    assert loss.item() == calibration_loss.item()
+    # The same draws, whatever the gate; in a batch of another size, so the sums may round differently.
+    assert calibration_loss.item() == pytest.approx(terms["open"][2].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

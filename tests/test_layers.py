@@ -172,7 +172,7 @@ def test_copies_after_a_forward(case: str, bits: int, duplicate: str) -> None:
 @pytest.mark.parametrize("case", ["linear", "conv"])
 def test_casts_leave_the_integers_and_scales(case: str, dtype: torch.dtype) -> None:
     layer = packed(case, 4)
-    layer.set_input_qparams_(activation_qparams(torch.tensor([-1.0]), torch.tensor([1.23])), TimestepGroups([]))
+    layer.set_input_qparams_(activation_qparams(torch.tensor([-1.0]), torch.tensor([1.23]), 8), TimestepGroups([]))
     layer.timestep_groups.current = 0
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     layer(input_of(case))
@@ -340,7 +340,7 @@ def test_mixed_timesteps_equal_the_calls_of_each_sample(case: str, copies: int) 
     layer = packed(case, 4)
     groups = TimestepGroups([100, 500])
     layer.set_input_qparams_(
-        activation_qparams(torch.tensor([-3.0, -1.0, -0.2]), torch.tensor([2.0, 1.0, 0.1])), groups
+        activation_qparams(torch.tensor([-3.0, -1.0, -0.2]), torch.tensor([2.0, 1.0, 0.1]), 8), groups
     )
     timesteps = torch.tensor([700, 3, 200])
     x = torch.randn(3 * copies, *FLOAT_LAYERS[case][1][1:])
@@ -364,7 +364,7 @@ def test_static_ranges_in_a_model(tiny_unet: UNet2DModel) -> None:
     model = quantize_(tiny_unet, PQCADConfig())
     groups = install_timestep_groups(model, [500])
     for layer in packed_layers(model).values():
-        layer.set_input_qparams_(activation_qparams(torch.tensor([-8.0, -2.0]), torch.tensor([8.0, 2.0])), groups)
+        layer.set_input_qparams_(activation_qparams(torch.tensor([-8.0, -2.0]), torch.tensor([8.0, 2.0]), 8), groups)
     model = copy.deepcopy(model)
     x, timesteps = torch.randn(2, 1, 8, 8), torch.tensor([900, 10])
     with torch.no_grad(), kernels.use("reference"):
@@ -378,7 +378,7 @@ def test_static_ranges_in_a_model(tiny_unet: UNet2DModel) -> None:
 
 def test_a_layer_that_saw_no_timestep_says_so() -> None:
     layer = packed("linear", 4)
-    layer.set_input_qparams_(activation_qparams(torch.zeros(2), torch.ones(2)), TimestepGroups([500]))
+    layer.set_input_qparams_(activation_qparams(torch.zeros(2), torch.ones(2), 8), TimestepGroups([500]))
     with pytest.raises(ValueError, match=r"block\.layer: .* no timestep was seen"):
         layer(input_of("linear"))
 
@@ -420,10 +420,10 @@ def test_the_description_names_bits_and_activations() -> None:
         "PQCADLinear(in_features=12, out_features=7, bias=True, "
         "bits=3, group_size=4, activations=float, kernel=reference)"
     )
-    assert "activations=uint8 dynamic" in repr(packed("conv", 4))
+    assert "activations=8-bit dynamic" in repr(packed("conv", 4))
     layer = packed("conv", 4)
-    layer.set_input_qparams_(activation_qparams(torch.zeros(3), torch.ones(3)), TimestepGroups([1, 2]))
-    assert "activations=uint8 static x3" in repr(layer)
+    layer.set_input_qparams_(activation_qparams(torch.zeros(3), torch.ones(3), 8), TimestepGroups([1, 2]))
+    assert "activations=8-bit static x3" in repr(layer)
 
 
 @pytest.mark.parametrize("bits", WEIGHT_BITS)

@@ -216,7 +216,7 @@ def test_scale_gradient_is_that_of_lsq(bits: int, group_size: int | None) -> Non
     ],
 )
 def test_activation_qparams_by_hand(low: float, high: float, scale: float, zero_point: int) -> None:
-    qparams = activation_qparams(torch.tensor(low), torch.tensor(high))
+    qparams = activation_qparams(torch.tensor(low), torch.tensor(high), 8)
     assert qparams.scale.dtype == torch.float32
     assert qparams.zero_point.dtype == torch.int32
     assert (qparams.scale.item(), qparams.zero_point.item()) == (scale, zero_point)
@@ -252,8 +252,8 @@ def test_activation_rounding_equals_torch(seed: int, bits: int) -> None:
 def test_dynamic_qparams_are_those_of_the_range(memory_format: torch.memory_format) -> None:
     x = random_weight(6, 2, 3, 4, 5).contiguous(memory_format=memory_format)
     for shifted in (x, x + 10, x - 10, x * 0):
-        expected = activation_qparams(shifted.min(), shifted.max())
-        assert dynamic_activation_qparams(shifted) == expected
+        expected = activation_qparams(shifted.min(), shifted.max(), 8)
+        assert dynamic_activation_qparams(shifted, 8) == expected
 
 
 # Bounds where rounding, clamping or the special numbers of fp32 could go another way in double precision.
@@ -276,39 +276,41 @@ def test_scalar_qparams_are_the_same_numbers(low: float, high: float, dtype: tor
 
 def test_scalar_qparams_beyond_fp32() -> None:
     x = torch.tensor([-1.0, 1e300], dtype=torch.float64)
-    scale, zero_point = dynamic_scalar_qparams(x)
-    assert (scale, zero_point) == tuple(value.item() for value in dynamic_activation_qparams(x)) == (float("inf"), 0)
+    scale, zero_point = dynamic_scalar_qparams(x, 8)
+    assert (
+        (scale, zero_point) == tuple(value.item() for value in dynamic_activation_qparams(x, 8)) == (float("inf"), 0)
+    )
 
 
 def test_an_empty_input_has_the_range_of_zeros() -> None:
-    assert dynamic_activation_qparams(torch.empty(0, 3)) == dynamic_activation_qparams(torch.zeros(1))
+    assert dynamic_activation_qparams(torch.empty(0, 3), 8) == dynamic_activation_qparams(torch.zeros(1), 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_get_the_codes_of_fp32(dtype: torch.dtype) -> None:
     x = (random_weight(7, 1000) * 3).to(dtype)
-    qparams = dynamic_activation_qparams(x)
-    rounded = fake_quantize_activation(x, qparams)
+    qparams = dynamic_activation_qparams(x, 8)
+    rounded = fake_quantize_activation(x, qparams, 8)
     assert rounded.dtype == dtype
-    assert torch.equal(rounded, fake_quantize_activation(x.float(), qparams).to(dtype))
+    assert torch.equal(rounded, fake_quantize_activation(x.float(), qparams, 8).to(dtype))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_ranges_that_are_not_finite(bad: float) -> None:
     """Refused where a range is stored; where it is measured in each call, they come out as they went in."""
     with pytest.raises(ValueError, match="NaN or an infinity"):
-        activation_qparams(torch.tensor([0.0, bad]).amin(), torch.tensor([0.0, bad]).amax())
-    qparams = dynamic_activation_qparams(torch.tensor([1.0, bad]))
+        activation_qparams(torch.tensor([0.0, bad]).amin(), torch.tensor([0.0, bad]).amax(), 8)
+    qparams = dynamic_activation_qparams(torch.tensor([1.0, bad]), 8)
     assert not qparams.scale.isfinite()
     assert 0 <= qparams.zero_point <= 255
 
 
 def test_qparams_broadcast_over_timestep_groups() -> None:
-    qparams = activation_qparams(torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 5.1]))
+    qparams = activation_qparams(torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 5.1]), 8)
     x = random_weight(8, 2, 7)
     rows = ActivationQParams(qparams.scale.unsqueeze(1), qparams.zero_point.unsqueeze(1))
     expected = [
-        fake_quantize_activation(row, ActivationQParams(*values))
+        fake_quantize_activation(row, ActivationQParams(*values), 8)
         for row, *values in zip(x, qparams.scale, qparams.zero_point, strict=True)
     ]
-    assert torch.equal(fake_quantize_activation(x, rows), torch.stack(expected))
+    assert torch.equal(fake_quantize_activation(x, rows, 8), torch.stack(expected))

@@ -152,7 +152,7 @@ def evaluate(
     generating them again for every model; further images in it are not used.
 
     The error along the trajectory is measured where the two timestep grids nest, at their common timesteps, on
-    the first 64 images.
+    the first MAX_TRAJECTORY_IMAGES images.
 
     Raises ValueError for fewer than two images, too few or misshapen `reference_samples`, models whose samples
     differ in shape, or step counts that a scheduler cannot run.

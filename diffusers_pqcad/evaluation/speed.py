@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ class Latency(NamedTuple):
 
 
 def interleaved_latency(
-    candidates: dict[str, Callable[[], Any]], *, num_rounds: int = 5, warmup_rounds: int = 1
+    candidates: Mapping[str, Callable[[], Any]], *, num_rounds: int = 5, warmup_rounds: int = 1
 ) -> dict[str, Latency]:
     """Return the latency of each candidate, measured in turns A B C A B C, so that a drifting machine slows all alike.
 

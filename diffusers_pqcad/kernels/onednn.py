@@ -101,16 +101,16 @@ def pack(layer: "QuantizedLayer") -> PackedLayer:
     return PackedLayer((weight, scale, zero_point), geometry, ranges)
 
 
-def scalar_qparams(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor) -> ScalarQParams:
+def scalar_qparams(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor, bits: int) -> ScalarQParams:
     """Return the activation range of this call: the static one of its timestep, else that of `x`."""
     if packed.ranges is None:
-        return dynamic_scalar_qparams(x, layer.activation_bits or 8)
+        return dynamic_scalar_qparams(x, bits)
     group = layer.input_group()
     assert isinstance(group, int)  # `select_kernel` sends a batch of several groups elsewhere
     return packed.ranges[group]
 
 
-def quantize_to_uint8(x: Tensor, qparams: ScalarQParams, bits: int = 8) -> Tensor:
+def quantize_to_uint8(x: Tensor, qparams: ScalarQParams, bits: int) -> Tensor:
     """Return the codes, uint8 below 2**bits, of dense fp32 `x`, in its memory format."""
     # aten's fused pass is 10 times faster than the same arithmetic in separate operators; reading its storage avoids
     # the copy of int_repr().
@@ -128,7 +128,7 @@ def run(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor) -> Tensor:
     assert layer.activation_bits is not None  # refused
     bits, dtype = layer.activation_bits, x.dtype if x.dtype in OUTPUT_DTYPES else torch.float32
     bias = None if layer.bias is None else layer.bias.float()
-    qparams = scalar_qparams(layer, packed, x)
+    qparams = scalar_qparams(layer, packed, x, bits)
     if packed.geometry is None:
         codes = quantize_to_uint8(x.float().contiguous(), qparams, bits)
         output = torch.ops.onednn.qlinear_pointwise.default(

@@ -55,7 +55,8 @@ def run(layer: "QuantizedLayer", packed: PackedLinear, x: Tensor) -> Tensor:
 
     qparams = layer.input_qparams(x)
     assert qparams is not None  # refused without
-    qmax = activation_qmax(layer.activation_bits or 8)
+    assert layer.activation_bits is not None
+    qmax = activation_qmax(layer.activation_bits)
     codes = (x.float() * qparams.scale.reciprocal()).round_().add_(qparams.zero_point).clamp_(0, qmax)
     products = safe_int_mm(codes.sub_(MIDDLE).to(torch.int8).reshape(-1, x.shape[-1]), packed.levels)
     products = products + (MIDDLE - qparams.zero_point) * packed.level_sum

@@ -70,20 +70,24 @@ def pqcad(
     """Ours: packed weights, int8 kernels or a forced one; `static` activation ranges come from `calibration`."""
     unet = copy.deepcopy(unet)
     quantize_(unet, PQCADConfig(method="fixed", weight_bits=weight_bits, activation_bits=activation_bits))
-    unet.to(memory_format=torch.channels_last)  # for the few layers that stay in floating point
-    contestant = eager(unet, torch.channels_last)
+    if kernel is not None:
+        unet.forward = forced(unet.forward, kernel)
+    contestant = eager(unet)
     if static:
         set_static_ranges_(contestant, calibration)
     if compiled:
         unet.compile(dynamic=False)
-    if kernel is None:
-        return contestant
+    return contestant
 
-    def step(inputs: Inputs) -> Tensor:
+
+def forced(forward: Callable[..., Any], kernel: str) -> Callable[..., Any]:
+    """Return `forward` with every quantized layer on `kernel`."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
         with kernels.use(kernel):
-            return contestant.step(inputs)
+            return forward(*args, **kwargs)
 
-    return Contestant(step, unet)
+    return run
 
 
 def set_static_ranges_(contestant: Contestant, calibration: list[Inputs]) -> None:
@@ -107,7 +111,8 @@ def set_static_ranges_(contestant: Contestant, calibration: list[Inputs]) -> Non
     groups = install_timestep_groups(unet, ())  # one group: all timesteps share the ranges
     for name, layer in layers.items():
         low, high = torch.stack(lows[name]).amin().view(1), torch.stack(highs[name]).amax().view(1)
-        layer.set_input_qparams_(activation_qparams(low, high, layer.activation_bits or 8), groups)
+        assert layer.activation_bits is not None
+        layer.set_input_qparams_(activation_qparams(low, high, layer.activation_bits), groups)
 
 
 def torchao_int8(unet: Any, calibration: list[Inputs]) -> Contestant:

@@ -22,8 +22,8 @@ import models
 import psutil
 import torch
 from diffusers import UNet2DConditionModel
+from harness import report
 from transformers import HfArgumentParser
-from unet_step import report
 
 from diffusers_pqcad import PQCADConfig
 from diffusers_pqcad.evaluation.speed import environment
@@ -143,8 +143,7 @@ def main(settings: Settings) -> dict[str, Any]:
         return result
     with tempfile.TemporaryDirectory(dir=settings.directory) as directory:
         result = benchmark(settings, Path(directory))
-    report(result, markdown(result), settings.json)
-    return result
+    return report(result, markdown(result), settings.json)
 
 
 if __name__ == "__main__":

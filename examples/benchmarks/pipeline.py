@@ -6,43 +6,38 @@ Stock fp32 at N steps against the same and ours at N / 2, from one call of `DDIM
 Weights are random or those of the bundled teacher: what half the steps cost in quality is for `examples/distill.py`.
 """
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import models
+import harness
 import torch
 from contestants import QUICK, STOCK
 from diffusers import DDIMPipeline, DDIMScheduler
 from transformers import HfArgumentParser
-from unet_step import NUM_CALIBRATION_INPUTS, build_contestants, chosen, circumstances, machine_line, report
 
 from diffusers_pqcad.evaluation.speed import interleaved_latency
 
 
 @dataclass
-class Settings:
-    """Settings of one run."""
+class Settings(harness.Settings):
+    """Settings of one run; the model is an unconditional one."""
 
-    model: str = "ddpm-cifar10"  # an unconditional one
     batch_size: int = 2
     num_inference_steps: int = 20  # of stock fp32; the others take half
-    num_threads: int = 1
-    num_rounds: int = 3
-    warmup_rounds: int = 1
-    seed: int = 0
-    contestants: list[str] = field(default_factory=lambda: list(QUICK))  # names or globs; PyTorch models only
-    json: str | None = None  # file for everything that was measured
+    num_rounds: int = 3  # after one to warm up
+    contestants: list[str] = dataclasses.field(default_factory=lambda: list(QUICK))  # names or globs
 
 
-def timed(unet: Any, settings: Settings, num_inference_steps: int) -> Callable[[], None]:
+def timed(unet: Any, settings: Settings, num_inference_steps: int) -> Callable[[], Any]:
     """Return a function that makes a batch of images by a pipeline around `unet`."""
     pipeline = DDIMPipeline(unet=unet, scheduler=DDIMScheduler(timestep_spacing="trailing"))
     pipeline.set_progress_bar_config(disable=True)
 
-    def run() -> None:
+    def run() -> Any:
         generator = torch.Generator().manual_seed(settings.seed)
-        pipeline(settings.batch_size, generator, num_inference_steps=num_inference_steps, output_type="np")
+        return pipeline(settings.batch_size, generator, num_inference_steps=num_inference_steps, output_type="np")
 
     return run
 
@@ -58,43 +53,33 @@ def benchmark(settings: Settings) -> dict[str, Any]:
     steps = settings.num_inference_steps
     if steps < 2 or steps % 2:
         raise ValueError(f"num_inference_steps: expected an even number, got {steps}; a student takes half.")
-    torch.set_num_threads(settings.num_threads)
-    unet = models.build(settings.model, settings.seed)
-    generator = torch.Generator().manual_seed(settings.seed)
-    calibration = [
-        models.draw_inputs(unet, settings.batch_size, None, generator) for _ in range(NUM_CALIBRATION_INPUTS)
-    ]
-    contestants, skipped, _ = build_contestants(chosen(settings.contestants), unet, calibration)
-    candidates = {row_name(STOCK, steps): timed(unet, settings, steps)}
-    for name, contestant in contestants.items():
+    field = harness.prepare(settings, settings.batch_size)
+    candidates = {row_name(STOCK, steps): timed(field.unet, settings, steps)}
+    for name, contestant in field.contestants.items():
         if contestant.unet is None:
-            skipped[name] = "not a model that a pipeline of diffusers can hold"
-        else:
-            candidates[row_name(name, steps // 2)] = timed(contestant.unet, settings, steps // 2)
-    machine = circumstances()
-    latencies = interleaved_latency(candidates, num_rounds=settings.num_rounds, warmup_rounds=settings.warmup_rounds)
+            field.skipped[name] = "not a model that a pipeline of diffusers can hold"
+            continue
+        candidate = timed(contestant.unet, settings, steps // 2)
+        if harness.try_out(name, candidate, field.skipped) is not None:
+            candidates[row_name(name, steps // 2)] = candidate
+    machine = harness.circumstances()
+    latencies = interleaved_latency(candidates, num_rounds=settings.num_rounds)
     stock_ms = latencies[row_name(STOCK, steps)].median_ms
-    return {
-        "settings": {key: value for key, value in asdict(settings).items() if key != "json"},
-        "environment": machine,
-        "num_parameters": unet.num_parameters(),
-        "contestants": [
-            {"name": name, **latency.scaled(1 / settings.batch_size)._asdict(), "ratio": stock_ms / latency.median_ms}
-            for name, latency in latencies.items()
-        ],
-        "skipped": skipped,
-    }
+    rows = [
+        {"name": name, **latency.scaled(1 / settings.batch_size)._asdict(), "ratio": stock_ms / latency.median_ms}
+        for name, latency in latencies.items()
+    ]
+    return harness.result_of(settings, field, machine, contestants=rows)
 
 
 def markdown(result: dict[str, Any]) -> str:
     """Return `result` as a Markdown table with its circumstances above it."""
     settings = result["settings"]
     lines = [
-        f"From noise to an image by `DDIMPipeline`, UNet {settings['model']}, {result['num_parameters'] / 1e6:.1f} M "
-        f"parameters, batch {settings['batch_size']}: medians of {settings['num_rounds']} interleaved rounds after "
-        f"{settings['warmup_rounds']} to warm up, seed {settings['seed']}.",
+        f"From noise to images by `DDIMPipeline`, {harness.model_line(result)}: medians of {settings['num_rounds']} "
+        f"interleaved rounds after one to warm up, seed {settings['seed']}.",
         "",
-        machine_line(result["environment"]),
+        harness.machine_line(result["environment"]),
         "",
         "| contestant | ms an image | min to max | times faster |",
         "|---|---|---|---|",
@@ -104,15 +89,13 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {row['name']} | {row['median_ms']:.1f} | {row['min_ms']:.1f} to {row['max_ms']:.1f} "
             f"| {row['ratio']:.2f} |"
         )
-    lines += [f"\nSkipped: {name} ({reason})." for name, reason in result["skipped"].items()]
-    return "\n".join(lines)
+    return "\n".join(lines + harness.skipped_lines(result))
 
 
 def main(settings: Settings) -> dict[str, Any]:
     """Run the benchmark, print its table and write its JSON file."""
     result = benchmark(settings)
-    report(result, markdown(result), settings.json)
-    return result
+    return harness.report(result, markdown(result), settings.json)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def test_a_forced_int8_kernel_refuses_gradients_and_mixed_timesteps(layer: Quant
     with kernels.use("onednn"), pytest.raises(ValueError, match=r"mid_block\.proj: .* no backward"):
         layer(x)
     groups = TimestepGroups([500])
-    layer.set_input_qparams_(activation_qparams(torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 2.0])), groups)
+    layer.set_input_qparams_(activation_qparams(torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 2.0]), 8), groups)
     with torch.no_grad(), kernels.use("onednn"):
         groups.current = 1
         layer(x)

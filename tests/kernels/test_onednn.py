@@ -266,30 +266,33 @@ def test_codes_are_the_nearest_integers(seed: int, exponent: int, shift: float) 
     """In both kernels. They may differ at a tie, by one, as the fused pass adds the zero point before it rounds."""
     x = (torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(seed)) + shift) * 2.0**exponent
     codes, scale, zero_point = codes_of(x)
-    qparams = dynamic_activation_qparams(x)
+    qparams = dynamic_activation_qparams(x, 8)
     assert (qparams.scale.item(), qparams.zero_point.item()) == (scale, zero_point)
     real = (x.double().numpy() / np.float64(scale) + zero_point).clip(0, 255)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         dense = x.contiguous(memory_format=memory_format)
-        actual = onednn.quantize_to_uint8(dense, dynamic_scalar_qparams(x))
+        actual = onednn.quantize_to_uint8(dense, dynamic_scalar_qparams(x, 8), 8)
         assert actual.is_contiguous(memory_format=memory_format)
         for rounded in (actual.numpy(), codes):
             assert np.abs(rounded - real).max() <= 0.5 + 5e-5  # three fp32 roundings of numbers up to 255
-        restored = fake_quantize_activation(dense, qparams).numpy()
+        restored = fake_quantize_activation(dense, qparams, 8).numpy()
         assert np.array_equal(np.rint(restored / scale) + zero_point, codes)
 
 
 @pytest.mark.fast
-def test_codes_without_the_fused_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bits", ACTIVATION_BITS)
+def test_codes_without_the_fused_pass(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
     """PyTorch has announced the end of `quantize_per_tensor`; the codes are the same without it."""
     x = torch.cat([torch.randn(1000), torch.tensor([-9.0, 9.0])])  # reaches outside the static range
-    qparams = ScalarQParams(*(value.item() for value in activation_qparams(torch.tensor(-2.0), torch.tensor(2.5))))
-    fused = onednn.quantize_to_uint8(x, qparams)
+    qparams = ScalarQParams(
+        *(value.item() for value in activation_qparams(torch.tensor(-2.0), torch.tensor(2.5), bits))
+    )
+    fused = onednn.quantize_to_uint8(x, qparams, bits)
     monkeypatch.setattr(onednn, "has_fused_quantize", lambda: False)
-    plain = onednn.quantize_to_uint8(x, qparams)
+    plain = onednn.quantize_to_uint8(x, qparams, bits)
     assert plain.dtype == fused.dtype == torch.uint8
     assert torch.equal(plain, fused)
-    assert (fused.min(), fused.max()) == (0, 255)
+    assert (fused.min(), fused.max()) == (0, activation_qmax(bits))
 
 
 @pytest.mark.fast
@@ -340,15 +343,16 @@ def test_one_group_per_row_needs_no_requantization() -> None:
 
 
 @pytest.mark.fast
-def test_static_ranges_clip() -> None:
-    layer = packed(linear(4, 3, bias=False), 4)
-    qparams = activation_qparams(torch.tensor(-1.0), torch.tensor(1.0))
+@pytest.mark.parametrize("bits", ACTIVATION_BITS)
+def test_static_ranges_clip(bits: int) -> None:
+    layer = packed(linear(4, 3, bias=False), 4, activation_bits=bits)
+    qparams = activation_qparams(torch.tensor(-1.0), torch.tensor(1.0), bits)
     groups = TimestepGroups([])
     groups.current = 0
     layer.set_input_qparams_(ActivationQParams(qparams.scale.view(1), qparams.zero_point.view(1)), groups)
     x = torch.tensor([[-50.0, 50.0, 0.3, -0.2]])
     actual = onednn.run(layer, onednn.pack(layer), x)
-    clipped = torch.fake_quantize_per_tensor_affine(x, qparams.scale, qparams.zero_point, 0, 255)
+    clipped = torch.fake_quantize_per_tensor_affine(x, qparams.scale, qparams.zero_point, 0, activation_qmax(bits))
     assert_near(actual, (clipped.double() @ layer.dequantized_weight().double().T), 1e-6)
 
 
@@ -358,9 +362,9 @@ def test_static_ranges_are_those_of_the_timestep_and_follow_every_change() -> No
     layer, x, groups = packed(linear(16, 8), 4), torch.randn(5, 16) * 3, TimestepGroups([500])
     with torch.no_grad():
         layer(x)  # the kernel has seen the layer without static ranges
-        layer.set_input_qparams_(activation_qparams(torch.tensor([-1.0, -4.0]), torch.tensor([2.0, 4.0])), groups)
+        layer.set_input_qparams_(activation_qparams(torch.tensor([-1.0, -4.0]), torch.tensor([2.0, 4.0]), 8), groups)
         other = packed(linear(16, 8), 4)
-        other.set_input_qparams_(activation_qparams(torch.tensor([-0.5, -3.0]), torch.tensor([0.1, 3.0])), groups)
+        other.set_input_qparams_(activation_qparams(torch.tensor([-0.5, -3.0]), torch.tensor([0.1, 3.0]), 8), groups)
         for change in (lambda: None, lambda: layer.load_state_dict(other.state_dict()), layer.float):
             change()
             outputs = []
@@ -368,7 +372,7 @@ def test_static_ranges_are_those_of_the_timestep_and_follow_every_change() -> No
                 outputs.append(layer(x))
                 with kernels.use("reference"):
                     assert_near(outputs[-1], layer(x).double(), 1e-2)  # a code may differ at a tie
-                assert onednn.scalar_qparams(layer, layer._cache[1], x) == (
+                assert onednn.scalar_qparams(layer, layer._cache[1], x, 8) == (
                     layer.input_scale[groups.current].item(),
                     layer.input_zero_point[groups.current].item(),
                 )
@@ -385,7 +389,7 @@ def test_static_ranges_are_those_of_the_timestep_and_follow_every_change() -> No
 def test_an_empty_batch_gives_an_empty_output(make, shape: tuple[int, ...], static: bool) -> None:
     layer = packed(make, 4)
     if static:
-        layer.set_input_qparams_(activation_qparams(torch.tensor([-1.0]), torch.tensor([1.0])), TimestepGroups([]))
+        layer.set_input_qparams_(activation_qparams(torch.tensor([-1.0]), torch.tensor([1.0]), 8), TimestepGroups([]))
         layer.timestep_groups.current = 0
     x = torch.empty(shape)
     with torch.no_grad():
@@ -437,6 +441,7 @@ def test_wide_layers_are_refused_exactly_where_products_saturate() -> None:
             assert "no VNNI" in reason
         else:
             assert reason is None
+        assert onednn.refusal(packed(linear(8, 8), bits, activation_bits=7)) is None
 
 
 def test_no_warning_reaches_the_user() -> None:

@@ -1,0 +1,138 @@
+"""What all benchmarks share: building the contestants, the circumstances of a run, and what is printed and written."""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import models
+import torch
+from contestants import CONTESTANTS, STOCK, Contestant
+
+from diffusers_pqcad.evaluation.speed import environment
+from diffusers_pqcad.kernels import onednn
+
+NUM_CALIBRATION_INPUTS = 4
+
+
+@dataclass
+class Settings:
+    """Settings that every benchmark has."""
+
+    model: str = "ddpm-cifar10"
+    num_threads: int = 1
+    seed: int = 0
+    json: str | None = None  # file for everything that was measured
+
+
+class Field(NamedTuple):
+    """The float model, one input, the contestants that run, why others do not, and their seconds to a first output."""
+
+    unet: Any
+    inputs: models.Inputs
+    contestants: dict[str, Contestant]
+    skipped: dict[str, str]
+    first_seconds: dict[str, float]
+
+
+def chosen(patterns: list[str]) -> list[str]:
+    """Return the names of the contestants that match `patterns`, and stock fp32; ValueError where one matches none."""
+    unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in CONTESTANTS)]
+    if unknown:
+        raise ValueError(f"contestants: {unknown} match none of {list(CONTESTANTS)}.")
+    return [name for name in CONTESTANTS if name == STOCK or any(fnmatchcase(name, each) for each in patterns)]
+
+
+def try_out(name: str, run: Callable[[], Any], skipped: dict[str, str]) -> Any:
+    """Return what `run` returns, or `None` with the reason in `skipped`: a peer may fail in any way."""
+    try:
+        return run()
+    except Exception as error:
+        if name == STOCK:
+            raise
+        skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
+        print(f"skipped: {name}: {skipped[name]}", flush=True)
+
+
+def prepare(settings: Any, batch_size: int, sample_size: int | None = None) -> Field:
+    """Return the model of `settings`, an input, and the contestants of `settings` calibrated on others."""
+    torch.set_num_threads(settings.num_threads)
+    names = chosen(settings.contestants)
+    unet = models.build(settings.model, settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    inputs, *calibration = (
+        models.draw_inputs(unet, batch_size, sample_size, generator) for _ in range(1 + NUM_CALIBRATION_INPUTS)
+    )
+    field = Field(unet, inputs, {}, {}, {})
+
+    def build(name: str) -> Contestant:
+        contestant = CONTESTANTS[name](unet, calibration)
+        contestant.step(calibration[0])  # what is compiled, is compiled now
+        return contestant
+
+    for name in names:
+        print(f"building: {name}", flush=True)
+        started = time.perf_counter()
+        contestant = try_out(name, partial(build, name), field.skipped)
+        if contestant is not None:
+            field.contestants[name], field.first_seconds[name] = contestant, time.perf_counter() - started
+    return field
+
+
+def commit() -> str | None:
+    """Return the commit of the source tree, with "-dirty" after local changes, or `None` outside of git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return result.stdout.strip() or None
+
+
+def circumstances() -> dict[str, Any]:
+    """Return what a time depends on beside the contestant; call it before anything is timed, for the load averages."""
+    return environment() | {"vnni": onednn.available() and not onednn.saturates(), "commit": commit()}
+
+
+def result_of(settings: Any, field: Field, machine: dict[str, Any], **measured: Any) -> dict[str, Any]:
+    """Return everything about a run as JSON values."""
+    return {
+        "settings": {key: value for key, value in asdict(settings).items() if key != "json"},
+        "environment": machine,
+        "num_parameters": field.unet.num_parameters(),
+        **measured,
+        "skipped": field.skipped,
+    }
+
+
+def model_line(result: dict[str, Any]) -> str:
+    """Return the model of a run and its batch, to begin a table's caption with."""
+    batch = result["settings"].get("batch_size")
+    suffix = "" if batch is None else f", batch {batch}"
+    return f"UNet {result['settings']['model']}, {result['num_parameters'] / 1e6:.1f} M parameters{suffix}"
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """Return the circumstances of a run in one paragraph."""
+    load = ", ".join(f"{average:.2f}" for average in machine["load_average"] or ()) or "unknown"
+    return (
+        f"{machine['cpu']}, {machine['cpu_capability']}, VNNI: {'yes' if machine['vnni'] else 'no'}, threads: "
+        f"{machine['num_threads']} of {machine['num_cpus']} cores, load before the run (1, 5, 15 min): {load}; "
+        f"torch {machine['torch']}, diffusers {machine['diffusers']}, commit {machine['commit']}."
+    )
+
+
+def skipped_lines(result: dict[str, Any]) -> list[str]:
+    """Return who did not take part, and why, for below a table."""
+    return [f"\nSkipped: {name} ({reason})." for name, reason in result["skipped"].items()]
+
+
+def report(result: dict[str, Any], text: str, path: str | None) -> dict[str, Any]:
+    """Print `text`, write `result` to the JSON file `path`, and return it."""
+    print(text)
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(result, indent=2) + "\n")
+    return result
