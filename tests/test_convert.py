@@ -348,7 +348,8 @@ def test_without_the_int8_operators_models_are_right_and_a_warning_says_why_slow
     log_once.cache_clear()
     model = quantize_(tiny_unet, PQCADConfig())
     assert {layer.kernel_name() for layer in packed_layers(model).values()} == {"reference"}
-    assert torch.equal(model(x, 5).sample, expected)
+    # In another memory format, sums are taken in another order.
+    torch.testing.assert_close(model(x, 5).sample, expected, rtol=0, atol=1e-5)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert onednn.NO_OPERATORS in record.getMessage()
