@@ -43,10 +43,14 @@ def results_table(metrics: dict[str, Any]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def _environment_of(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row["environment"].items() if not isinstance(value, (list, dict))}
+
+
 def table_notes(metrics: dict[str, Any]) -> str:
     """Return what a reader must know to read the table: n, seed, definitions, hardware, versions."""
     row = metrics["rows"][0]
-    environment = {key: value for key, value in row["environment"].items() if not isinstance(value, (list, dict))}
+    environment = _environment_of(row)
     name = next((row["metric_name"] for row in metrics["rows"] if row["metric_name"]), None)
     notes = [
         f"n = {row['num_images']} images, seed {row['seed']}. SQNR: of the final images to full precision at "
@@ -58,6 +62,13 @@ def table_notes(metrics: dict[str, Any]) -> str:
         "simulated. Speed-up: of these two.",
         "Measured with " + ", ".join(f"{key} {value}" for key, value in environment.items()) + ".",
     ]
+    # A run that is continued may find another computer, or be given other threads.
+    names: dict[str, list[str]] = {}
+    for other in metrics["rows"][1:]:
+        changed = [f"{key} {value}" for key, value in _environment_of(other).items() if environment.get(key) != value]
+        if changed:
+            names.setdefault(", ".join(changed), []).append(other["name"])
+    notes += [f"But with {changed}: {'; '.join(rows)}." for changed, rows in names.items()]
     if name:
         notes.insert(1, f"distance: {name}, lower is better; comparable at equal n only.")
     return "\n".join(f"- {note}" for note in notes)

@@ -104,6 +104,13 @@ def test_a_distance_that_was_not_measured_leaves_no_column(metrics: dict[str, An
     assert "None" not in card_of(metrics)
 
 
+def test_the_notes_name_the_rows_of_other_circumstances(metrics: dict[str, Any]) -> None:
+    assert "But with" not in table_notes(metrics)
+    for entry in metrics["rows"][1:]:
+        entry["environment"] = entry["environment"] | {"threads": 66, "flags": ["avx3"]}
+    assert table_notes(metrics).splitlines()[-1] == "- But with threads 66: PQ; PQ + CAD."
+
+
 def test_the_notes_say_how_it_was_measured(metrics: dict[str, Any]) -> None:
     notes = table_notes(metrics)
     facts = ["n = 1013 images, seed 43", "at 26 steps", "batch 19", "tiny classifier distance (d=16), lower is better"]
