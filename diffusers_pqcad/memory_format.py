@@ -10,10 +10,9 @@ def channels_last_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, .
     """Forward-pre-hook of a float convolution: give it a channels_last input, and its output follows.
 
     At a model's first convolution it is an image or a latent, and small; what would be copied in its place are the
-    later activations that meet the output of an int8 convolution, in sums and concatenations. `torch.compile` chooses
-    layouts itself.
+    later activations that meet the output of an int8 convolution, in sums and concatenations.
     """
-    if not args or not isinstance(args[0], Tensor) or torch.compiler.is_compiling():
+    if not args or not isinstance(args[0], Tensor):
         return None
     x = args[0]
     if x.dim() != 4 or x.device.type != "cpu":

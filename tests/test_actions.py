@@ -422,7 +422,7 @@ def test_repr(family: str) -> None:
     )
     scheme = "static x2" if FAMILIES[family].has_timestep else "dynamic"
     kernel = next(iter(packed_layers(model).values())).kernel_name()
-    assert f"bits=8, activations=uint8 {scheme}, kernel={kernel}" in repr(model)
+    assert f"bits=8, activations=8-bit {scheme}, kernel={kernel}" in repr(model)
 
 
 @action("copy.deepcopy")

@@ -82,7 +82,10 @@ def test_loading_and_calling_a_quantized_model_brings_only_our_loading_code(quan
     assert {name for name in added if name.partition(".")[0] == "diffusers_pqcad"} == {
         "diffusers_pqcad",
         *(f"diffusers_pqcad.{name}" for name in ("allocation", "config", "convert", "layers", "packing", "qparams")),
-        *(f"diffusers_pqcad.{name}" for name in ("graph_ops", "loading", "overrides", "quantizer", "timesteps")),
+        *(
+            f"diffusers_pqcad.{name}"
+            for name in ("graph_ops", "loading", "memory_format", "overrides", "quantizer", "timesteps")
+        ),
         "diffusers_pqcad.transformers_quantizer",
         *(f"diffusers_pqcad.kernels{name}" for name in ("", ".onednn", ".reference", ".torchao")),
     }

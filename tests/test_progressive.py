@@ -261,7 +261,8 @@ def test_the_packed_copy_makes_the_same_trajectories(
     _, held_out = tiny_calibration_set.split()
     with use("reference"):
         error = trajectory_error(packed, held_out, 4)
-    assert error == pytest.approx(trajectory_error(tiny_quantized, held_out, 4), rel=1e-3)
+    # Sums in another memory format are taken in another order, and a code at a tie may fall to its neighbour.
+    assert error == pytest.approx(trajectory_error(tiny_quantized, held_out, 4), rel=1e-2)
 
 
 def test_recovery_keeps_the_best_state_and_the_start_competes(pq_run: PQ) -> None:
