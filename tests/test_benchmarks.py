@@ -119,9 +119,9 @@ class TestUNetStep:
             assert fact in table
         assert result["settings"]["num_threads"] == result["environment"]["num_threads"] == 1
 
-    def test_errors_and_sizes_are_those_of_the_formats(self, unet_step):
+    def test_errors_and_sizes_are_those_of_the_formats(self, unet_step, contestants):
         result = unet_step.benchmark(
-            tiny_settings(unet_step, num_rounds=1, contestants=[*unet_step.QUICK, "bf16, channels_last"])
+            tiny_settings(unet_step, num_rounds=1, contestants=[*contestants.QUICK, "bf16, channels_last"])
         )
         stock, channels_last, w8a8, w8a7, w4a8, dynamic, no_copies, bf16 = result["contestants"]
         assert stock["relative_error"] == 0

@@ -78,6 +78,10 @@ def test_installed_once_and_removed_with_the_quantization() -> None:
     assert hooks(model.dequantize()) == 0
 
 
+def test_without_int8_convolutions_the_layout_stays() -> None:
+    assert hooks(quantize_(unet(3), PQCADConfig(method="fixed", weight_bits=4, activation_bits=None))) == 0
+
+
 def test_a_model_without_quantized_convolutions_is_left_alone() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(16, 16))
     quantize_(model, PQCADConfig(method="fixed", weight_bits=4, modules_to_not_convert=["0"]))

@@ -31,6 +31,7 @@ from torch import nn
 from diffusers_pqcad import PQCADConfig, PQCADQuantizer, quantize_, requantize_
 from diffusers_pqcad.convert import finish_, mark_quantized_
 from diffusers_pqcad.layers import PQCADConv2d, QuantizedLayer, average_bits, packed_layers
+from diffusers_pqcad.loading import check_loaded
 from diffusers_pqcad.qparams import ActivationQParams
 from diffusers_pqcad.timesteps import install_timestep_groups
 
@@ -909,3 +910,15 @@ def test_a_plain_module_cannot_be_requantized_without_a_config():
 def test_requantizing_keeps_what_a_student_was_distilled_for(quantized):
     quantized.config["quantization_config"].num_inference_steps = 10
     assert requantize_(quantized, PQCADConfig(weight_bits=3)).config["quantization_config"].num_inference_steps == 10
+
+
+@pytest.mark.fast
+def test_a_zero_point_that_seven_bits_have_not_is_refused() -> None:
+    model = quantize_(tiny_cond_unet(), PQCADConfig(method="fixed", weight_bits=8, activation_bits=7))
+    layer = next(iter(packed_layers(model).values()))
+    qparams = ActivationQParams(torch.tensor([0.1]), torch.tensor([127]))
+    layer.set_input_qparams_(qparams, install_timestep_groups(model, ()))
+    check_loaded(model)
+    layer.input_zero_point.fill_(128)
+    with pytest.raises(ValueError, match=rf"{layer.name}.input_zero_point: expected 0 to 127. The file was edited."):
+        check_loaded(model)

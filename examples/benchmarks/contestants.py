@@ -215,7 +215,8 @@ def onnxruntime_int8(unet: Any, calibration: list[Inputs]) -> Contestant:
     return Contestant(lambda inputs: torch.from_numpy(session.run(None, as_numpy(inputs))[0]))
 
 
-CONTESTANTS: dict[str, Builder] = {
+# They need nothing but diffusers, and no compilation.
+QUICK: dict[str, Builder] = {
     STOCK: lambda unet, calibration: eager(unet),
     "fp32, channels_last": floating,
     "W8A8": partial(pqcad, weight_bits=8),
@@ -223,6 +224,8 @@ CONTESTANTS: dict[str, Builder] = {
     "W4A8": partial(pqcad, weight_bits=4),
     "W4A8, dynamic ranges": partial(pqcad, weight_bits=4, static=False),
     "W4A8, no int8 copies": partial(pqcad, weight_bits=4, kernel="reference"),
+}
+CONTESTANTS: dict[str, Builder] = QUICK | {
     "bf16, channels_last": partial(floating, dtype=torch.bfloat16),
     "fp32, torch.compile": partial(floating, compiled=True),
     "W8A7, torch.compile": partial(pqcad, weight_bits=8, activation_bits=7, compiled=True),
@@ -237,4 +240,3 @@ CONTESTANTS: dict[str, Builder] = {
     "OpenVINO + NNCF int8, bf16": partial(openvino, precision="bf16", int8=True),
     "ONNX Runtime int8": onnxruntime_int8,
 }
-QUICK = tuple(CONTESTANTS)[:7]  # need nothing but diffusers, and no compilation

@@ -4,7 +4,7 @@ import json
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import models
 import torch
-from contestants import CONTESTANTS, STOCK, Contestant
+from contestants import CONTESTANTS, QUICK, STOCK, Contestant
 
+from diffusers_pqcad.checkpoint import write_text
 from diffusers_pqcad.evaluation.speed import environment
 from diffusers_pqcad.kernels import onednn
 
@@ -28,6 +29,13 @@ class Settings:
     num_threads: int = 1
     seed: int = 0
     json: str | None = None  # file for everything that was measured
+
+
+@dataclass
+class FieldSettings(Settings):
+    """Settings of a benchmark in which contestants take turns."""
+
+    contestants: list[str] = field(default_factory=lambda: list(QUICK))  # names or globs
 
 
 class Field(NamedTuple):
@@ -59,7 +67,7 @@ def try_out(name: str, run: Callable[[], Any], skipped: dict[str, str]) -> Any:
         print(f"skipped: {name}: {skipped[name]}", flush=True)
 
 
-def prepare(settings: Any, batch_size: int, sample_size: int | None = None) -> Field:
+def prepare(settings: FieldSettings, batch_size: int, sample_size: int | None = None) -> Field:
     """Return the model of `settings`, an input, and the contestants of `settings` calibrated on others."""
     torch.set_num_threads(settings.num_threads)
     names = chosen(settings.contestants)
@@ -68,7 +76,7 @@ def prepare(settings: Any, batch_size: int, sample_size: int | None = None) -> F
     inputs, *calibration = (
         models.draw_inputs(unet, batch_size, sample_size, generator) for _ in range(1 + NUM_CALIBRATION_INPUTS)
     )
-    field = Field(unet, inputs, {}, {}, {})
+    taking_part = Field(unet, inputs, {}, {}, {})
 
     def build(name: str) -> Contestant:
         contestant = CONTESTANTS[name](unet, calibration)
@@ -78,10 +86,11 @@ def prepare(settings: Any, batch_size: int, sample_size: int | None = None) -> F
     for name in names:
         print(f"building: {name}", flush=True)
         started = time.perf_counter()
-        contestant = try_out(name, partial(build, name), field.skipped)
+        contestant = try_out(name, partial(build, name), taking_part.skipped)
         if contestant is not None:
-            field.contestants[name], field.first_seconds[name] = contestant, time.perf_counter() - started
-    return field
+            taking_part.contestants[name] = contestant
+            taking_part.first_seconds[name] = time.perf_counter() - started
+    return taking_part
 
 
 def commit() -> str | None:
@@ -96,14 +105,14 @@ def circumstances() -> dict[str, Any]:
     return environment() | {"vnni": onednn.available() and not onednn.saturates(), "commit": commit()}
 
 
-def result_of(settings: Any, field: Field, machine: dict[str, Any], **measured: Any) -> dict[str, Any]:
+def result_of(settings: FieldSettings, taking_part: Field, machine: dict[str, Any], **measured: Any) -> dict[str, Any]:
     """Return everything about a run as JSON values."""
     return {
         "settings": {key: value for key, value in asdict(settings).items() if key != "json"},
         "environment": machine,
-        "num_parameters": field.unet.num_parameters(),
+        "num_parameters": taking_part.unet.num_parameters(),
         **measured,
-        "skipped": field.skipped,
+        "skipped": taking_part.skipped,
     }
 
 
@@ -124,15 +133,23 @@ def machine_line(machine: dict[str, Any]) -> str:
     )
 
 
+def caption(text: str, result: dict[str, Any]) -> list[str]:
+    """Return what stands above a table: `text`, and the circumstances of the run."""
+    return [text, "", machine_line(result["environment"]), ""]
+
+
 def skipped_lines(result: dict[str, Any]) -> list[str]:
     """Return who did not take part, and why, for below a table."""
     return [f"\nSkipped: {name} ({reason})." for name, reason in result["skipped"].items()]
 
 
-def report(result: dict[str, Any], text: str, path: str | None) -> dict[str, Any]:
-    """Print `text`, write `result` to the JSON file `path`, and return it."""
-    print(text)
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(result, indent=2) + "\n")
+def run(
+    benchmark: Callable[[Any], dict[str, Any]], markdown: Callable[[dict[str, Any]], str], settings: Settings
+) -> dict[str, Any]:
+    """Run `benchmark`, print its table, write its JSON file, and return what was measured."""
+    result = benchmark(settings)
+    print(markdown(result))
+    if settings.json is not None:
+        Path(settings.json).parent.mkdir(parents=True, exist_ok=True)
+        write_text(settings.json, json.dumps(result, indent=2) + "\n")
     return result

@@ -15,14 +15,15 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import harness
 import models
 import psutil
 import torch
 from diffusers import UNet2DConditionModel
-from harness import report
 from transformers import HfArgumentParser
 
 from diffusers_pqcad import PQCADConfig
@@ -40,13 +41,10 @@ CONFIGS: dict[str, dict[str, Any] | None] = {
 
 
 @dataclass
-class Settings:
+class Settings(harness.Settings):
     """Settings of one run."""
 
     model: str = "sd15"  # a conditional one
-    num_threads: int = 1
-    seed: int = 0
-    json: str | None = None  # file for everything that was measured
     directory: str | None = None  # for the model's files; default: a temporary folder
     contestant: str | None = None  # load only this one, here, and print what it took: a child process
 
@@ -142,8 +140,7 @@ def main(settings: Settings) -> dict[str, Any]:
         print(json.dumps(result))
         return result
     with tempfile.TemporaryDirectory(dir=settings.directory) as directory:
-        result = benchmark(settings, Path(directory))
-    return report(result, markdown(result), settings.json)
+        return harness.run(partial(benchmark, directory=Path(directory)), markdown, settings)
 
 
 if __name__ == "__main__":

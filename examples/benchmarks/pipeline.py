@@ -6,14 +6,14 @@ Stock fp32 at N steps against the same and ours at N / 2, from one call of `DDIM
 Weights are random or those of the bundled teacher: what half the steps cost in quality is for `examples/distill.py`.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import harness
 import torch
-from contestants import QUICK, STOCK
+from contestants import STOCK
 from diffusers import DDIMPipeline, DDIMScheduler
 from transformers import HfArgumentParser
 
@@ -21,13 +21,12 @@ from diffusers_pqcad.evaluation.speed import interleaved_latency
 
 
 @dataclass
-class Settings(harness.Settings):
+class Settings(harness.FieldSettings):
     """Settings of one run; the model is an unconditional one."""
 
     batch_size: int = 2
     num_inference_steps: int = 20  # of stock fp32; the others take half
     num_rounds: int = 3  # after one to warm up
-    contestants: list[str] = dataclasses.field(default_factory=lambda: list(QUICK))  # names or globs
 
 
 def timed(unet: Any, settings: Settings, num_inference_steps: int) -> Callable[[], Any]:
@@ -75,12 +74,12 @@ def benchmark(settings: Settings) -> dict[str, Any]:
 def markdown(result: dict[str, Any]) -> str:
     """Return `result` as a Markdown table with its circumstances above it."""
     settings = result["settings"]
-    lines = [
+    text = (
         f"From noise to images by `DDIMPipeline`, {harness.model_line(result)}: medians of {settings['num_rounds']} "
-        f"interleaved rounds after one to warm up, seed {settings['seed']}.",
-        "",
-        harness.machine_line(result["environment"]),
-        "",
+        f"interleaved rounds after one to warm up, seed {settings['seed']}."
+    )
+    lines = [
+        *harness.caption(text, result),
         "| contestant | ms an image | min to max | times faster |",
         "|---|---|---|---|",
     ]
@@ -92,10 +91,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines + harness.skipped_lines(result))
 
 
-def main(settings: Settings) -> dict[str, Any]:
-    """Run the benchmark, print its table and write its JSON file."""
-    result = benchmark(settings)
-    return harness.report(result, markdown(result), settings.json)
+main = partial(harness.run, benchmark, markdown)
 
 
 if __name__ == "__main__":

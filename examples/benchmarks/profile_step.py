@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 
 
 @dataclass
-class Settings(harness.Settings):
+class Settings(harness.FieldSettings):
     """Settings of one run."""
 
     batch_size: int = 2
@@ -67,24 +67,20 @@ def benchmark(settings: Settings) -> dict[str, Any]:
 def markdown(result: dict[str, Any]) -> str:
     """Return `result` as a Markdown table for each contestant, with its circumstances above them."""
     settings = result["settings"]
-    lines = [
+    text = (
         f"One step, {harness.model_line(result)}: mean of {settings['num_steps']} steps, shares under PyTorch's "
-        f"profiler, milliseconds without it; seed {settings['seed']}.",
-        "",
-        harness.machine_line(result["environment"]),
-    ]
+        f"profiler, milliseconds without it; seed {settings['seed']}."
+    )
+    lines = harness.caption(text, result)
     for contestant in result["contestants"]:
-        lines += ["", f"| {contestant['name']}, {contestant['ms']:.0f} ms | share | calls |", "|---|---|---|"]
+        lines += [f"| {contestant['name']}, {contestant['ms']:.0f} ms | share | calls |", "|---|---|---|"]
         rows = contestant["operators"]
         lines += [f"| {row['name']} | {row['share']:.1%} | {row['calls']:g} |" for row in rows]
-        lines.append(f"| everything else | {1 - sum(row['share'] for row in rows):.1%} | |")
-    return "\n".join(lines + harness.skipped_lines(result))
+        lines += [f"| everything else | {1 - sum(row['share'] for row in rows):.1%} | |", ""]
+    return "\n".join(lines + harness.skipped_lines(result)).rstrip()
 
 
-def main(settings: Settings) -> dict[str, Any]:
-    """Profile, print the tables and write the JSON file."""
-    result = benchmark(settings)
-    return harness.report(result, markdown(result), settings.json)
+main = partial(harness.run, benchmark, markdown)
 
 
 if __name__ == "__main__":

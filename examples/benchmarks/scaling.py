@@ -22,7 +22,7 @@ from diffusers_pqcad.evaluation.speed import interleaved_latency
 
 
 @dataclass
-class Settings(harness.Settings):
+class Settings(harness.FieldSettings):
     """Settings of one run."""
 
     batch_sizes: list[int] = dataclasses.field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
@@ -78,19 +78,17 @@ def line(times_ms: dict[int, float]) -> dict[str, Any]:
 def markdown(result: dict[str, Any]) -> str:
     """Return `result` as one Markdown table for each axis, with its circumstances above them."""
     settings = result["settings"]
-    lines = [
+    text = (
         f"Milliseconds a step, {harness.model_line(result)}: medians of {settings['num_rounds']} interleaved rounds "
         f"after one to warm up, seed {settings['seed']}. Slope: for each further image of the batch, or each 1024 "
-        "pixels at batch 1.",
-        "",
-        harness.machine_line(result["environment"]),
-    ]
+        "pixels at batch 1."
+    )
+    lines = harness.caption(text, result)
     for axis, unit in (("batch", 1), ("pixels", 1024)):
         rows = result["series"][axis]
         amounts = list(rows[STOCK]["median_ms"])
         heads = amounts if axis == "batch" else [f"{round(int(amount) ** 0.5)}²" for amount in amounts]
         lines += [
-            "",
             f"| {axis} | {' | '.join(heads)} | slope | of stock | intercept | R² |",
             "|---" * (len(amounts) + 5) + "|",
         ]
@@ -100,13 +98,11 @@ def markdown(result: dict[str, Any]) -> str:
                 f"| {name} | {times} | {row['slope_ms'] * unit:.1f} | {row['slope_ms'] / rows[STOCK]['slope_ms']:.2f} "
                 f"| {row['intercept_ms']:.1f} | {row['r_squared']:.4f} |"
             )
-    return "\n".join(lines + harness.skipped_lines(result))
+        lines.append("")
+    return "\n".join(lines + harness.skipped_lines(result)).rstrip()
 
 
-def main(settings: Settings) -> dict[str, Any]:
-    """Run the benchmark, print its tables and write its JSON file."""
-    result = benchmark(settings)
-    return harness.report(result, markdown(result), settings.json)
+main = partial(harness.run, benchmark, markdown)
 
 
 if __name__ == "__main__":

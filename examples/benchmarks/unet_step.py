@@ -11,14 +11,13 @@ all that is converted, calibrated and compiled. Only runs on idle, pinned cores 
 more than int8.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import harness
 import torch
-from contestants import QUICK, STOCK
+from contestants import STOCK
 from torch import Tensor
 from transformers import HfArgumentParser
 
@@ -27,14 +26,13 @@ from diffusers_pqcad.layers import kernel_cache_bytes
 
 
 @dataclass
-class Settings(harness.Settings):
+class Settings(harness.FieldSettings):
     """Settings of one run; the defaults are the model and the batch of the README's table."""
 
     batch_size: int = 2
     sample_size: int | None = None  # height and width of the input; default: the model's own
     num_rounds: int = 9
     warmup_rounds: int = 2
-    contestants: list[str] = dataclasses.field(default_factory=lambda: list(QUICK))  # names or globs
 
 
 def relative_error(output: Tensor, reference: Tensor) -> float:
@@ -73,12 +71,12 @@ def benchmark(settings: Settings) -> dict[str, Any]:
 def markdown(result: dict[str, Any]) -> str:
     """Return `result` as a Markdown table with its circumstances above it."""
     settings, (height, width) = result["settings"], result["sample_size"]
-    lines = [
+    text = (
         f"One step, {harness.model_line(result)}, {height}x{width}: medians of {settings['num_rounds']} interleaved "
-        f"rounds after {settings['warmup_rounds']} to warm up, seed {settings['seed']}.",
-        "",
-        harness.machine_line(result["environment"]),
-        "",
+        f"rounds after {settings['warmup_rounds']} to warm up, seed {settings['seed']}."
+    )
+    lines = [
+        *harness.caption(text, result),
         "| contestant | ms | min to max | times faster | relative error | first s | weights MB | int8 copies MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -96,10 +94,7 @@ def megabytes(num_bytes: int | None) -> str:
     return "-" if num_bytes is None else f"{num_bytes / 1e6:.1f}"
 
 
-def main(settings: Settings) -> dict[str, Any]:
-    """Run the benchmark, print its table and write its JSON file."""
-    result = benchmark(settings)
-    return harness.report(result, markdown(result), settings.json)
+main = partial(harness.run, benchmark, markdown)
 
 
 if __name__ == "__main__":
