@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from diffusers_pqcad import kernels
 from diffusers_pqcad.allocation import allocate
 from diffusers_pqcad.config import PQCADConfig
-from diffusers_pqcad.kernels import onednn
+from diffusers_pqcad.kernels import avx2, onednn
 from diffusers_pqcad.layers import QUANTIZED_LAYERS, FloatLayer, QuantizedLayer, packed_layers
 from diffusers_pqcad.memory_format import install_channels_last_, remove_channels_last_
 from diffusers_pqcad.overrides import override_methods_, restore_methods_
@@ -236,7 +236,10 @@ def finish_(model: nn.Module, config: PQCADConfig) -> None:
         share_timestep_groups(model, install_timestep_groups(model, config.timestep_boundaries))
     if layers:
         override_methods_(model)
-        if any(isinstance(layer, nn.Conv2d) and layer.kernel_name() == onednn.NAME for layer in layers.values()):
+        if any(
+            isinstance(layer, nn.Conv2d) and layer.kernel_name() in (avx2.NAME, onednn.NAME)
+            for layer in layers.values()
+        ):
             install_channels_last_(model)  # without int8 convolutions, weights would be reordered in every call
         found = list(layers.values())
         log_once(type(model).__name__, kernels.summary(found), slow=kernels.lacks_fast_kernel(found))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from diffusers_pqcad.kernels import onednn, reference, torchao
+from diffusers_pqcad.kernels import avx2, native, onednn, reference, torchao
 
 if TYPE_CHECKING:
     from diffusers_pqcad.layers import QuantizedLayer
@@ -37,7 +37,7 @@ class Kernel(Protocol):
         """Return the output of `layer` for `x`; `packed` is what `pack` returned."""
 
 
-KERNELS: dict[str, Kernel] = {kernel.NAME: kernel for kernel in (onednn, torchao, reference)}
+KERNELS: dict[str, Kernel] = {kernel.NAME: kernel for kernel in (avx2, onednn, torchao, reference)}
 _forced: str | None = None
 
 
@@ -98,14 +98,18 @@ def select_kernel(layer: "QuantizedLayer", x: Tensor) -> Kernel:
 
 
 def summary(layers: "list[QuantizedLayer]") -> str:
-    """Return one line that counts the layers by kernel, and those that the fast one refuses by reason."""
+    """Return one line that counts the layers by kernel, and says why where a faster one is missing."""
     chosen = Counter(layer.kernel_name() for layer in layers)
-    reasons = Counter(reason for layer in layers if (reason := layer.refusal(onednn.NAME)) is not None)
+    slow = [layer for layer in layers if layer.kernel_name() == reference.NAME]
+    reasons = Counter(reason for layer in slow if (reason := layer.refusal(onednn.NAME)) is not None)
     parts = [f"{chosen[name]} of {len(layers)} layers: {name}" for name in KERNELS if chosen[name]]
-    parts += [f"{count} without {onednn.NAME}: {reason}" for reason, count in reasons.items()]
+    parts += [f"{count} on {reference.NAME}: {reason}" for reason, count in reasons.items()]
+    if any(layer.refusal(avx2.NAME) == native.NO_COMPILER for layer in layers):
+        parts.append(f"{avx2.NAME} would be faster here, but {native.NO_COMPILER}")
     return "; ".join(parts)
 
 
 def lacks_fast_kernel(layers: "list[QuantizedLayer]") -> bool:
     """Return whether this computer, not the model, is why some of `layers` take the slow kernel."""
-    return any(layer.refusal(onednn.NAME) in (onednn.NO_OPERATORS, onednn.NO_VNNI) for layer in layers)
+    slow = [layer for layer in layers if layer.kernel_name() == reference.NAME]
+    return any(layer.refusal(onednn.NAME) in (onednn.NO_OPERATORS, onednn.NO_VNNI) for layer in slow)

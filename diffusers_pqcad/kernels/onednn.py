@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffusers_pqcad.qparams import ScalarQParams, activation_qmax, dynamic_scalar_qparams
+from diffusers_pqcad.kernels import ranges
+from diffusers_pqcad.qparams import ScalarQParams, activation_qmax
 
 if TYPE_CHECKING:
     from diffusers_pqcad.layers import QuantizedLayer
@@ -89,25 +90,14 @@ def pack(layer: "QuantizedLayer") -> PackedLayer:
     """Return oneDNN's form of the weights, and the static activation ranges as plain numbers."""
     levels, scale = layer.channel_levels()
     zero_point = torch.zeros(len(scale), dtype=torch.int32)
-    ranges = None
-    if layer.input_scale is not None and layer.input_zero_point is not None:
-        ranges = list(map(ScalarQParams, layer.input_scale.tolist(), layer.input_zero_point.tolist()))
+    static = ranges.static_ranges(layer)
     if not isinstance(layer, nn.Conv2d):
         weight = torch.ops.onednn.qlinear_prepack(levels.contiguous(), None)
-        return PackedLayer((weight, scale, zero_point), None, ranges)
+        return PackedLayer((weight, scale, zero_point), None, static)
     assert not isinstance(layer.padding, str)  # refused
     geometry = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
     weight = torch.ops.onednn.qconv_prepack(levels, scale, 1.0, 0, *geometry, None)
-    return PackedLayer((weight, scale, zero_point), geometry, ranges)
-
-
-def scalar_qparams(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor, bits: int) -> ScalarQParams:
-    """Return the activation range of this call: the static one of its timestep, else that of `x`."""
-    if packed.ranges is None:
-        return dynamic_scalar_qparams(x, bits)
-    group = layer.input_group()
-    assert isinstance(group, int)  # `select_kernel` sends a batch of several groups elsewhere
-    return packed.ranges[group]
+    return PackedLayer((weight, scale, zero_point), geometry, static)
 
 
 def quantize_to_uint8(x: Tensor, qparams: ScalarQParams, bits: int) -> Tensor:
@@ -128,7 +118,7 @@ def run(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor) -> Tensor:
     assert layer.activation_bits is not None  # refused
     bits, dtype = layer.activation_bits, x.dtype if x.dtype in OUTPUT_DTYPES else torch.float32
     bias = None if layer.bias is None else layer.bias.float()
-    qparams = scalar_qparams(layer, packed, x, bits)
+    qparams = ranges.scalar_qparams(layer, packed.ranges, x)
     if packed.geometry is None:
         codes = quantize_to_uint8(x.float().contiguous(), qparams, bits)
         output = torch.ops.onednn.qlinear_pointwise.default(

@@ -1,4 +1,4 @@
-"""Specification of the int8 kernel: exact integer arithmetic, checked in float64, under several instruction sets."""
+"""Specification of the int8 kernels: exact integer arithmetic, checked in float64, under several instruction sets."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diffusers_pqcad import kernels
-from diffusers_pqcad.kernels import onednn
+from diffusers_pqcad.kernels import avx2, onednn, ranges
 from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear, QuantizedLayer
 from diffusers_pqcad.qparams import (
     ACTIVATION_BITS,
@@ -93,6 +93,11 @@ def fused_codes(x: Tensor, bits: int = 8) -> np.ndarray:
     return onednn.quantize_to_uint8(x.float().contiguous(), dynamic_scalar_qparams(x, bits), bits).numpy()
 
 
+def int8_kernels(layer: QuantizedLayer) -> list[str]:
+    """The kernels of this computer that compute `layer` in integers."""
+    return [name for name in (avx2.NAME, onednn.NAME) if layer.refusal(name) is None]
+
+
 def oracle(layer: QuantizedLayer, x: Tensor, *, kernel: str = "") -> Tensor:
     """The output of `kernel` (the layer's own by default) in float64, from integer codes and integer levels."""
     codes, scale, zero_point = codes_of(x, layer.activation_bits)
@@ -119,20 +124,19 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 @pytest.mark.fast
 @pytest.mark.parametrize(("bits", "activation_bits"), [*((bits, 8) for bits in WEIGHT_BITS), (8, 7)])
 @pytest.mark.parametrize("case", CASES)
-def test_both_kernels_agree_with_float64(case: str, bits: int, activation_bits: int) -> None:
+def test_all_kernels_agree_with_float64(case: str, bits: int, activation_bits: int) -> None:
     make, shape = CASES[case]
     layer = packed(make, bits, activation_bits=activation_bits)
     x = torch.randn(shape) * 3 + 0.5
-    with torch.no_grad():
-        chosen = layer(x)
-        with kernels.use("reference"):
-            reference = layer(x)
-    needs_vnni = (bits, activation_bits) == (8, 8)
-    assert layer.kernel_name() == ("reference" if needs_vnni and onednn.saturates() else "onednn")
-    assert chosen.dtype == reference.dtype == torch.float32
-    exact = layer.kernel_name() == "onednn"  # its int32 sums: what is left are a few fp32 products
-    assert_near(chosen, oracle(layer, x), 1e-6 if exact else 3e-6)
-    assert_near(reference, oracle(layer, x, kernel="reference"), 3e-6)
+    int8 = int8_kernels(layer)
+    assert int8 or (bits, activation_bits) == (8, 8)  # the only ones for which a computer may have none
+    assert layer.kernel_name() == [*int8, "reference"][0]
+    for name in [*int8, "reference"]:
+        with torch.no_grad(), kernels.use(name):
+            output = layer(x)
+        assert output.dtype == torch.float32
+        # Integer sums: what is left are a few fp32 products.
+        assert_near(output, oracle(layer, x, kernel=name), 1e-6 if name in int8 else 3e-6)
 
 
 @given(
@@ -156,8 +160,9 @@ def test_any_convolution(
     make = conv(in_channels, out_channels, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups)
     layer = packed(make, bits, activation_bits=activation_bits)
     x = torch.randn(2, in_channels, 9, 8) + shift  # all positive or all negative, too: padding stands for zero
-    with torch.no_grad():
-        assert_near(layer(x), oracle(layer, x), 3e-6)
+    for name in [*int8_kernels(layer), "reference"]:
+        with torch.no_grad(), kernels.use(name):
+            assert_near(layer(x), oracle(layer, x, kernel=name), 3e-6)
 
 
 @given(
@@ -172,8 +177,9 @@ def test_any_linear_layer(seed, sizes, batch, bits, activation_bits) -> None:
     torch.manual_seed(seed)
     layer = packed(linear(*sizes), bits, activation_bits=activation_bits)
     x = torch.randn(*batch, sizes[0])
-    with torch.no_grad():
-        assert_near(layer(x), oracle(layer, x), 3e-6)
+    for name in [*int8_kernels(layer), "reference"]:
+        with torch.no_grad(), kernels.use(name):
+            assert_near(layer(x), oracle(layer, x, kernel=name), 3e-6)
 
 
 @pytest.mark.fast
@@ -202,11 +208,12 @@ def test_the_worst_case_is_exact(make, shape: tuple[int, ...], bits: int, activa
     layer.pack_(WeightSpec(bits), activation_bits=activation_bits)
     assert layer.levels().unique().tolist() == [sign * WeightSpec(bits).level_max]
     qmax = activation_qmax(activation_bits)
-    with torch.no_grad():
-        output = layer(torch.full(shape, float(qmax)))
     sums = sign * qmax * WeightSpec(bits).level_max * layer.weight_shape[1:].numel()
     assert abs(sums) < 2**24  # an fp32 integer
-    assert output.unique().tolist() == [float(sums)]
+    for name in [*int8_kernels(layer), "reference"]:
+        with torch.no_grad(), kernels.use(name):
+            output = layer(torch.full(shape, float(qmax)))
+        assert output.unique().tolist() == [float(sums)]
 
 
 @pytest.mark.fast
@@ -249,15 +256,12 @@ def test_half_precision(case: str, bits: int, dtype: torch.dtype, tolerance: flo
     make, shape = CASES[case]
     layer = packed(make, bits).to(dtype)
     x = torch.randn(shape).to(dtype)
-    with torch.no_grad():
-        output = layer(x)
-        with kernels.use("reference"):
-            reference = layer(x)
-    assert output.dtype == reference.dtype == dtype
-    onednn_runs = layer.kernel_name() == "onednn"
-    assert_near(output, oracle(layer, x), tolerance if onednn_runs else 3 * tolerance)
-    # Inputs and weights are rounded to `dtype` there.
-    assert_near(reference, oracle(layer, x, kernel="reference"), 3 * tolerance)
+    for name in [*int8_kernels(layer), "reference"]:
+        with torch.no_grad(), kernels.use(name):
+            output = layer(x)
+        assert output.dtype == dtype
+        # Inputs and weights are rounded to `dtype` in the reference.
+        assert_near(output, oracle(layer, x, kernel=name), 3 * tolerance if name == "reference" else tolerance)
 
 
 @pytest.mark.fast
@@ -303,34 +307,28 @@ def test_inputs_that_are_not_finite_do_not_vanish(case: str, bad: float) -> None
     make, shape = CASES[case]
     layer, x = packed(make, 4), torch.randn(shape)
     x.view(-1)[3] = bad
-    with torch.no_grad():
-        assert layer.kernel_name() == "onednn"
-        assert not layer(x).isfinite().all()
-        with kernels.use("reference"):
+    for name in [*int8_kernels(layer), "reference"]:
+        with torch.no_grad(), kernels.use(name):
             assert not layer(x).isfinite().all()
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("bits", WEIGHT_BITS)
 @pytest.mark.parametrize("group_size", [4, 8, 16])
-def test_groups_are_exact_in_reference_and_within_half_a_step_here(bits: int, group_size: int) -> None:
-    """Rows of several scales are re-quantized to 8 bits for oneDNN: at most absmax / 254 per weight."""
+def test_groups_are_exact_in_reference_and_within_half_a_step_elsewhere(bits: int, group_size: int) -> None:
+    """Rows of several scales are re-quantized to 8 bits for int8 products: at most absmax / 254 per weight."""
     layer = packed(linear(32, 6, bias=False), bits, group_size)
     weight = layer.dequantized_weight()
     groups = layer.levels().float().view(6, -1, group_size) * layer.weight_scale.unsqueeze(-1)
     assert torch.equal(weight, groups.view(6, 32))
     rows = torch.eye(32) * 255  # codes 0 and 255 at scale 1: the output is the weight times 255
-    with torch.no_grad():
-        chosen = layer(rows).T / 255
-        with kernels.use("reference"):
-            assert_near(layer(rows).T / 255, weight.double(), 1e-6)
-    if layer.kernel_name() == "onednn":
-        assert not onednn.saturates()
-        assert ((chosen - weight).abs() <= weight.abs().amax(1, keepdim=True) / 254 * (1 + 1e-4)).all()
-        assert not torch.allclose(chosen, weight, rtol=1e-6)
-    else:
-        assert onednn.saturates()  # 8-bit levels again, so this kernel refuses
-        assert_near(chosen, weight.double(), 1e-6)
+    with torch.no_grad(), kernels.use("reference"):
+        assert_near(layer(rows).T / 255, weight.double(), 1e-6)
+    for name in int8_kernels(layer):
+        with torch.no_grad(), kernels.use(name):
+            output = layer(rows).T / 255
+        assert ((output - weight).abs() <= weight.abs().amax(1, keepdim=True) / 254 * (1 + 1e-4)).all()
+        assert not torch.allclose(output, weight, rtol=1e-6)
 
 
 @pytest.mark.fast
@@ -339,7 +337,7 @@ def test_one_group_per_row_needs_no_requantization() -> None:
     x = torch.randn(5, 32)
     with torch.no_grad():
         assert_near(layer(x), oracle(layer, x), 1e-6)
-    assert layer.kernel_name() == "onednn"
+    assert layer.kernel_name() in int8_kernels(layer)
 
 
 @pytest.mark.fast
@@ -351,9 +349,11 @@ def test_static_ranges_clip(bits: int) -> None:
     groups.current = 0
     layer.set_input_qparams_(ActivationQParams(qparams.scale.view(1), qparams.zero_point.view(1)), groups)
     x = torch.tensor([[-50.0, 50.0, 0.3, -0.2]])
-    actual = onednn.run(layer, onednn.pack(layer), x)
     clipped = torch.fake_quantize_per_tensor_affine(x, qparams.scale, qparams.zero_point, 0, activation_qmax(bits))
-    assert_near(actual, (clipped.double() @ layer.dequantized_weight().double().T), 1e-6)
+    for name in int8_kernels(layer):
+        kernel = kernels.KERNELS[name]
+        actual = kernel.run(layer, kernel.pack(layer), x)
+        assert_near(actual, (clipped.double() @ layer.dequantized_weight().double().T), 1e-6)
 
 
 @pytest.mark.fast
@@ -372,7 +372,7 @@ def test_static_ranges_are_those_of_the_timestep_and_follow_every_change() -> No
                 outputs.append(layer(x))
                 with kernels.use("reference"):
                     assert_near(outputs[-1], layer(x).double(), 1e-2)  # a code may differ at a tie
-                assert onednn.scalar_qparams(layer, layer._cache[1], x, 8) == (
+                assert ranges.scalar_qparams(layer, layer._cache[1].ranges, x) == (
                     layer.input_scale[groups.current].item(),
                     layer.input_zero_point[groups.current].item(),
                 )
@@ -394,8 +394,9 @@ def test_an_empty_batch_gives_an_empty_output(make, shape: tuple[int, ...], stat
     x = torch.empty(shape)
     with torch.no_grad():
         assert layer(x).shape == layer.to_float()(x).shape
-        with kernels.use("onednn"):
-            assert layer(x).shape == layer.to_float()(x).shape
+        for name in int8_kernels(layer):
+            with kernels.use(name):
+                assert layer(x).shape == layer.to_float()(x).shape
 
 
 @pytest.mark.fast
@@ -409,10 +410,11 @@ def test_an_empty_batch_gives_an_empty_output(make, shape: tuple[int, ...], stat
     ],
     ids=["float_activations", "same", "circular", "reflect"],
 )
-def test_layers_that_it_refuses(make, activation_bits: int | None, reason: str) -> None:
+def test_layers_that_both_refuse(make, activation_bits: int | None, reason: str) -> None:
     layer = make().requires_grad_(False)
     layer.pack_(WeightSpec(4), activation_bits=activation_bits)
-    assert reason in onednn.refusal(layer)
+    for name in (avx2.NAME, onednn.NAME):
+        assert reason in layer.refusal(name)
     assert layer.kernel_name() == "reference"
     x = torch.randn(2, 8) if isinstance(layer, nn.Linear) else torch.randn(2, 4, 6, 6)
     floats = layer.to_float()
@@ -428,13 +430,14 @@ def fake_quantized(x: Tensor) -> Tensor:
 @pytest.mark.fast
 def test_layers_on_another_device_are_refused() -> None:
     layer = packed(linear(8, 8), 4).to("meta")
-    assert "weights are on meta" in onednn.refusal(layer)
+    for name in (avx2.NAME, onednn.NAME):
+        assert "weights are on meta" in layer.refusal(name)
     with torch.no_grad():
         assert layer(torch.empty(2, 8, device="meta")).shape == (2, 8)
 
 
 @pytest.mark.fast
-def test_wide_layers_are_refused_exactly_where_products_saturate() -> None:
+def test_onednn_refuses_wide_layers_exactly_where_products_saturate() -> None:
     for bits in WEIGHT_BITS:
         reason = onednn.refusal(packed(linear(8, 8), bits))
         if bits == 8 and onednn.saturates():
@@ -450,7 +453,7 @@ def test_no_warning_reaches_the_user() -> None:
         "import torch; from diffusers_pqcad.layers import PQCADLinear, PQCADConv2d; "
         "from diffusers_pqcad.qparams import WeightSpec; torch.set_grad_enabled(False)\n"
         "for layer, x in ((PQCADLinear(8, 8), torch.randn(2, 8)), (PQCADConv2d(4, 4, 3), torch.randn(1, 4, 5, 5))):\n"
-        "    layer.pack_(WeightSpec(4), activation_bits=8); layer(x); assert layer._cache[0] == 'onednn'\n"
+        "    layer.pack_(WeightSpec(4), activation_bits=8); layer(x); assert layer._cache[0] != 'reference'\n"
     )
     # Only around the calls: importing diffusers has warnings of its own.
     code = code.replace("\nfor", "\nimport warnings; warnings.simplefilter('error')\nfor")

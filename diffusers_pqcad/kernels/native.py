@@ -1,0 +1,63 @@
+"""C source of this package, compiled on first use by the computer's own compiler and kept in the user's cache folder.
+
+No build step is forced on anybody: without a compiler, the kernels that need one refuse their layers and say so.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-O3", "-mavx2", "-mfma", "-fopenmp", "-shared", "-fPIC")
+CACHE_VARIABLE = "PQCAD_CACHE"
+NO_COMPILER = "no C compiler was found (CC, cc, gcc or clang)"
+
+
+def compiler() -> str | None:
+    """Return the C compiler: the one that CC names, else the first on the path."""
+    return next((path for name in (os.environ.get("CC"), *COMPILERS) if name and (path := shutil.which(name))), None)
+
+
+def cache_folder() -> Path:
+    """Return where compiled code is kept: PQCAD_CACHE, else diffusers-pqcad in the user's cache folder."""
+    if folder := os.environ.get(CACHE_VARIABLE):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusers-pqcad"
+
+
+@cache
+def library(source: Path) -> ctypes.CDLL | str:
+    """Return the C file `source` as a loaded library, or why there is none on this computer."""
+    if sys.platform != "linux" or torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        return "it is for Linux on a CPU with AVX2"
+    program = compiler()
+    if program is None:
+        return NO_COMPILER
+    try:
+        version = subprocess.run([program, "--version"], capture_output=True, check=True).stdout
+        key = sha256(source.read_bytes() + version + " ".join(FLAGS).encode()).hexdigest()[:16]
+        path = cache_folder() / f"{source.stem}-{key}.so"
+        if not path.exists():
+            compile_to(path, program, source)
+        return ctypes.CDLL(str(path))
+    except subprocess.CalledProcessError as error:
+        return f"{program} failed: {error.stderr.decode(errors='replace').strip()[-500:]}"
+    except OSError as error:
+        return f"its code could not be compiled or loaded: {error}"
+
+
+def compile_to(path: Path, program: str, source: Path) -> None:
+    """Compile `source` to `path`, which appears whole: several processes may do so at once."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        subprocess.run([program, *FLAGS, str(source), "-o", str(built)], capture_output=True, check=True)
+        built.replace(path)

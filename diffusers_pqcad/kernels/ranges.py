@@ -1,0 +1,27 @@
+"""Activation ranges as plain numbers, one a call: what the int8 kernels of a CPU take."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from diffusers_pqcad.qparams import ScalarQParams, dynamic_scalar_qparams
+
+if TYPE_CHECKING:
+    from diffusers_pqcad.layers import QuantizedLayer
+
+
+def static_ranges(layer: "QuantizedLayer") -> list[ScalarQParams] | None:
+    """Return the static activation ranges of `layer`, one per timestep group; `None` where calls choose their own."""
+    if layer.input_scale is None or layer.input_zero_point is None:
+        return None
+    return list(map(ScalarQParams, layer.input_scale.tolist(), layer.input_zero_point.tolist()))
+
+
+def scalar_qparams(layer: "QuantizedLayer", ranges: list[ScalarQParams] | None, x: Tensor) -> ScalarQParams:
+    """Return the activation range of this call: of `ranges`, the one of its timestep, else that of `x`."""
+    assert layer.activation_bits is not None  # such layers are refused
+    if ranges is None:
+        return dynamic_scalar_qparams(x, layer.activation_bits)
+    group = layer.input_group()
+    assert isinstance(group, int)  # `select_kernel` sends a batch of several groups elsewhere
+    return ranges[group]

@@ -1,0 +1,98 @@
+"""Specification of the windows in which 16-bit sums add up: complete, and safe for every input."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diffusers_pqcad import kernels
+from diffusers_pqcad.kernels import avx2
+from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear
+from diffusers_pqcad.qparams import ACTIVATION_BITS, WEIGHT_BITS, WeightSpec, activation_qmax, activation_qparams
+from diffusers_pqcad.timesteps import TimestepGroups
+
+pytestmark = pytest.mark.skipif(isinstance(avx2.library(), str), reason=str(avx2.library()))
+SEGMENTS = torch.tensor([[0, 0, 0], [1, 8, 0], [3, 0, 0]], dtype=torch.int32)
+
+
+def blocks_of_levels(largest: int, num_blocks: int = 2, steps: int = 60) -> Tensor:
+    return torch.randint(-largest, largest + 1, (num_blocks, steps, 16, 4), dtype=torch.int8)
+
+
+@given(largest=st.sampled_from([1, 3, 7, 31]), qmax=st.sampled_from([127, 255]), seed=st.integers(0, 2**31))
+@settings(max_examples=30)
+def test_windows_cover_every_step_and_cannot_overflow(largest: int, qmax: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    weight = blocks_of_levels(largest)
+    windows, starts = avx2.plan_windows(weight, SEGMENTS, avx2.SUM_MAX // qmax)
+    assert starts.tolist() == [0, starts[1].item(), len(windows)]
+    for block, levels in enumerate(weight):
+        step = 0
+        for y, x, steps in windows[starts[block] : starts[block + 1]].tolist():
+            segment = SEGMENTS[step // 20].tolist()
+            assert (y, x) == (segment[0], segment[1] + step % 20 * 4)
+            assert step % 20 + steps <= 20  # ends with its segment
+            lanes = levels[step : step + steps].int().view(steps, 32, 2)
+            assert lanes.clamp(min=0).sum((0, 2)).max() * qmax < 2**15
+            assert lanes.clamp(max=0).sum((0, 2)).min() * qmax > -(2**15)
+            step += steps
+        assert step == len(levels)
+
+
+def test_windows_are_as_long_as_they_can_be() -> None:
+    windows, _ = avx2.plan_windows(torch.full((1, 60, 16, 4), 7, dtype=torch.int8), SEGMENTS, avx2.SUM_MAX // 255)
+    assert windows[:, 2].tolist() == [9, 9, 2] * 3  # 9 * 2 * 7 * 255 <= 32767 < 10 * 2 * 7 * 255
+    windows, _ = avx2.plan_windows(blocks_of_levels(1, 1), SEGMENTS, avx2.SUM_MAX // 255)
+    assert windows[:, 2].tolist() == [20, 20, 20]
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    bits=st.sampled_from(WEIGHT_BITS),
+    activation_bits=st.sampled_from(ACTIVATION_BITS),
+    features=st.tuples(st.integers(1, 400), st.integers(1, 40)),
+)
+@settings(max_examples=40)
+def test_inputs_that_are_made_to_overflow_are_exact(seed, bits, activation_bits, features) -> None:
+    """The largest code wherever one output has a positive level, or a negative one: its largest sums at every step."""
+    torch.manual_seed(seed)
+    layer = PQCADLinear(*features, bias=False).requires_grad_(False)
+    layer.pack_(WeightSpec(bits), activation_bits=activation_bits)
+    layer.weight_scale.fill_(1.0)
+    if layer.refusal("avx2") is not None:
+        return  # 8 bits times 7
+    levels = layer.levels().double()
+    codes = torch.cat([levels > 0, levels < 0]).double() * activation_qmax(activation_bits)
+    codes[:, :1] = activation_qmax(activation_bits)  # so that the scale is 1
+    with torch.no_grad(), kernels.use("avx2"):
+        assert torch.equal(layer(codes.float()).double(), codes @ levels.T)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_threads_share_the_work_and_change_nothing(bits: int, num_threads: int) -> None:
+    layer = PQCADConv2d(20, 37, 3, padding=1).requires_grad_(False)
+    layer.pack_(WeightSpec(bits), activation_bits=8)
+    x, before = torch.randn(3, 20, 9, 7), torch.get_num_threads()
+    with torch.no_grad(), kernels.use("avx2"):
+        expected = layer(x)
+        try:
+            torch.set_num_threads(num_threads)
+            assert torch.equal(layer(x), expected)
+        finally:
+            torch.set_num_threads(before)
+
+
+def test_the_outputs_of_large_inputs_are_clamped() -> None:
+    """Beyond what an int32 can hold, too."""
+    layer = PQCADLinear(8, 2, bias=False).requires_grad_(False)
+    layer.pack_(WeightSpec(4), activation_bits=8)
+    groups = TimestepGroups([])
+    groups.current = 0
+    layer.set_input_qparams_(activation_qparams(torch.tensor([-1.0]), torch.tensor([1.0]), 8), groups)
+    with torch.no_grad(), kernels.use("avx2"):
+        for sign in (1, -1):
+            expected = layer(torch.full((1, 8), sign * 1.5))
+            for large in (1e3, 1e12, float("inf")):
+                assert torch.equal(layer(torch.full((1, 8), sign * large)), expected)

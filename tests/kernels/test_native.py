@@ -1,0 +1,77 @@
+"""Specification of compiled code: found or refused with a reason, kept whole, never built twice."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from diffusers_pqcad.kernels import native
+
+SOURCE = "int answer(void) { return 42; }\n"
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or native.compiler() is None, reason="needs Linux and a C compiler"
+)
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv(native.CACHE_VARIABLE, str(tmp_path / "cache"))
+    path = tmp_path / "answer.c"
+    path.write_text(SOURCE)
+    native.library.cache_clear()
+    yield path
+    native.library.cache_clear()
+
+
+def test_code_is_compiled_once_and_kept(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.library(source).answer() == 42
+    (kept,) = native.cache_folder().iterdir()
+    assert kept.suffix == ".so"
+    native.library.cache_clear()
+    monkeypatch.setattr(native, "compile_to", None)  # not called again
+    assert native.library(source).answer() == 42
+
+
+def test_another_source_is_another_library(source: Path) -> None:
+    assert native.library(source).answer() == 42
+    source.write_text(SOURCE.replace("42", "43"))
+    native.library.cache_clear()
+    assert native.library(source).answer() == 43
+
+
+def test_without_a_compiler_the_reason_is_given(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    assert native.library(source) == native.NO_COMPILER
+
+
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(source: Path) -> None:
+    source.write_text("this is not C\n")
+    assert "answer.c:1" in str(native.library(source))
+    assert list(native.cache_folder().iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_a_reason(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.CACHE_VARIABLE, str(source / "below-a-file"))
+    assert "could not be compiled or loaded" in str(native.library(source))
+
+
+def test_cc_names_the_compiler(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = native.compiler()
+    monkeypatch.setenv("CC", "gcc-that-does-not-exist")
+    assert native.compiler() == compiler
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("PATH", "")
+    assert native.compiler() == compiler
+
+
+def test_several_processes_may_compile_at_once(source: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from diffusers_pqcad.kernels import native\n"
+        "assert native.library(Path(sys.argv[1])).answer() == 42\n"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(source)]) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
+    assert len(list(native.cache_folder().iterdir())) == 1
