@@ -17,6 +17,7 @@ from diffusers_pqcad.kernels import avx2, onednn
 from diffusers_pqcad.layers import QUANTIZED_LAYERS, FloatLayer, QuantizedLayer, packed_layers
 from diffusers_pqcad.memory_format import install_channels_last_, remove_channels_last_
 from diffusers_pqcad.overrides import override_methods_, restore_methods_
+from diffusers_pqcad.pending import install_pending_, remove_pending_
 from diffusers_pqcad.qparams import (
     WeightSpec,
     min_max_weight_scale,
@@ -236,11 +237,10 @@ def finish_(model: nn.Module, config: PQCADConfig) -> None:
         share_timestep_groups(model, install_timestep_groups(model, config.timestep_boundaries))
     if layers:
         override_methods_(model)
-        if any(
-            isinstance(layer, nn.Conv2d) and layer.kernel_name() in (avx2.NAME, onednn.NAME)
-            for layer in layers.values()
-        ):
+        convolutions = [layer for layer in layers.values() if isinstance(layer, nn.Conv2d)]
+        if any(layer.kernel_name() in (avx2.NAME, onednn.NAME) for layer in convolutions):
             install_channels_last_(model)  # without int8 convolutions, weights would be reordered in every call
+        install_pending_(model, {layer for layer in convolutions if layer.kernel_name() == avx2.NAME})
         found = list(layers.values())
         log_once(type(model).__name__, kernels.summary(found), slow=kernels.lacks_fast_kernel(found))
 
@@ -279,6 +279,7 @@ def unmark_quantized_(model: Any) -> None:
     """Undo `mark_quantized_` and `finish_`."""
     remove_timestep_groups(model)
     remove_channels_last_(model)
+    remove_pending_(model)
     restore_methods_(model)
     if hasattr(model, "_internal_dict"):
         # diffusers leaves the entry, so that a saved float model would say that it is quantized.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from diffusers_pqcad import graph_ops, kernels
 from diffusers_pqcad.packing import pack_levels, packed_row_bytes, unpack_levels
+from diffusers_pqcad.pending import PendingActivation
 from diffusers_pqcad.qparams import (
     ActivationQParams,
     WeightSpec,
@@ -270,6 +271,8 @@ class QuantizedLayer(nn.Module):
     def compute(self, x: Tensor) -> Tensor:
         """Return the output of the packed layer by the kernel that this call takes; hooks are not run."""
         kernel = kernels.select_kernel(self, x)
+        if isinstance(x, PendingActivation) and not kernels.takes_pending(kernel):
+            x = x.value()
         if kernel.NAME == kernels.reference.NAME:
             return kernel.run(self, None, x)
         if self._cache is None or self._cache[0] != kernel.NAME:

@@ -188,12 +188,17 @@ def dynamic_activation_qparams(x: Tensor, bits: int) -> ActivationQParams:
 
 
 def dynamic_scalar_qparams(x: Tensor, bits: int) -> ScalarQParams:
-    """Return `dynamic_activation_qparams` of a non-empty `x` as Python numbers, the same ones to the last bit.
+    """Return `dynamic_activation_qparams` of a non-empty `x` as Python numbers, the same ones to the last bit."""
+    return scalar_qparams(x.amin().item(), x.amax().item(), bits)
+
+
+def scalar_qparams(least: float, largest: float, bits: int) -> ScalarQParams:
+    """Return the asymmetric qparams of fp32 bounds, widened to include zero.
 
     A dozen operators on 0-dim tensors take longer than a small layer. Each fp32 operation is done in double precision
     and rounded once more, which is exact for sums and quotients: 53 bits >= 2 * 24 + 2 (Figueroa 1995).
     """
-    minimum, maximum = min(_fp32(x.amin().item()), 0.0), max(_fp32(x.amax().item()), 0.0)  # in this order, NaN stays
+    minimum, maximum = min(_fp32(least), 0.0), max(_fp32(largest), 0.0)  # in this order, NaN stays
     span, qmax = _fp32(maximum - minimum), activation_qmax(bits)
     scale = 1.0 if span == 0 else max(_fp32(span / qmax), _fp32(MIN_SCALE))
     quotient = _fp32(-minimum / scale)

@@ -84,7 +84,7 @@ def test_loading_and_calling_a_quantized_model_brings_only_our_loading_code(quan
         *(f"diffusers_pqcad.{name}" for name in ("allocation", "config", "convert", "layers", "packing", "qparams")),
         *(
             f"diffusers_pqcad.{name}"
-            for name in ("graph_ops", "loading", "memory_format", "overrides", "quantizer", "timesteps")
+            for name in ("graph_ops", "loading", "memory_format", "overrides", "pending", "quantizer", "timesteps")
         ),
         "diffusers_pqcad.transformers_quantizer",
         *(

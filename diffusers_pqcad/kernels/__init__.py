@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_pqcad.kernels import avx2, native, onednn, reference, torchao
+from diffusers_pqcad.pending import PendingActivation
 
 if TYPE_CHECKING:
     from diffusers_pqcad.layers import QuantizedLayer
@@ -75,9 +76,21 @@ def needs_gradient(layer: "QuantizedLayer", x: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
+def takes_pending(kernel: Kernel) -> bool:
+    """Return whether `kernel` computes a `PendingActivation` itself."""
+    return kernel.NAME == avx2.NAME
+
+
+def has_numbers(x: Tensor) -> bool:
+    """Return whether the numbers of `x` lie in memory: not while a graph is traced, nor in a subclass of tensors."""
+    return type(x) in (Tensor, nn.Parameter, PendingActivation) and not torch.jit.is_tracing()
+
+
 def select_kernel(layer: "QuantizedLayer", x: Tensor) -> Kernel:
     """Return the kernel for this call of `layer`: the forced one, else the first that can run it."""
     name = forced()
+    if name is None and not has_numbers(x):
+        return KERNELS[reference.NAME]
     if x.numel() == 0:
         return KERNELS[reference.NAME]  # nothing to compute, and float operations know the shape of nothing
     mixed_timesteps = isinstance(layer.input_group(), Tensor)
@@ -92,6 +105,8 @@ def select_kernel(layer: "QuantizedLayer", x: Tensor) -> Kernel:
             reason = "it has no backward, and this call needs a gradient"
         elif mixed_timesteps:
             reason = "the batch mixes timesteps of several activation ranges"
+        elif not has_numbers(x):
+            reason = "its input is traced, or of a class that may keep its numbers elsewhere"
         if reason is not None:
             raise ValueError(f"{layer.name}: the kernel {name!r} was forced, but {reason}. Use 'reference' here.")
     return KERNELS[name]

@@ -147,29 +147,61 @@ void multiply(const uint8_t *codes, int is_signed, Image image, Output output, c
         }
 }
 
+/* What is done to an input before it is rounded: x * gain + shift, then SiLU. `gain` and `shift` are (images, channels),
+   or NULL for neither; groups of channels that share a mean and a variance are in them (`normalize`). */
+typedef struct {
+    const float *gain, *shift;
+} Affine;
+
+/* 2^x, to 1e-6 of it for x of -64 to 64 and 1e-5 up to the ends of -126 and 126, whose values hold beyond: 2^n times a
+   minimax polynomial on [-1/2, 1/2]. Its terms are added up in pairs, for their latency is what takes time. */
+INLINE __m256 exp2_ps(__m256 x)
+{
+    x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-126.0f)), _mm256_set1_ps(126.0f));
+    __m256 n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 f = _mm256_sub_ps(x, n), square = _mm256_mul_ps(f, f);
+    __m256 low = _mm256_fmadd_ps(_mm256_set1_ps(6.93146967e-01f), f, _mm256_set1_ps(1.00000007e+00f));
+    __m256 middle = _mm256_fmadd_ps(_mm256_set1_ps(5.55071330e-02f), f, _mm256_set1_ps(2.40221197e-01f));
+    __m256 high = _mm256_fmadd_ps(_mm256_set1_ps(1.32764641e-03f), f, _mm256_set1_ps(9.67554127e-03f));
+    __m256 p = _mm256_fmadd_ps(_mm256_fmadd_ps(high, square, middle), square, low);
+    __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23); /* added to the exponent: p is 0.7 to 1.42 */
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
+}
+
+/* Eight inputs from channel `c` on, zeros after the last one, after the affine map and SiLU where there is a map. */
+INLINE __m256 activate(const float *x, const float *gain, const float *shift, int64_t c, int64_t channels)
+{
+    const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)(channels - c)), numbers);
+    __m256 value = _mm256_maskload_ps(x + c, mask);
+    if (!gain) return value;
+    value = _mm256_fmadd_ps(value, _mm256_maskload_ps(gain + c, mask), _mm256_maskload_ps(shift + c, mask));
+    const __m256 minus_log2_e = _mm256_set1_ps(-1.44269504f), one = _mm256_set1_ps(1.0f);
+    return _mm256_div_ps(value, _mm256_add_ps(one, exp2_ps(_mm256_mul_ps(value, minus_log2_e))));
+}
+
 /* codes = round(clamp(x * inverse_scale, -zero_point, qmax - zero_point)) + zero_point, ties to even; a NaN becomes 0. */
-INLINE void quantize_pixel(const float *x, int64_t channels, float inverse_scale, int zero_point, int qmax,
-                           int64_t flip, uint8_t *codes)
+INLINE void quantize_pixel(const float *x, const float *gain, const float *shift, int64_t channels, float inverse_scale,
+                           int zero_point, int qmax, int64_t flip, uint8_t *codes)
 {
     const __m256 factor = _mm256_set1_ps(inverse_scale);
     const __m256 low = _mm256_set1_ps((float)-zero_point), high = _mm256_set1_ps((float)(qmax - zero_point));
-    const __m256i shift = _mm256_set1_epi32(zero_point);
+    const __m256i offset = _mm256_set1_epi32(zero_point);
     for (int64_t c = 0; c < channels; c += 8) {
-        float rest[8] = {0};
-        int64_t count = channels - c < 8 ? channels - c : 8;
-        if (count < 8) memcpy(rest, x + c, sizeof(float) * count);
-        __m256 value = _mm256_mul_ps(_mm256_loadu_ps(count < 8 ? rest : x + c), factor);
+        __m256 value = _mm256_mul_ps(activate(x, gain, shift, c, channels), factor);
         value = _mm256_min_ps(_mm256_max_ps(value, low), high); /* of a NaN and a number, the second one */
-        __m256i code = _mm256_add_epi32(_mm256_cvtps_epi32(value), shift);
+        __m256i code = _mm256_add_epi32(_mm256_cvtps_epi32(value), offset);
         __m128i narrow = _mm_packus_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
         int64_t bytes = _mm_cvtsi128_si64(_mm_packus_epi16(narrow, narrow)) ^ flip;
-        memcpy(codes + c, &bytes, count);
+        if (channels - c >= 8) memcpy(codes + c, &bytes, 8);
+        else memcpy(codes + c, &bytes, channels - c);
     }
 }
 
-/* Write `x` in codes, its border in the code of zero; surplus channels have no weight, so any code will do. Codes that
-   are to be signed are written less 128: a flip of the first bit. */
-void quantize(const float *x, Image image, float inverse_scale, int zero_point, int qmax, int is_signed, uint8_t *codes)
+/* Write `x`, after `affine` and SiLU where there is one, in codes, its border in the code of zero; surplus channels have
+   no weight, so any code will do. Codes that are to be signed are written less 128: a flip of the first bit. */
+void quantize(const float *x, Image image, Affine affine, float inverse_scale, int zero_point, int qmax, int is_signed,
+              uint8_t *codes)
 {
     const int64_t flip = is_signed ? (int64_t)0x8080808080808080u : 0;
     const int code_of_zero = is_signed ? zero_point ^ 0x80 : zero_point;
@@ -177,7 +209,8 @@ void quantize(const float *x, Image image, float inverse_scale, int zero_point, 
     int64_t border = image.border_x * image.padded_channels;
 #pragma omp parallel for schedule(static) if (image.images * height > 1)
     for (int64_t line = 0; line < image.images * height; line++) {
-        int64_t y = line % height - image.border_y;
+        int64_t y = line % height - image.border_y, offset = line / height * image.channels;
+        const float *gain = affine.gain ? affine.gain + offset : NULL, *shift = gain ? affine.shift + offset : NULL;
         uint8_t *row = codes + line * width * image.padded_channels;
         if (y < 0 || y >= image.height) {
             memset(row, code_of_zero, width * image.padded_channels);
@@ -187,10 +220,90 @@ void quantize(const float *x, Image image, float inverse_scale, int zero_point, 
         memset(row, code_of_zero, border);
         row += border;
         for (int64_t i = 0; i < image.width; i++, row += image.padded_channels, source += image.channels) {
-            quantize_pixel(source, image.channels, inverse_scale, zero_point, qmax, flip, row);
+            quantize_pixel(source, gain, shift, image.channels, inverse_scale, zero_point, qmax, flip, row);
             memset(row + image.channels, 0, image.padded_channels - image.channels);
         }
         memset(row, code_of_zero, border);
+    }
+}
+
+/* The least and the largest value of `x` after `affine` and SiLU, and of zero; a NaN anywhere shows in both. */
+void find_range(const float *x, Image image, Affine affine, float *least, float *largest)
+{
+    float low = 0, high = 0;
+    int bad = 0;
+#pragma omp parallel for schedule(static) reduction(min : low) reduction(max : high) reduction(| : bad)
+    for (int64_t line = 0; line < image.images * image.height; line++) {
+        int64_t offset = line / image.height * image.channels;
+        const float *gain = affine.gain ? affine.gain + offset : NULL, *shift = gain ? affine.shift + offset : NULL;
+        const float *source = x + line * image.width * image.channels;
+        __m256 lows = _mm256_setzero_ps(), highs = lows, unordered = lows;
+        for (int64_t i = 0; i < image.width; i++, source += image.channels)
+            for (int64_t c = 0; c < image.channels; c += 8) {
+                __m256 value = activate(source, gain, shift, c, image.channels);
+                lows = _mm256_min_ps(lows, value);
+                highs = _mm256_max_ps(highs, value);
+                unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+            }
+        float ends[2][8];
+        _mm256_storeu_ps(ends[0], lows), _mm256_storeu_ps(ends[1], highs);
+        for (int k = 0; k < 8; k++) low = ends[0][k] < low ? ends[0][k] : low, high = ends[1][k] > high ? ends[1][k] : high;
+        bad |= _mm256_movemask_ps(unordered) != 0;
+    }
+    *least = bad ? __builtin_nanf("") : low, *largest = bad ? __builtin_nanf("") : high;
+}
+
+/* Mean and sum of squared deviations of `count` channels, at most CHUNK, over all pixels of an image. Deviations from the
+   first pixel are added up, so that a mean far from zero costs no digits; rows in fp32, their sums in fp64. */
+#define CHUNK 32
+INLINE void channel_moments(const float *x, int64_t height, int64_t width, int64_t channels, int64_t count, float *mean,
+                            float *squares)
+{
+    float pivot[CHUNK] = {0};
+    double sum[CHUNK] = {0}, square[CHUNK] = {0};
+    memcpy(pivot, x, sizeof(float) * count);
+    for (int64_t y = 0; y < height; y++) {
+        float row_sum[CHUNK] = {0}, row_square[CHUNK] = {0};
+        for (int64_t i = 0; i < width; i++, x += channels)
+            for (int64_t c = 0; c < count; c++) {
+                float deviation = x[c] - pivot[c];
+                row_sum[c] += deviation, row_square[c] += deviation * deviation;
+            }
+        for (int64_t c = 0; c < count; c++) sum[c] += row_sum[c], square[c] += row_square[c];
+    }
+    double pixels = (double)(height * width);
+    for (int64_t c = 0; c < count; c++) {
+        mean[c] = (float)(pivot[c] + sum[c] / pixels);
+        squares[c] = (float)(square[c] - sum[c] * sum[c] / pixels);
+    }
+}
+
+/* Group normalization as an affine map: gain and shift, both (images, channels), with which x * gain + shift is x less its
+   group's mean, over the group's standard deviation, times `weight`, plus `bias`. Variances are those of all values. */
+void normalize(const float *x, Image image, int64_t groups, const float *weight, const float *bias, double eps, float *gain,
+               float *shift)
+{
+    int64_t chunks = (image.channels + CHUNK - 1) / CHUNK, size = image.channels / groups;
+    double pixels = (double)(image.height * image.width);
+#pragma omp parallel for schedule(static)
+    for (int64_t task = 0; task < image.images * chunks; task++) {
+        int64_t n = task / chunks, c = task % chunks * CHUNK, at = n * image.channels + c;
+        const float *first = x + n * image.height * image.width * image.channels + c;
+        if (image.channels - c >= CHUNK) /* a constant count is vectorized */
+            channel_moments(first, image.height, image.width, image.channels, CHUNK, gain + at, shift + at);
+        else
+            channel_moments(first, image.height, image.width, image.channels, image.channels - c, gain + at, shift + at);
+    }
+    for (int64_t group = 0; group < image.images * groups; group++) {
+        int64_t at = group / groups * image.channels + group % groups * size, channel = group % groups * size;
+        double mean = 0, squares = 0;
+        for (int64_t c = 0; c < size; c++) mean += gain[at + c] / (double)size;
+        for (int64_t c = 0; c < size; c++) squares += shift[at + c] + pixels * (gain[at + c] - mean) * (gain[at + c] - mean);
+        double factor = 1 / __builtin_sqrt(squares / (pixels * (double)size) + eps);
+        for (int64_t c = 0; c < size; c++) {
+            gain[at + c] = (float)(factor * weight[channel + c]);
+            shift[at + c] = (float)(bias[channel + c] - mean * factor * weight[channel + c]);
+        }
     }
 }
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusers_pqcad.kernels import native, onednn, ranges
-from diffusers_pqcad.qparams import ScalarQParams, activation_qmax
+from diffusers_pqcad.pending import PendingActivation
+from diffusers_pqcad.qparams import ScalarQParams, activation_qmax, scalar_qparams
 
 if TYPE_CHECKING:
     from diffusers_pqcad.layers import QuantizedLayer
@@ -60,6 +61,12 @@ class Output(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("out_height", "out_width", "out_channels", "stride_y", "stride_x")]
 
 
+class Affine(ctypes.Structure):
+    """A map before SiLU and rounding: as `Affine` in the C file; NULL where there is none."""
+
+    _fields_ = [("gain", ctypes.c_void_p), ("shift", ctypes.c_void_p)]
+
+
 class PackedLayer(NamedTuple):
     """What does not change from call to call; B blocks of 16 outputs, S steps of 4 inputs, V windows.
 
@@ -84,8 +91,10 @@ def library() -> ctypes.CDLL | str:
     if isinstance(loaded, str):
         return loaded
     integer, long, number = ctypes.c_int, ctypes.c_int64, ctypes.c_float
-    loaded.quantize.argtypes = [Pointer, Image, number, integer, integer, integer, Pointer]
-    loaded.quantize.restype = None
+    loaded.normalize.argtypes = [Pointer, Image, long, Pointer, Pointer, ctypes.c_double, Pointer, Pointer]
+    loaded.find_range.argtypes = [Pointer, Image, Affine, ctypes.POINTER(number), ctypes.POINTER(number)]
+    loaded.quantize.argtypes = [Pointer, Image, Affine, number, integer, integer, integer, Pointer]
+    loaded.normalize.restype = loaded.find_range.restype = loaded.quantize.restype = None
     loaded.multiply.argtypes = [Pointer, integer, Image, Output, Pointer, long, Pointer, Pointer, number, integer]
     loaded.multiply.argtypes += [Pointer] * 4
     loaded.multiply.restype = None
@@ -97,7 +106,7 @@ def library() -> ctypes.CDLL | str:
 def compiled() -> ctypes.CDLL:
     """Return the compiled C file, where `refusal` found it."""
     found = library()
-    assert isinstance(found, ctypes.CDLL)
+    assert not isinstance(found, str)
     return found
 
 
@@ -191,10 +200,25 @@ def linear_geometry(layer: nn.Linear, x: Tensor) -> tuple[Image, Output]:
     return image, Output(1, 1, layer.out_features, 1, 1)
 
 
+def normalization(norm: nn.GroupNorm, x: Tensor, image: Image) -> tuple[Tensor, Tensor]:
+    """Return the gain and the shift fp32 (B, C) that are the group norm of `x`."""
+    gain, shift = torch.empty(2, image.images, image.channels)
+    compiled().normalize(x, image, norm.num_groups, norm.weight, norm.bias, norm.eps, gain, shift)
+    return gain, shift
+
+
+def dynamic_range(x: Tensor, image: Image, affine: Affine, bits: int) -> ScalarQParams:
+    """Return the qparams of the range of `x`, after `affine` and SiLU."""
+    least, largest = ctypes.c_float(), ctypes.c_float()
+    compiled().find_range(x, image, affine, least, largest)
+    return scalar_qparams(least.value, largest.value, bits)
+
+
 def run(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor) -> Tensor:
     """Return the int8 operation's output in the dtype of `x`; convolutions return channels_last."""
-    assert layer.activation_bits is not None  # refused
-    qparams = ranges.scalar_qparams(layer, packed.ranges, x)
+    pending = x if isinstance(x, PendingActivation) else None
+    if pending is not None:
+        x = pending.source if pending.has_silu and pending.computed is None else pending.value()
     if isinstance(layer, nn.Conv2d):
         dense = (x if x.dim() == 4 else x.unsqueeze(0)).float().contiguous(memory_format=torch.channels_last)
         image, shape = conv_geometry(layer, dense)
@@ -205,13 +229,35 @@ def run(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor) -> Tensor:
         dense = x.float().contiguous()
         image, shape = linear_geometry(layer, dense)
         output = torch.empty(*x.shape[:-1], layer.out_features)
+    affine = Affine()
+    if pending is not None and x is pending.source:
+        gain, shift = normalization(pending.norm, dense, image)
+        affine = Affine(gain.data_ptr(), shift.data_ptr())
+    multiply(layer, packed, dense, image, affine, shape, output)
+    return (output if output.dim() == x.dim() else output.squeeze(0)).to(x.dtype)
+
+
+def multiply(
+    layer: "QuantizedLayer",
+    packed: PackedLayer,
+    x: Tensor,
+    image: Image,
+    affine: Affine,
+    shape: Output,
+    output: Tensor,
+) -> None:
+    """Write to `output` what `layer` makes of `x`, after `affine` and SiLU where there is a map."""
+    assert layer.activation_bits is not None  # refused
+    if packed.ranges is None:
+        qparams = dynamic_range(x, image, affine, layer.activation_bits)
+    else:
+        qparams = ranges.current_range(layer, packed.ranges)
     codes = torch.empty(image.num_codes(), dtype=torch.uint8)
     qmax = activation_qmax(layer.activation_bits)
-    compiled().quantize(dense, image, 1.0 / qparams.scale, qparams.zero_point, qmax, packed.is_signed, codes)
+    compiled().quantize(x, image, affine, 1.0 / qparams.scale, qparams.zero_point, qmax, packed.is_signed, codes)
     zero_point = qparams.zero_point - SIGNED_OFFSET * packed.is_signed
     bias = None if layer.bias is None else layer.bias.float()
     compiled().multiply(
         codes, packed.is_signed, image, shape, packed.weight, packed.weight.shape[1], packed.windows,
         packed.window_starts, qparams.scale, zero_point, packed.level_sum, packed.scale, bias, output,
     )  # fmt: skip
-    return (output if output.dim() == x.dim() else output.squeeze(0)).to(x.dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_pqcad.kernels import ranges
-from diffusers_pqcad.qparams import ScalarQParams, activation_qmax
+from diffusers_pqcad.qparams import ScalarQParams, activation_qmax, dynamic_scalar_qparams
 
 if TYPE_CHECKING:
     from diffusers_pqcad.layers import QuantizedLayer
@@ -118,7 +118,10 @@ def run(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor) -> Tensor:
     assert layer.activation_bits is not None  # refused
     bits, dtype = layer.activation_bits, x.dtype if x.dtype in OUTPUT_DTYPES else torch.float32
     bias = None if layer.bias is None else layer.bias.float()
-    qparams = ranges.scalar_qparams(layer, packed.ranges, x)
+    if packed.ranges is None:
+        qparams = dynamic_scalar_qparams(x, bits)
+    else:
+        qparams = ranges.current_range(layer, packed.ranges)
     if packed.geometry is None:
         codes = quantize_to_uint8(x.float().contiguous(), qparams, bits)
         output = torch.ops.onednn.qlinear_pointwise.default(

@@ -2,9 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from diffusers_pqcad.qparams import ScalarQParams, dynamic_scalar_qparams
+from diffusers_pqcad.qparams import ScalarQParams
 
 if TYPE_CHECKING:
     from diffusers_pqcad.layers import QuantizedLayer
@@ -17,11 +15,8 @@ def static_ranges(layer: "QuantizedLayer") -> list[ScalarQParams] | None:
     return list(map(ScalarQParams, layer.input_scale.tolist(), layer.input_zero_point.tolist()))
 
 
-def scalar_qparams(layer: "QuantizedLayer", ranges: list[ScalarQParams] | None, x: Tensor) -> ScalarQParams:
-    """Return the activation range of this call: of `ranges`, the one of its timestep, else that of `x`."""
-    assert layer.activation_bits is not None  # such layers are refused
-    if ranges is None:
-        return dynamic_scalar_qparams(x, layer.activation_bits)
+def current_range(layer: "QuantizedLayer", ranges: list[ScalarQParams]) -> ScalarQParams:
+    """Return the one of `ranges` that belongs to the timestep of this call."""
     group = layer.input_group()
     assert isinstance(group, int)  # `select_kernel` sends a batch of several groups elsewhere
     return ranges[group]

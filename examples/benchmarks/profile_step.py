@@ -6,18 +6,22 @@ PyTorch's profiler over a few steps: the time of each operator itself, without t
 step. What is left is Python, dispatch and operators too small to be listed.
 """
 
+import ctypes
 import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import harness
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import HfArgumentParser
+
+from diffusers_pqcad.kernels import avx2
 
 
 @dataclass
@@ -31,6 +35,22 @@ class Settings(harness.FieldSettings):
     contestants: list[str] = dataclasses.field(default_factory=lambda: ["W4A8"])  # names or globs
 
 
+class Recorded:
+    """The compiled C functions of a kernel, each with a name of its own in a profile."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._library, name)
+
+        def call(*args: Any) -> Any:
+            with record_function(f"{avx2.NAME}::{name}"):
+                return function(*args)
+
+        return call
+
+
 def operators(step: Callable[[], Any], num_steps: int) -> tuple[float, list[dict[str, Any]]]:
     """Return the milliseconds of a step without the profiler, and each operator's share of a step under it."""
     for _ in range(2):
@@ -39,7 +59,9 @@ def operators(step: Callable[[], Any], num_steps: int) -> tuple[float, list[dict
     for _ in range(num_steps):
         step()
     milliseconds = 1000 * (time.perf_counter() - started) / num_steps
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+    found = avx2.library()
+    recorded = mock.patch.object(avx2, "library", return_value=found if isinstance(found, str) else Recorded(found))
+    with recorded, profile(activities=[ProfilerActivity.CPU]) as profiled:
         started = time.perf_counter()
         for _ in range(num_steps):
             step()

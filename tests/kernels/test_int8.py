@@ -372,7 +372,7 @@ def test_static_ranges_are_those_of_the_timestep_and_follow_every_change() -> No
                 outputs.append(layer(x))
                 with kernels.use("reference"):
                     assert_near(outputs[-1], layer(x).double(), 1e-2)  # a code may differ at a tie
-                assert ranges.scalar_qparams(layer, layer._cache[1].ranges, x) == (
+                assert ranges.current_range(layer, layer._cache[1].ranges) == (
                     layer.input_scale[groups.current].item(),
                     layer.input_zero_point[groups.current].item(),
                 )

@@ -1,0 +1,118 @@
+"""SiLU(GroupNorm(x)) that waits for its consumer: an int8 convolution computes it while it rounds, in one pass.
+
+Norm, activation and rounding apart read and write the input of a convolution six times. In the residual blocks of a
+quantized model the first two return a `PendingActivation`. A kernel that knows the class takes it apart; for all else
+it is a tensor, whose values are computed once they are asked for.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+# What can be told of the result without computing it.
+METADATA = {
+    Tensor.dim,
+    Tensor.is_contiguous,
+    Tensor.numel,
+    Tensor.size,
+    *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "is_cpu", "ndim", "requires_grad", "shape")),
+}
+
+
+class PendingActivation(Tensor):
+    """The group norm of `source` fp32 (B, C, H, W), channels_last, by `norm`; with `has_silu`, the SiLU of that.
+
+    It shares the memory of `source` until it is computed, so `source` must not be written to before.
+    """
+
+    source: Tensor
+    norm: nn.GroupNorm
+    has_silu: bool
+    computed: Tensor | None
+
+    @classmethod
+    def of(cls, source: Tensor, norm: nn.GroupNorm, *, has_silu: bool = False) -> "PendingActivation":
+        """Return the pending activation of `source`."""
+        pending = source.as_subclass(cls)
+        pending.source, pending.norm, pending.has_silu, pending.computed = source, norm, has_silu, None
+        return pending
+
+    def value(self) -> Tensor:
+        """Return the activation, a plain tensor."""
+        if self.computed is None:
+            output = nn.GroupNorm.forward(self.norm, self.source)
+            self.computed = F.silu(output) if self.has_silu else output
+        return self.computed
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Compute the pending arguments of `func`, but for what does not ask for values."""
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func is F.dropout and not kwargs.get("training", True):
+            return args[0]
+        args, kwargs = tree_map_only(PendingActivation, PendingActivation.value, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+class PendingGroupNorm(nn.GroupNorm):
+    """A group norm before a SiLU and an int8 convolution: its output waits for them where it can."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the group norm of `x`, pending where a kernel could take it apart."""
+        return PendingActivation.of(x, self) if self.can_wait(x) else super().forward(x)
+
+    def can_wait(self, x: Tensor) -> bool:
+        """Return whether a kernel could take the group norm of `x` apart: numbers in memory, and no gradient."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or x.dim() != 4:
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad or self.bias.requires_grad):
+            return False
+        numbers = (x, self.weight, self.bias)
+        return all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in numbers) and bool(
+            x.numel() and x.is_contiguous(memory_format=torch.channels_last)
+        )
+
+
+class PendingSiLU(nn.SiLU):
+    """A SiLU after a group norm that may wait."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the SiLU of `x`, pending where `x` is."""
+        if isinstance(x, PendingActivation) and not x.has_silu and x.computed is None:
+            return PendingActivation.of(x.source, x.norm, has_silu=True)
+        return super().forward(x)
+
+
+WAITING: dict[type[nn.Module], type[nn.Module]] = {nn.GroupNorm: PendingGroupNorm, nn.SiLU: PendingSiLU}
+AT_ONCE = {waiting: plain for plain, waiting in WAITING.items()}
+
+
+def install_pending_(model: nn.Module, consumers: set[nn.Module]) -> None:
+    """Let the norms and activations of residual blocks wait for those of their convolutions that are `consumers`.
+
+    The modules change their class and stay what they are: parameters, hooks and names.
+    """
+    from diffusers.models.resnet import ResnetBlock2D
+
+    for block in model.modules():
+        if not isinstance(block, ResnetBlock2D) or type(block.nonlinearity) not in (nn.SiLU, PendingSiLU):
+            continue
+        norms = [block.norm1] if block.conv1 in consumers else []
+        # "scale_shift" has a product and a sum between the norm and the activation.
+        norms += [block.norm2] if block.conv2 in consumers and block.time_embedding_norm == "default" else []
+        for module in (*norms, block.nonlinearity) if norms else ():
+            if type(module) in WAITING and (type(module) is nn.SiLU or module.affine):
+                module.__class__ = WAITING[type(module)]
+
+
+def remove_pending_(model: nn.Module) -> None:
+    """Undo `install_pending_`."""
+    for module in model.modules():
+        if type(module) in AT_ONCE:
+            module.__class__ = AT_ONCE[type(module)]

@@ -1,0 +1,338 @@
+"""Specification of pending activations: one pass where a kernel takes them, a plain tensor for everything else."""
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from diffusers_pqcad import PQCADConfig, kernels, quantize_
+from diffusers_pqcad.kernels import avx2
+from diffusers_pqcad.layers import PQCADConv2d
+from diffusers_pqcad.pending import (
+    AT_ONCE,
+    PendingActivation,
+    PendingGroupNorm,
+    PendingSiLU,
+    install_pending_,
+    remove_pending_,
+)
+from diffusers_pqcad.qparams import WeightSpec, activation_qparams
+from diffusers_pqcad.timesteps import TimestepGroups
+
+needs_avx2 = pytest.mark.skipif(isinstance(avx2.library(), str), reason=str(avx2.library()))
+
+
+def channels_last(*shape: int) -> Tensor:
+    return (torch.randn(shape) * 3 + 1).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def norm() -> nn.GroupNorm:
+    norm = nn.GroupNorm(4, 16).requires_grad_(False)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+@pytest.fixture
+def pending(norm: nn.GroupNorm) -> PendingActivation:
+    return PendingActivation.of(channels_last(2, 16, 5, 6), norm, has_silu=True)
+
+
+def expected(pending: PendingActivation) -> Tensor:
+    return F.silu(F.group_norm(pending.source, 4, pending.norm.weight, pending.norm.bias, pending.norm.eps))
+
+
+def test_what_needs_no_value_computes_nothing(pending: PendingActivation) -> None:
+    assert (pending.shape, pending.dim(), pending.ndim, pending.numel()) == ((2, 16, 5, 6), 4, 4, 960)
+    assert (pending.dtype, pending.device.type, pending.requires_grad) == (torch.float32, "cpu", False)
+    assert pending.size(1) == 16
+    assert pending.is_contiguous(memory_format=torch.channels_last)
+    assert pending.computed is None
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x: x + 1,
+        lambda x: 1 - x,
+        lambda x: x[:, 1],
+        lambda x: x.amax((1, 2)),
+        lambda x: torch.cat([x, x], 1),
+        lambda x: torch.where(x > 0, input=x, other=0.0),
+        lambda x: F.interpolate(x, scale_factor=2.0),
+        lambda x: F.conv2d(x, torch.ones(1, 16, 1, 1)),
+        lambda x: torch.chunk(x, 2, dim=1)[1],
+        lambda x: F.dropout(x, 0.0, training=True),
+        lambda x: torch.from_numpy(x.numpy()),
+        lambda x: x.clone(),
+        lambda x: copy.deepcopy(x) * 1,
+    ],
+)
+def test_everything_else_sees_the_values_of_a_plain_tensor(pending: PendingActivation, use: Callable) -> None:
+    output = use(pending)
+    assert type(output) is Tensor
+    assert torch.equal(output, use(expected(pending)))
+
+
+def test_values_are_computed_once(pending: PendingActivation, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = pending.value()
+    monkeypatch.setattr(F, "silu", None)
+    assert pending.value() is first
+    assert torch.equal(pending * 1, first)
+
+
+def test_a_dropout_that_drops_nothing_passes_it_on(pending: PendingActivation) -> None:
+    assert nn.Dropout(0.5).eval()(pending) is pending
+    assert pending.computed is None
+
+
+def test_the_modules_make_and_complete_it(norm: nn.GroupNorm) -> None:
+    norm.__class__, silu, x = PendingGroupNorm, PendingSiLU(), channels_last(2, 16, 5, 6)
+    half = norm(x)
+    assert isinstance(half, PendingActivation)
+    whole = silu(half)
+    assert isinstance(whole, PendingActivation)
+    assert whole.has_silu
+    assert torch.equal(whole * 1, F.silu(nn.GroupNorm.forward(norm, x)))
+    assert torch.equal(half * 1, nn.GroupNorm.forward(norm, x))
+    assert torch.equal(silu(half), F.silu(half.value()))  # computed by now
+    assert torch.equal(silu(whole) * 1, F.silu(whole.value()))  # twice
+    assert type(silu(x)) is Tensor
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(2, 16, 5, 6),
+        torch.randn(2, 16, 30),
+        channels_last(2, 16, 5, 6).double(),
+        channels_last(2, 16, 5, 6).requires_grad_(),
+        torch.empty(0, 16, 5, 6),
+        channels_last(2, 16, 5, 6).to("meta"),
+    ],
+    ids=["contiguous", "3d", "double", "gradient", "empty", "meta"],
+)
+def test_what_no_kernel_could_take_is_computed_at_once(norm: nn.GroupNorm, x: Tensor) -> None:
+    norm.__class__ = PendingGroupNorm
+    norm.to(dtype=x.dtype, device=x.device)
+    assert type(norm(x)) is Tensor
+
+
+def test_gradients_of_the_norm_are_kept(norm: nn.GroupNorm) -> None:
+    norm.__class__ = PendingGroupNorm
+    norm.requires_grad_(True)
+    x = channels_last(2, 16, 5, 6)
+    assert norm(x).grad_fn is not None
+    with torch.no_grad():
+        assert isinstance(norm(x), PendingActivation)
+
+
+# ---- the kernel
+
+
+@needs_avx2
+@given(
+    seed=st.integers(0, 2**31),
+    groups=st.integers(1, 6),
+    size=st.integers(1, 12),
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    mean=st.sampled_from([0.0, 1.0, -300.0]),
+)
+@settings(max_examples=40)
+def test_the_map_is_the_group_norm(seed, groups, size, height, width, mean) -> None:
+    torch.manual_seed(seed)
+    channels = groups * size
+    norm = nn.GroupNorm(groups, channels, eps=1e-5).requires_grad_(False)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = (torch.randn(2, channels, height, width) * 2 + mean).contiguous(memory_format=torch.channels_last)
+    image = avx2.Image(2, height, width, channels, 0, 0, avx2.round_up(channels, 4))
+    gain, shift = avx2.normalization(norm, x, image)
+    actual = x.double() * gain.double()[:, :, None, None] + shift.double()[:, :, None, None]
+    exact = F.group_norm(x.double(), groups, norm.weight.double(), norm.bias.double(), 1e-5)
+    # A single pixel of a single channel: any deviation is a rounding error, and eps says how much it is magnified.
+    tolerance = 1e-5 * (1 + abs(mean)) if size * height * width > 4 else 1e-3 * (1 + abs(mean))
+    torch.testing.assert_close(actual, exact, rtol=1e-5, atol=tolerance)
+
+
+@needs_avx2
+@pytest.mark.parametrize("channels", [3, 8, 13])
+def test_codes_and_range_after_silu_are_those_of_float64(channels: int) -> None:
+    values = torch.cat([torch.linspace(-30, 30, 997 * channels - 2), torch.tensor([-200.0, 200.0])])
+    x = values[torch.randperm(len(values))].view(1, 1, 997, channels).permute(0, 3, 1, 2)
+    gain, shift = torch.full((channels,), 0.5), torch.full((channels,), -0.25)
+    affine = avx2.Affine(gain.data_ptr(), shift.data_ptr())
+    image = avx2.Image(1, 1, 997, channels, 0, 0, avx2.round_up(channels, 4))
+    exact = F.silu(x.double() * 0.5 - 0.25)
+    qparams = avx2.dynamic_range(x, image, affine, 8)
+    reference = activation_qparams(exact.amin(), exact.amax(), 8)
+    assert qparams.scale == pytest.approx(reference.scale.item(), rel=1e-6)
+    assert qparams.zero_point == reference.zero_point
+    for scale, zero_point in ((qparams.scale, qparams.zero_point), (0.003, 100)):  # the second one clips
+        codes = torch.empty(image.num_codes(), dtype=torch.uint8)
+        avx2.compiled().quantize(x, image, affine, 1 / scale, zero_point, 255, 0, codes)
+        rows = codes.view(997, -1)[:, :channels].double()
+        real = (exact.permute(0, 2, 3, 1).reshape(997, channels) / scale + zero_point).clamp(0, 255)
+        assert (rows - real).abs().max() <= 0.5 + 1e-3
+
+
+@needs_avx2
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows_in_the_range(bad: float) -> None:
+    x = channels_last(1, 8, 3, 3)
+    x[0, 5, 1, 1] = bad
+    image = avx2.Image(1, 3, 3, 8, 0, 0, 8)
+    gain, shift = torch.ones(8), torch.zeros(8)
+    for affine in (avx2.Affine(), avx2.Affine(gain.data_ptr(), shift.data_ptr())):
+        assert not np.isfinite(avx2.dynamic_range(x, image, affine, 8).scale)
+
+
+@needs_avx2
+@torch.no_grad()
+@pytest.mark.parametrize("static", [True, False], ids=["static", "dynamic"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_convolution_of_it_is_that_of_its_values(pending: PendingActivation, bits: int, static: bool) -> None:
+    layer = PQCADConv2d(16, 8, 3, padding=1, stride=2).requires_grad_(False)
+    layer.pack_(WeightSpec(bits), activation_bits=8)
+    if static:
+        groups = TimestepGroups([])
+        groups.current = 0
+        qparams = activation_qparams(torch.tensor([-0.3]), torch.tensor([4.0]), 8)
+        layer.set_input_qparams_(qparams, groups)
+    with kernels.use("avx2"):
+        output = layer(pending)
+        assert pending.computed is None  # taken apart
+        values = layer(expected(pending))
+    # Values differ in the seventh digit, so a code may differ at a tie: by a step of the range times a level.
+    step = layer.weight_scale.max() * layer.spec.level_max * (5.0 / 255)
+    assert (output - values).abs().max() <= 2 * step
+    assert (output - values).abs().mean() <= 1e-3 * values.abs().mean()
+    for name in ("onednn", "reference"):
+        if layer.refusal(name) is None:
+            with kernels.use(name):
+                assert torch.equal(layer(pending), layer(pending.value()))
+
+
+# ---- models
+
+
+def fusing_model(**settings) -> UNet2DModel:
+    model = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        **settings,
+    ).eval()
+    return quantize_(model, PQCADConfig(method="fixed", weight_bits=4))
+
+
+def waiting(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if type(module) in AT_ONCE]
+
+
+@pytest.fixture
+def fused() -> UNet2DModel:
+    model = fusing_model()
+    if not waiting(model):
+        pytest.skip("no kernel fuses on this computer")
+    return model
+
+
+@torch.no_grad()
+def test_a_model_computes_the_same_in_one_pass(fused: UNet2DModel) -> None:
+    assert "mid_block.resnets.0.norm1" in waiting(fused)
+    assert "mid_block.resnets.0.nonlinearity" in waiting(fused)
+    assert "conv_norm_out" not in waiting(fused)  # before a float layer
+    x = torch.randn(2, 1, 8, 8)
+    seen: list[bool] = []
+    for module in fused.modules():
+        if isinstance(module, PQCADConv2d):
+            module.register_forward_pre_hook(lambda module, args: seen.append(isinstance(args[0], PendingActivation)))
+    actual = fused(x, 5).sample
+    assert sum(seen) == 2 * len([name for name in waiting(fused) if name.endswith("nonlinearity")])
+    remove_pending_(fused)
+    assert waiting(fused) == []
+    plain = fused(x, 5).sample
+    assert (actual - plain).abs().max() <= 2e-2 * plain.abs().max()  # codes at ties
+
+
+def test_dequantizing_and_copies(fused: UNet2DModel) -> None:
+    assert waiting(copy.deepcopy(fused)) == waiting(fused)
+    names = {name: type(module) for name, module in fused.dequantize().named_modules()}
+    assert waiting(fused) == []
+    assert names["mid_block.resnets.0.norm1"] is nn.GroupNorm
+    assert names["mid_block.resnets.0.nonlinearity"] is nn.SiLU
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings",
+    [{"resnet_time_scale_shift": "scale_shift"}, {"downsample_type": "resnet", "upsample_type": "resnet"}],
+    ids=["scale_shift", "resnet"],
+)
+def test_blocks_with_more_between_norm_and_convolution(fused: UNet2DModel, settings) -> None:
+    model = fusing_model(**settings)
+    assert ("mid_block.resnets.0.norm2" in waiting(model)) == ("resnet_time_scale_shift" not in settings)
+    x = torch.randn(2, 1, 8, 8)
+    actual = model(x, 5).sample
+    remove_pending_(model)
+    plain = model(x, 5).sample
+    assert (actual - plain).abs().max() <= 2e-2 * plain.abs().max()
+
+
+@torch.no_grad()
+def test_hooks_on_norms_see_values_and_may_change_them(fused: UNet2DModel) -> None:
+    """A hook's own result is a plain tensor, and the block goes on with that."""
+    x = torch.randn(2, 1, 8, 8)
+    handle = fused.mid_block.resnets[0].norm1.register_forward_hook(lambda module, args, output: output * 0)
+    actual = fused(x, 5).sample
+    remove_pending_(fused)
+    assert (actual - fused(x, 5).sample).abs().max() <= 2e-2 * actual.abs().max()
+    handle.remove()
+    assert (actual - fused(x, 5).sample).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_an_adapter_beside_the_convolution_sees_the_values(fused: UNet2DModel) -> None:
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["conv1"], init_lora_weights=False), fused)
+    x = torch.randn(2, 1, 8, 8)
+    actual = fused(x, 5).sample
+    remove_pending_(fused)
+    plain = fused(x, 5).sample
+    assert (actual - plain).abs().max() <= 2e-2 * plain.abs().max()
+
+
+def test_only_blocks_of_the_given_convolutions_wait() -> None:
+    model = fusing_model()
+    remove_pending_(model)
+    block = model.mid_block.resnets[0]
+    install_pending_(model, {block.conv2})
+    assert waiting(model) == ["mid_block.resnets.0.norm2", "mid_block.resnets.0.nonlinearity"]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_a_traced_model_has_no_constant_in_the_place_of_a_layer(fused: UNet2DModel) -> None:
+    """`torch.jit.trace` sees operators only: what a kernel wrote to memory would be a constant to it."""
+    layer = fused.mid_block.resnets[0].conv1
+    shape = (2, layer.in_channels, 4, 4)
+    traced = torch.jit.trace(layer, torch.randn(shape), check_trace=False)
+    x = torch.randn(shape)
+    with kernels.use("reference"):
+        torch.testing.assert_close(traced(x), layer(x))
