@@ -129,11 +129,14 @@ void multiply(const uint8_t *codes, int is_signed, Image image, Output output, c
             const uint8_t *rows[ROWS];
             int64_t first = tile * ROWS, channel = block * OUTPUTS;
             int count = pixels - first < ROWS ? (int)(pixels - first) : ROWS;
-            for (int i = 0; i < ROWS; i++) {
-                int64_t pixel = first + (i < count ? i : count - 1), line = pixel / output.out_width;
-                rows[i] = codes + line / output.out_height * image_bytes
-                          + line % output.out_height * output.stride_y * row_bytes
-                          + pixel % output.out_width * output.stride_x * image.padded_channels;
+            int64_t column = first % output.out_width, line = first / output.out_width;
+            int64_t n = line / output.out_height, y = line % output.out_height;
+            for (int i = 0; i < ROWS; i++) { /* counted on: divisions for each row would take as long as a short product */
+                rows[i] = codes + n * image_bytes + y * output.stride_y * row_bytes
+                          + column * output.stride_x * image.padded_channels;
+                if (i + 1 >= count || ++column < output.out_width) continue;
+                column = 0;
+                if (++y == output.out_height) y = 0, n++;
             }
             const int8_t *block_weight = weight + block * steps * DEPTH * OUTPUTS;
             const Window *window = windows + window_starts[block], *end = windows + window_starts[block + 1];
@@ -168,33 +171,50 @@ INLINE __m256 exp2_ps(__m256 x)
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
 }
 
-/* Eight inputs from channel `c` on, zeros after the last one, after the affine map and SiLU where there is a map. */
-INLINE __m256 activate(const float *x, const float *gain, const float *shift, int64_t c, int64_t channels)
+/* Eight inputs from channel `c` on, after the affine map and SiLU where there is a map. `count` of them are real, and zeros
+   stand for the others; a constant 8 costs no mask. */
+INLINE __m256 activate(const float *x, const float *gain, const float *shift, int64_t c, int64_t count)
 {
     const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)(channels - c)), numbers);
-    __m256 value = _mm256_maskload_ps(x + c, mask);
+    const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), numbers);
+#define LOAD(numbers) (count == 8 ? _mm256_loadu_ps(numbers) : _mm256_maskload_ps(numbers, mask))
+    __m256 value = LOAD(x + c);
     if (!gain) return value;
-    value = _mm256_fmadd_ps(value, _mm256_maskload_ps(gain + c, mask), _mm256_maskload_ps(shift + c, mask));
+    value = _mm256_fmadd_ps(value, LOAD(gain + c), LOAD(shift + c));
+#undef LOAD
     const __m256 minus_log2_e = _mm256_set1_ps(-1.44269504f), one = _mm256_set1_ps(1.0f);
     return _mm256_div_ps(value, _mm256_add_ps(one, exp2_ps(_mm256_mul_ps(value, minus_log2_e))));
 }
 
-/* codes = round(clamp(x * inverse_scale, -zero_point, qmax - zero_point)) + zero_point, ties to even; a NaN becomes 0. */
+/* round(clamp(value, -zero_point, qmax - zero_point)) + zero_point in 32 bits, ties to even; a NaN becomes 0. */
+INLINE __m256i round_to_codes(__m256 value, int zero_point, int qmax)
+{
+    const __m256 low = _mm256_set1_ps((float)-zero_point), high = _mm256_set1_ps((float)(qmax - zero_point));
+    value = _mm256_min_ps(_mm256_max_ps(value, low), high); /* of a NaN and a number, the second one */
+    return _mm256_add_epi32(_mm256_cvtps_epi32(value), _mm256_set1_epi32(zero_point));
+}
+
+/* The codes of x * inverse_scale, after the affine map and SiLU where there is a map; `flip` is added to all their bits. */
 INLINE void quantize_pixel(const float *x, const float *gain, const float *shift, int64_t channels, float inverse_scale,
-                           int zero_point, int qmax, int64_t flip, uint8_t *codes)
+                           int zero_point, int qmax, uint8_t flip, uint8_t *codes)
 {
     const __m256 factor = _mm256_set1_ps(inverse_scale);
-    const __m256 low = _mm256_set1_ps((float)-zero_point), high = _mm256_set1_ps((float)(qmax - zero_point));
-    const __m256i offset = _mm256_set1_epi32(zero_point);
-    for (int64_t c = 0; c < channels; c += 8) {
-        __m256 value = _mm256_mul_ps(activate(x, gain, shift, c, channels), factor);
-        value = _mm256_min_ps(_mm256_max_ps(value, low), high); /* of a NaN and a number, the second one */
-        __m256i code = _mm256_add_epi32(_mm256_cvtps_epi32(value), offset);
-        __m128i narrow = _mm_packus_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
-        int64_t bytes = _mm_cvtsi128_si64(_mm_packus_epi16(narrow, narrow)) ^ flip;
-        if (channels - c >= 8) memcpy(codes + c, &bytes, 8);
-        else memcpy(codes + c, &bytes, channels - c);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7), flips = _mm256_set1_epi8((char)flip);
+    int64_t c = 0;
+    for (; c + 32 <= channels; c += 32) {
+        __m256i code[4];
+        for (int k = 0; k < 4; k++)
+            code[k] = round_to_codes(_mm256_mul_ps(activate(x, gain, shift, c + 8 * k, 8), factor), zero_point, qmax);
+        __m256i halves[2] = {_mm256_packus_epi32(code[0], code[1]), _mm256_packus_epi32(code[2], code[3])};
+        __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(halves[0], halves[1]), order);
+        _mm256_storeu_si256((__m256i *)(codes + c), _mm256_xor_si256(bytes, flips));
+    }
+    for (; c < channels; c += 8) {
+        int32_t code[8];
+        int64_t count = channels - c < 8 ? channels - c : 8;
+        __m256 value = _mm256_mul_ps(activate(x, gain, shift, c, count), factor);
+        _mm256_storeu_si256((__m256i *)code, round_to_codes(value, zero_point, qmax));
+        for (int64_t k = 0; k < count; k++) codes[c + k] = (uint8_t)code[k] ^ flip;
     }
 }
 
@@ -203,8 +223,8 @@ INLINE void quantize_pixel(const float *x, const float *gain, const float *shift
 void quantize(const float *x, Image image, Affine affine, float inverse_scale, int zero_point, int qmax, int is_signed,
               uint8_t *codes)
 {
-    const int64_t flip = is_signed ? (int64_t)0x8080808080808080u : 0;
-    const int code_of_zero = is_signed ? zero_point ^ 0x80 : zero_point;
+    const uint8_t flip = is_signed ? 0x80 : 0;
+    const int code_of_zero = zero_point ^ flip;
     int64_t width = image.width + 2 * image.border_x, height = image.height + 2 * image.border_y;
     int64_t border = image.border_x * image.padded_channels;
 #pragma omp parallel for schedule(static) if (image.images * height > 1)
@@ -240,7 +260,8 @@ void find_range(const float *x, Image image, Affine affine, float *least, float 
         __m256 lows = _mm256_setzero_ps(), highs = lows, unordered = lows;
         for (int64_t i = 0; i < image.width; i++, source += image.channels)
             for (int64_t c = 0; c < image.channels; c += 8) {
-                __m256 value = activate(source, gain, shift, c, image.channels);
+                int64_t count = image.channels - c < 8 ? image.channels - c : 8;
+                __m256 value = count == 8 ? activate(source, gain, shift, c, 8) : activate(source, gain, shift, c, count);
                 lows = _mm256_min_ps(lows, value);
                 highs = _mm256_max_ps(highs, value);
                 unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));

@@ -123,8 +123,6 @@ def refusal(layer: "QuantizedLayer") -> str | None:
             return "it is a convolution in groups"
     if onednn.available() and not onednn.saturates():
         return HAS_VNNI
-    if is_wide(layer) and onednn.refusal(layer) is None:
-        return "oneDNN is as fast for levels of 8 bits and codes of 7"
     loaded = library()
     return loaded if isinstance(loaded, str) else None
 

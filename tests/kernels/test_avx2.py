@@ -60,8 +60,6 @@ def test_inputs_that_are_made_to_overflow_are_exact(seed, bits, activation_bits,
     layer = PQCADLinear(*features, bias=False).requires_grad_(False)
     layer.pack_(WeightSpec(bits), activation_bits=activation_bits)
     layer.weight_scale.fill_(1.0)
-    if layer.refusal("avx2") is not None:
-        return  # 8 bits times 7
     levels = layer.levels().double()
     codes = torch.cat([levels > 0, levels < 0]).double() * activation_qmax(activation_bits)
     codes[:, :1] = activation_qmax(activation_bits)  # so that the scale is 1
