@@ -67,7 +67,7 @@ def main() -> int:
     """Run the tests and write both files; return pytest's exit code."""
     recorder = Recorder()
     code = pytest.main(
-        [str(TESTS), "-q", "--no-header", "-p", "no:cacheprovider", "-m", "slow or not slow"], plugins=[recorder]
+        [str(TESTS), "-q", "-n", "0", "--no-header", "-p", "no:cacheprovider", "-m", "slow or not slow"], plugins=[recorder]
     )
     result = {"environment": environment(), "actions": recorder.cells}
     (HERE / "actions.json").write_text(json.dumps(result, indent=1) + "\n")
