@@ -19,8 +19,8 @@ OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
 MAX_WEIGHT_BITS_WITHOUT_VNNI = {8: 6, 7: 8}  # by activation bits
 NO_OPERATORS = "this PyTorch has no oneDNN int8 operators"
 NO_VNNI = (
-    "this CPU has no VNNI, where products of 8 bits saturate silently; a C compiler (Linux, AVX2) or activation_bits=7 "
-    "avoids it"
+    "this CPU has no VNNI, where products of 8 bits saturate silently; a C compiler (Linux, AVX2) or "
+    "activation_bits=7 avoids it"
 )
 
 

@@ -66,9 +66,8 @@ def markdown(result: dict[str, Any]) -> str:
 def main() -> int:
     """Run the tests and write both files; return pytest's exit code."""
     recorder = Recorder()
-    code = pytest.main(
-        [str(TESTS), "-q", "-n", "0", "--no-header", "-p", "no:cacheprovider", "-m", "slow or not slow"], plugins=[recorder]
-    )
+    options = ["-q", "-n", "0", "--no-header", "-p", "no:cacheprovider", "-m", "slow or not slow"]
+    code = pytest.main([str(TESTS), *options], plugins=[recorder])
     result = {"environment": environment(), "actions": recorder.cells}
     (HERE / "actions.json").write_text(json.dumps(result, indent=1) + "\n")
     (HERE / "actions.md").write_text(markdown(result))

@@ -238,7 +238,8 @@ def test_under_other_instruction_sets(isa: str) -> None:
     if ISA != "ALL":
         pytest.skip("this is the other process")
     fewer = ["-k", "worst_case or probe or wide_layers"] if isa == "AVX512_CORE" else ["-k", "not warning"]
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "--no-header", *fewer, "tests/kernels"]
+    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "--no-header"]
+    command = [sys.executable, "-m", "pytest", *options, *fewer, "tests/kernels"]
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-4000:]
