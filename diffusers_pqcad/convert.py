@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from diffusers_pqcad import kernels
 from diffusers_pqcad.allocation import allocate
 from diffusers_pqcad.config import PQCADConfig
-from diffusers_pqcad.kernels import avx2, onednn
+from diffusers_pqcad.kernels import onednn, x86
 from diffusers_pqcad.layers import QUANTIZED_LAYERS, FloatLayer, QuantizedLayer, packed_layers
 from diffusers_pqcad.memory_format import install_channels_last_, remove_channels_last_
 from diffusers_pqcad.overrides import override_methods_, restore_methods_
@@ -238,9 +238,14 @@ def finish_(model: nn.Module, config: PQCADConfig) -> None:
     if layers:
         override_methods_(model)
         convolutions = [layer for layer in layers.values() if isinstance(layer, nn.Conv2d)]
-        if any(layer.kernel_name() in (avx2.NAME, onednn.NAME) for layer in convolutions):
+        if any(layer.kernel_name() in (x86.NAME, onednn.NAME) for layer in convolutions):
             install_channels_last_(model)  # without int8 convolutions, weights would be reordered in every call
-        install_pending_(model, {layer for layer in convolutions if layer.kernel_name() == avx2.NAME})
+        fusing: set[nn.Module] = {layer for layer in layers.values() if layer.kernel_name() == x86.NAME}
+        if fusing:
+            from diffusers_pqcad.blocks import install_blocks_  # imports diffusers' models
+
+            install_pending_(model, fusing)
+            install_blocks_(model)
         found = list(layers.values())
         log_once(type(model).__name__, kernels.summary(found), slow=kernels.lacks_fast_kernel(found))
 
@@ -280,6 +285,9 @@ def unmark_quantized_(model: Any) -> None:
     remove_timestep_groups(model)
     remove_channels_last_(model)
     remove_pending_(model)
+    from diffusers_pqcad.blocks import remove_blocks_
+
+    remove_blocks_(model)
     restore_methods_(model)
     if hasattr(model, "_internal_dict"):
         # diffusers leaves the entry, so that a saved float model would say that it is quantized.

@@ -258,26 +258,32 @@ class QuantizedLayer(nn.Module):
             return self._cache[0]
         return next(name for name, kernel in kernels.KERNELS.items() if kernel.refusal(self) is None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output in the dtype of `x`."""
+    def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
+        """Return the layer's output in the dtype of `x`, plus `addend` (a block passes one: see blocks.py)."""
+        if self.packed and not torch.compiler.is_compiling():
+            return self.compute(x, addend)
         if not self.packed:
-            return super().forward(x)
-        if torch.compiler.is_compiling():
-            if kernels.needs_gradient(self, x):  # the operator has none; the reference kernel can be traced
-                return kernels.reference.run(self, None, x)
-            return graph_ops.call(self, x)
-        return self.compute(x)
+            output = super().forward(x)
+        elif kernels.needs_gradient(self, x):  # the operator has none; the reference kernel can be traced
+            output = kernels.reference.run(self, None, x)
+        else:
+            output = graph_ops.call(self, x)
+        return output if addend is None else output + addend
 
-    def compute(self, x: Tensor) -> Tensor:
-        """Return the output of the packed layer by the kernel that this call takes; hooks are not run."""
+    def compute(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
+        """Return the output of the packed layer, plus `addend`, by the kernel that this call takes, without hooks."""
         kernel = kernels.select_kernel(self, x)
-        if isinstance(x, PendingActivation) and not kernels.takes_pending(kernel):
+        if isinstance(x, PendingActivation) and not kernels.fuses(kernel):
             x = x.value()
-        if kernel.NAME == kernels.reference.NAME:
-            return kernel.run(self, None, x)
-        if self._cache is None or self._cache[0] != kernel.NAME:
-            self._cache = (kernel.NAME, kernel.pack(self))
-        return kernel.run(self, self._cache[1], x)
+        packed: Any = None
+        if kernel.NAME != kernels.reference.NAME:
+            if self._cache is None or self._cache[0] != kernel.NAME:
+                self._cache = (kernel.NAME, kernel.pack(self))
+            packed = self._cache[1]
+        if kernels.fuses(kernel):
+            return kernels.x86.run(self, packed, x, addend)
+        output = kernel.run(self, packed, x)
+        return output if addend is None else output + addend
 
     def to_float(self) -> nn.Module:
         """Return the plain float layer with this layer's dequantized weight, and the same bias and hooks."""

@@ -5,7 +5,7 @@ quantized model the first two return a `PendingActivation`. A kernel that knows 
 it is a tensor, whose values are computed once they are asked for.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,30 +22,61 @@ METADATA = {
 }
 
 
-class PendingActivation(Tensor):
-    """The group norm of `source` fp32 (B, C, H, W), channels_last, by `norm`; with `has_silu`, the SiLU of that.
+class Norm(NamedTuple):
+    """What a group norm was when it was called: a module that is offloaded loses its parameters afterwards."""
 
-    It shares the memory of `source` until it is computed, so `source` must not be written to before.
+    num_groups: int
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, module: nn.GroupNorm) -> "Norm":
+        """Return the norm that `module` computes now."""
+        return cls(module.num_groups, module.weight.detach(), module.bias.detach(), module.eps)
+
+
+class PendingActivation(Tensor):
+    """The group norm of `source` fp32 (B, C, H, W) or (B, C, L) by `norm`; with `has_silu`, the SiLU of that.
+
+    The channels of a pixel lie side by side in memory. With `is_transposed`, it is (B, L, C). It shares the memory of
+    `source` until it is computed, so `source` must not be written to before. `gain_and_shift` fp32 (B, C) are the norm
+    as a map of each channel, where a kernel has computed them.
     """
 
     source: Tensor
-    norm: nn.GroupNorm
+    group_norm: "Norm"
     has_silu: bool
+    is_transposed: bool
     computed: Tensor | None
+    gain_and_shift: tuple[Tensor, Tensor] | None
 
     @classmethod
-    def of(cls, source: Tensor, norm: nn.GroupNorm, *, has_silu: bool = False) -> "PendingActivation":
+    def of(
+        cls, source: Tensor, norm: "Norm", *, has_silu: bool = False, is_transposed: bool = False
+    ) -> "PendingActivation":
         """Return the pending activation of `source`."""
-        pending = source.as_subclass(cls)
-        pending.source, pending.norm, pending.has_silu, pending.computed = source, norm, has_silu, None
+        pending = (source.transpose(1, 2) if is_transposed else source).as_subclass(cls)
+        pending.source, pending.group_norm, pending.has_silu, pending.is_transposed = (
+            source,
+            norm,
+            has_silu,
+            is_transposed,
+        )
+        pending.computed = pending.gain_and_shift = None
         return pending
 
     def value(self) -> Tensor:
         """Return the activation, a plain tensor."""
         if self.computed is None:
-            output = nn.GroupNorm.forward(self.norm, self.source)
-            self.computed = F.silu(output) if self.has_silu else output
+            output = F.group_norm(self.source, *self.group_norm)
+            output = F.silu(output) if self.has_silu else output
+            self.computed = output.transpose(1, 2) if self.is_transposed else output
         return self.computed
+
+    def can_be_fused(self) -> bool:
+        """Return whether a layer over channels can compute this: nobody did, and they are where such layers look."""
+        return self.computed is None and (self.source.dim() == 4 or self.is_transposed)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -56,8 +87,21 @@ class PendingActivation(Tensor):
                 return func(*args, **kwargs)
         if func is F.dropout and not kwargs.get("training", True):
             return args[0]
+        if func is Tensor.to and args[0].computed is None and moves_nothing(args[0], *args[1:], **kwargs):
+            return args[0]  # what hooks of offloaded models do with every input
+        if func is Tensor.transpose and args[1:] == (1, 2) and args[0].source.dim() == 3 and args[0].computed is None:
+            x = args[0]
+            return cls.of(x.source, x.group_norm, has_silu=x.has_silu, is_transposed=not x.is_transposed)
         args, kwargs = tree_map_only(PendingActivation, PendingActivation.value, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def moves_nothing(x: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Return whether `x.to(*args, **kwargs)` keeps device and dtype, and asks for neither a copy nor a layout."""
+    if kwargs.get("copy") or "memory_format" in kwargs or any(arg is True for arg in args[2:]):
+        return False
+    moved = torch.empty(0, dtype=x.dtype, device=x.device).to(*args, **kwargs)
+    return moved.dtype == x.dtype and moved.device == x.device
 
 
 class PendingGroupNorm(nn.GroupNorm):
@@ -65,17 +109,19 @@ class PendingGroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the group norm of `x`, pending where a kernel could take it apart."""
-        return PendingActivation.of(x, self) if self.can_wait(x) else super().forward(x)
+        return PendingActivation.of(x, Norm.of(self)) if self.can_wait(x) else super().forward(x)
 
     def can_wait(self, x: Tensor) -> bool:
         """Return whether a kernel could take the group norm of `x` apart: numbers in memory, and no gradient."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or x.dim() != 4:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or x.dim() not in (3, 4):
             return False
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad or self.bias.requires_grad):
             return False
         numbers = (x, self.weight, self.bias)
-        return all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in numbers) and bool(
-            x.numel() and x.is_contiguous(memory_format=torch.channels_last)
+        if not x.numel() or any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in numbers):
+            return False
+        return (
+            x.is_contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.transpose(1, 2).is_contiguous()
         )
 
 
@@ -85,7 +131,7 @@ class PendingSiLU(nn.SiLU):
     def forward(self, x: Tensor) -> Tensor:
         """Return the SiLU of `x`, pending where `x` is."""
         if isinstance(x, PendingActivation) and not x.has_silu and x.computed is None:
-            return PendingActivation.of(x.source, x.norm, has_silu=True)
+            return PendingActivation.of(x.source, x.group_norm, has_silu=True, is_transposed=x.is_transposed)
         return super().forward(x)
 
 
@@ -94,21 +140,32 @@ AT_ONCE = {waiting: plain for plain, waiting in WAITING.items()}
 
 
 def install_pending_(model: nn.Module, consumers: set[nn.Module]) -> None:
-    """Let the norms and activations of residual blocks wait for those of their convolutions that are `consumers`.
+    """Let norms, and the activations of residual blocks, wait for those layers that are `consumers`.
 
     The modules change their class and stay what they are: parameters, hooks and names.
     """
-    from diffusers.models.resnet import ResnetBlock2D
-
     for block in model.modules():
-        if not isinstance(block, ResnetBlock2D) or type(block.nonlinearity) not in (nn.SiLU, PendingSiLU):
-            continue
+        for module in waiting_modules(block, consumers):
+            if type(module) in WAITING and (type(module) is nn.SiLU or module.affine):
+                module.__class__ = WAITING[type(module)]
+
+
+def waiting_modules(block: nn.Module, consumers: set[nn.Module]) -> list[nn.Module]:
+    """Return the modules of `block` whose outputs go to one of `consumers` and nowhere else."""
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    if isinstance(block, ResnetBlock2D) and type(block.nonlinearity) in (nn.SiLU, PendingSiLU):
         norms = [block.norm1] if block.conv1 in consumers else []
         # "scale_shift" has a product and a sum between the norm and the activation.
         norms += [block.norm2] if block.conv2 in consumers and block.time_embedding_norm == "default" else []
-        for module in (*norms, block.nonlinearity) if norms else ():
-            if type(module) in WAITING and (type(module) is nn.SiLU or module.affine):
-                module.__class__ = WAITING[type(module)]
+        return [*norms, block.nonlinearity] if norms else []
+    if isinstance(block, Attention) and block.group_norm is not None and block.to_q in consumers:
+        return [block.group_norm]
+    if isinstance(block, Transformer2DModel) and getattr(block, "proj_in", None) in consumers:
+        return [] if block.use_linear_projection else [block.norm]
+    return []
 
 
 def remove_pending_(model: nn.Module) -> None:

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_pqcad.kernels import avx2, onednn
-from diffusers_pqcad.layers import average_bits, kernel_cache_bytes, packed_layers
+from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.layers import PQCADLinear, average_bits, kernel_cache_bytes, packed_layers
+from diffusers_pqcad.qparams import WeightSpec
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
@@ -136,7 +137,7 @@ class TestUNetStep:
         assert w4a8["weight_bytes"] < w8a8["weight_bytes"] < bf16["weight_bytes"]
         assert stock["kernel_cache_bytes"] == no_copies["kernel_cache_bytes"] == 0
         assert w4a8["kernel_cache_bytes"] == w8a7["kernel_cache_bytes"] > 0  # the kernel computes with 8 bits a weight
-        has_w8a8 = result["environment"]["vnni"] or not isinstance(avx2.library(), str)
+        has_w8a8 = result["environment"]["vnni"] or not isinstance(x86.library(), str)
         assert w8a8["kernel_cache_bytes"] == (w8a7["kernel_cache_bytes"] if has_w8a8 else 0)
 
     def test_static_ranges_are_the_extremes_of_the_calibration_inputs(self, unet_step, contestants):
@@ -211,10 +212,12 @@ class TestProfileStep:
         result = profile_step.main(settings)
         assert json.loads(file.read_text()) == result
         assert "| W4A8, " in capsys.readouterr().out
-        uses_avx2 = onednn.saturates() and not isinstance(avx2.library(), str)
+        layer = PQCADLinear(8, 8)
+        layer.pack_(WeightSpec(4), activation_bits=8)
+        uses_x86 = layer.kernel_name() == x86.NAME
         for name, operator in (
             ("stock diffusers, fp32", "aten::convolution"),
-            ("W4A8", "avx2::multiply" if uses_avx2 else "onednn::qconv2d_point"),
+            ("W4A8", "x86::multiply" if uses_x86 else "onednn::qconv2d_point"),
         ):
             profiled = rows_of(result)[name]
             assert profiled["ms"] > 0

@@ -79,7 +79,8 @@ def test_loading_and_calling_a_quantized_model_brings_only_our_loading_code(quan
         + "print(json.dumps(sorted(set(sys.modules) - before)))"
     )
     assert [name for name in HEAVY + OUR_TRAINING_AND_MEASURING if name in added] == []
-    assert {name for name in added if name.partition(".")[0] == "diffusers_pqcad"} == {
+    ours = {name for name in added if name.partition(".")[0] == "diffusers_pqcad"}
+    assert ours - {"diffusers_pqcad.blocks"} == {  # where a kernel fuses
         "diffusers_pqcad",
         *(f"diffusers_pqcad.{name}" for name in ("allocation", "config", "convert", "layers", "packing", "qparams")),
         *(
@@ -89,7 +90,7 @@ def test_loading_and_calling_a_quantized_model_brings_only_our_loading_code(quan
         "diffusers_pqcad.transformers_quantizer",
         *(
             f"diffusers_pqcad.kernels{name}"
-            for name in ("", ".avx2", ".native", ".onednn", ".ranges", ".reference", ".torchao")
+            for name in ("", ".x86", ".native", ".onednn", ".ranges", ".reference", ".torchao")
         ),
     }
 

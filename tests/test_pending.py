@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -14,10 +15,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, kernels, quantize_
-from diffusers_pqcad.kernels import avx2
-from diffusers_pqcad.layers import PQCADConv2d
+from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear, packed_layers
 from diffusers_pqcad.pending import (
     AT_ONCE,
+    Norm,
     PendingActivation,
     PendingGroupNorm,
     PendingSiLU,
@@ -27,7 +29,7 @@ from diffusers_pqcad.pending import (
 from diffusers_pqcad.qparams import WeightSpec, activation_qparams
 from diffusers_pqcad.timesteps import TimestepGroups
 
-needs_avx2 = pytest.mark.skipif(isinstance(avx2.library(), str), reason=str(avx2.library()))
+needs_x86 = pytest.mark.skipif(isinstance(x86.library(), str), reason=str(x86.library()))
 
 
 def channels_last(*shape: int) -> Tensor:
@@ -44,11 +46,12 @@ def norm() -> nn.GroupNorm:
 
 @pytest.fixture
 def pending(norm: nn.GroupNorm) -> PendingActivation:
-    return PendingActivation.of(channels_last(2, 16, 5, 6), norm, has_silu=True)
+    return PendingActivation.of(channels_last(2, 16, 5, 6), Norm.of(norm), has_silu=True)
 
 
 def expected(pending: PendingActivation) -> Tensor:
-    return F.silu(F.group_norm(pending.source, 4, pending.norm.weight, pending.norm.bias, pending.norm.eps))
+    norm = pending.group_norm
+    return F.silu(F.group_norm(pending.source, 4, norm.weight, norm.bias, norm.eps))
 
 
 def test_what_needs_no_value_computes_nothing(pending: PendingActivation) -> None:
@@ -60,12 +63,26 @@ def test_what_needs_no_value_computes_nothing(pending: PendingActivation) -> Non
 
 
 @pytest.mark.parametrize(
+    "move",
+    [lambda x: x.to("cpu"), lambda x: x.to(torch.device("cpu"), non_blocking=True), lambda x: x.to(torch.float32)],
+)
+def test_where_it_is_already_it_may_be_sent(pending: PendingActivation, move: Callable) -> None:
+    assert move(pending) is pending
+    assert pending.computed is None
+
+
+@pytest.mark.parametrize(
     "use",
     [
+        lambda x: x.to(torch.float64),
+        lambda x: x.to("cpu", copy=True),
+        lambda x: x.to(torch.float32, False, True),
+        lambda x: x.to("cpu", memory_format=torch.contiguous_format),
         lambda x: x + 1,
         lambda x: 1 - x,
         lambda x: x[:, 1],
         lambda x: x.amax((1, 2)),
+        lambda x: x.norm(),
         lambda x: torch.cat([x, x], 1),
         lambda x: torch.where(x > 0, input=x, other=0.0),
         lambda x: F.interpolate(x, scale_factor=2.0),
@@ -88,6 +105,15 @@ def test_values_are_computed_once(pending: PendingActivation, monkeypatch: pytes
     monkeypatch.setattr(F, "silu", None)
     assert pending.value() is first
     assert torch.equal(pending * 1, first)
+
+
+def test_a_norm_that_loses_its_parameters_was_what_it_was(norm: nn.GroupNorm) -> None:
+    """As the modules of an offloaded model do when they have been called."""
+    norm.__class__, x = PendingGroupNorm, channels_last(2, 16, 5, 6)
+    pending, exact = norm(x), F.group_norm(x, 4, norm.weight, norm.bias, norm.eps)
+    norm.weight.data = torch.zeros(16)
+    norm.bias = nn.Parameter(torch.empty(16, device="meta"), requires_grad=False)
+    assert torch.equal(pending + 0, exact)
 
 
 def test_a_dropout_that_drops_nothing_passes_it_on(pending: PendingActivation) -> None:
@@ -119,12 +145,48 @@ def test_the_modules_make_and_complete_it(norm: nn.GroupNorm) -> None:
         torch.empty(0, 16, 5, 6),
         channels_last(2, 16, 5, 6).to("meta"),
     ],
-    ids=["contiguous", "3d", "double", "gradient", "empty", "meta"],
+    ids=["contiguous", "3d_contiguous", "double", "gradient", "empty", "meta"],
 )
 def test_what_no_kernel_could_take_is_computed_at_once(norm: nn.GroupNorm, x: Tensor) -> None:
     norm.__class__ = PendingGroupNorm
     norm.to(dtype=x.dtype, device=x.device)
     assert type(norm(x)) is Tensor
+
+
+def test_a_sequence_waits_through_its_transpositions(norm: nn.GroupNorm) -> None:
+    """As attention has it: norm(x.transpose(1, 2)).transpose(1, 2) of x (B, L, C)."""
+    norm.__class__, x = PendingGroupNorm, torch.randn(2, 30, 16)
+    half = norm(x.transpose(1, 2))
+    whole = half.transpose(1, 2)
+    exact = F.group_norm(x.transpose(1, 2), 4, norm.weight, norm.bias, norm.eps)
+    assert isinstance(whole, PendingActivation)
+    assert (half.shape, whole.shape) == ((2, 16, 30), (2, 30, 16))
+    assert (half.can_be_fused(), whole.can_be_fused()) == (False, True)
+    assert whole.computed is half.computed is None
+    assert torch.equal(whole + 0, exact.transpose(1, 2))
+    assert torch.equal(half + 0, exact)
+    assert torch.equal(whole.transpose(1, 2), exact)  # computed by now
+    assert not whole.can_be_fused()
+    assert type(half.transpose(0, 1)) is Tensor
+
+
+@needs_x86
+@torch.no_grad()
+@pytest.mark.parametrize("has_silu", [False, True])
+@pytest.mark.parametrize("length", [30, 64, 7])
+def test_a_linear_layer_of_a_sequence_is_that_of_its_values(norm: nn.GroupNorm, length: int, has_silu: bool) -> None:
+    layer = PQCADLinear(16, 24).requires_grad_(False)
+    layer.pack_(WeightSpec(8), activation_bits=8)
+    x = torch.randn(3, length, 16) * 3
+    pending = PendingActivation.of(x.transpose(1, 2), Norm.of(norm), has_silu=has_silu, is_transposed=True)
+    with kernels.use("x86"):
+        output = layer(pending)
+        assert pending.computed is None
+        values = layer(pending.value())
+    assert output.shape == values.shape == (3, length, 24)
+    step = layer.weight_scale.max() * layer.spec.level_max * (pending.value().aminmax()[1] * 2 / 255)
+    assert (output - values).abs().max() <= 2 * step
+    assert (output - values).abs().mean() <= 1e-3 * values.abs().mean()
 
 
 def test_gradients_of_the_norm_are_kept(norm: nn.GroupNorm) -> None:
@@ -139,7 +201,7 @@ def test_gradients_of_the_norm_are_kept(norm: nn.GroupNorm) -> None:
 # ---- the kernel
 
 
-@needs_avx2
+@needs_x86
 @given(
     seed=st.integers(0, 2**31),
     groups=st.integers(1, 6),
@@ -156,8 +218,10 @@ def test_the_map_is_the_group_norm(seed, groups, size, height, width, mean) -> N
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     x = (torch.randn(2, channels, height, width) * 2 + mean).contiguous(memory_format=torch.channels_last)
-    image = avx2.Image(2, height, width, channels, 0, 0, avx2.round_up(channels, 4))
-    gain, shift = avx2.normalization(norm, x, image)
+    image = x86.Image(2, height, width, channels, 0, 0, x86.round_up(channels, 4))
+    pending = PendingActivation.of(x, Norm.of(norm))
+    gain, shift = x86.normalization(pending, image)
+    assert x86.normalization(pending, image)[0] is gain  # once
     actual = x.double() * gain.double()[:, :, None, None] + shift.double()[:, :, None, None]
     exact = F.group_norm(x.double(), groups, norm.weight.double(), norm.bias.double(), 1e-5)
     # A single pixel of a single channel: any deviation is a rounding error, and eps says how much it is magnified.
@@ -165,39 +229,40 @@ def test_the_map_is_the_group_norm(seed, groups, size, height, width, mean) -> N
     torch.testing.assert_close(actual, exact, rtol=1e-5, atol=tolerance)
 
 
-@needs_avx2
+@needs_x86
 @pytest.mark.parametrize("channels", [3, 8, 13])
 def test_codes_and_range_after_silu_are_those_of_float64(channels: int) -> None:
     values = torch.cat([torch.linspace(-30, 30, 997 * channels - 2), torch.tensor([-200.0, 200.0])])
     x = values[torch.randperm(len(values))].view(1, 1, 997, channels).permute(0, 3, 1, 2)
     gain, shift = torch.full((channels,), 0.5), torch.full((channels,), -0.25)
-    affine = avx2.Affine(gain.data_ptr(), shift.data_ptr())
-    image = avx2.Image(1, 1, 997, channels, 0, 0, avx2.round_up(channels, 4))
+    affine = x86.Affine(gain.data_ptr(), shift.data_ptr(), 1)
+    image = x86.Image(1, 1, 997, channels, 0, 0, x86.round_up(channels, 4))
     exact = F.silu(x.double() * 0.5 - 0.25)
-    qparams = avx2.dynamic_range(x, image, affine, 8)
+    qparams = x86.dynamic_range(x, image, affine, 8)
     reference = activation_qparams(exact.amin(), exact.amax(), 8)
     assert qparams.scale == pytest.approx(reference.scale.item(), rel=1e-6)
     assert qparams.zero_point == reference.zero_point
     for scale, zero_point in ((qparams.scale, qparams.zero_point), (0.003, 100)):  # the second one clips
         codes = torch.empty(image.num_codes(), dtype=torch.uint8)
-        avx2.compiled().quantize(x, image, affine, 1 / scale, zero_point, 255, 0, codes)
+        x86.compiled().quantize(x.data_ptr(), image, affine, 1 / scale, zero_point, 255, 0, codes.data_ptr())
         rows = codes.view(997, -1)[:, :channels].double()
         real = (exact.permute(0, 2, 3, 1).reshape(997, channels) / scale + zero_point).clamp(0, 255)
         assert (rows - real).abs().max() <= 0.5 + 1e-3
 
 
-@needs_avx2
+@needs_x86
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_shows_in_the_range(bad: float) -> None:
     x = channels_last(1, 8, 3, 3)
     x[0, 5, 1, 1] = bad
-    image = avx2.Image(1, 3, 3, 8, 0, 0, 8)
+    image = x86.Image(1, 3, 3, 8, 0, 0, 8)
     gain, shift = torch.ones(8), torch.zeros(8)
-    for affine in (avx2.Affine(), avx2.Affine(gain.data_ptr(), shift.data_ptr())):
-        assert not np.isfinite(avx2.dynamic_range(x, image, affine, 8).scale)
+    addresses = gain.data_ptr(), shift.data_ptr()
+    for affine in (x86.Affine(), x86.Affine(*addresses), x86.Affine(*addresses, 1)):
+        assert not np.isfinite(x86.dynamic_range(x, image, affine, 8).scale)
 
 
-@needs_avx2
+@needs_x86
 @torch.no_grad()
 @pytest.mark.parametrize("static", [True, False], ids=["static", "dynamic"])
 @pytest.mark.parametrize("bits", [4, 8])
@@ -209,7 +274,7 @@ def test_a_convolution_of_it_is_that_of_its_values(pending: PendingActivation, b
         groups.current = 0
         qparams = activation_qparams(torch.tensor([-0.3]), torch.tensor([4.0]), 8)
         layer.set_input_qparams_(qparams, groups)
-    with kernels.use("avx2"):
+    with kernels.use("x86"):
         output = layer(pending)
         assert pending.computed is None  # taken apart
         values = layer(expected(pending))
@@ -258,14 +323,16 @@ def fused() -> UNet2DModel:
 def test_a_model_computes_the_same_in_one_pass(fused: UNet2DModel) -> None:
     assert "mid_block.resnets.0.norm1" in waiting(fused)
     assert "mid_block.resnets.0.nonlinearity" in waiting(fused)
+    assert "mid_block.attentions.0.group_norm" in waiting(fused)
     assert "conv_norm_out" not in waiting(fused)  # before a float layer
     x = torch.randn(2, 1, 8, 8)
     seen: list[bool] = []
-    for module in fused.modules():
-        if isinstance(module, PQCADConv2d):
-            module.register_forward_pre_hook(lambda module, args: seen.append(isinstance(args[0], PendingActivation)))
+    for layer in packed_layers(fused).values():
+        layer.register_forward_pre_hook(lambda layer, args: seen.append(isinstance(args[0], PendingActivation)))
     actual = fused(x, 5).sample
-    assert sum(seen) == 2 * len([name for name in waiting(fused) if name.endswith("nonlinearity")])
+    residual_blocks = len([name for name in waiting(fused) if name.endswith("nonlinearity")])
+    attentions = len([name for name in waiting(fused) if name.endswith("group_norm")])
+    assert sum(seen) == 2 * residual_blocks + 3 * attentions
     remove_pending_(fused)
     assert waiting(fused) == []
     plain = fused(x, 5).sample
@@ -316,6 +383,19 @@ def test_an_adapter_beside_the_convolution_sees_the_values(fused: UNet2DModel) -
     remove_pending_(fused)
     plain = fused(x, 5).sample
     assert (actual - plain).abs().max() <= 2e-2 * plain.abs().max()
+
+
+@torch.no_grad()
+def test_a_norm_waits_for_the_convolution_into_a_transformer(fused: UNet2DModel) -> None:
+    model = quantize_(families.sd15().eval(), PQCADConfig(method="fixed", weight_bits=8))
+    assert "mid_block.attentions.0.norm" in waiting(model)
+    args = (families.noise(2, 4, families.SIZE, families.SIZE), 5, families.noise(2, 3, 8))
+    actual = model(*args).sample
+    remove_pending_(model)
+    plain = model(*args).sample
+    assert 0 < (actual - plain).abs().max() <= 2e-2 * plain.abs().max()
+    model = quantize_(families.sd2().eval(), PQCADConfig(method="fixed", weight_bits=8))
+    assert "mid_block.attentions.0.norm" not in waiting(model)  # its projection sees it reshaped
 
 
 def test_only_blocks_of_the_given_convolutions_wait() -> None:

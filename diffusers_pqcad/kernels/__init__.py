@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffusers_pqcad.kernels import avx2, native, onednn, reference, torchao
+from diffusers_pqcad.kernels import native, onednn, reference, torchao, x86
 from diffusers_pqcad.pending import PendingActivation
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Kernel(Protocol):
         """Return the output of `layer` for `x`; `packed` is what `pack` returned."""
 
 
-KERNELS: dict[str, Kernel] = {kernel.NAME: kernel for kernel in (avx2, onednn, torchao, reference)}
+KERNELS: dict[str, Kernel] = {kernel.NAME: kernel for kernel in (x86, onednn, torchao, reference)}
 _forced: str | None = None
 
 
@@ -76,9 +76,9 @@ def needs_gradient(layer: "QuantizedLayer", x: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
-def takes_pending(kernel: Kernel) -> bool:
-    """Return whether `kernel` computes a `PendingActivation` itself."""
-    return kernel.NAME == avx2.NAME
+def fuses(kernel: Kernel) -> bool:
+    """Return whether `kernel` computes a `PendingActivation` and a sum itself."""
+    return kernel.NAME == x86.NAME
 
 
 def has_numbers(x: Tensor) -> bool:
@@ -119,8 +119,8 @@ def summary(layers: "list[QuantizedLayer]") -> str:
     reasons = Counter(reason for layer in slow if (reason := layer.refusal(onednn.NAME)) is not None)
     parts = [f"{chosen[name]} of {len(layers)} layers: {name}" for name in KERNELS if chosen[name]]
     parts += [f"{count} on {reference.NAME}: {reason}" for reason, count in reasons.items()]
-    if any(layer.refusal(avx2.NAME) == native.NO_COMPILER for layer in layers):
-        parts.append(f"{avx2.NAME} would be faster here, but {native.NO_COMPILER}")
+    if any(layer.refusal(x86.NAME) == native.NO_COMPILER for layer in layers):
+        parts.append(f"{x86.NAME} would be faster here, but {native.NO_COMPILER}")
     return "; ".join(parts)
 
 

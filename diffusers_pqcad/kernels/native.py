@@ -5,6 +5,7 @@ No build step is forced on anybody: without a compiler, the kernels that need on
 
 import ctypes
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from pathlib import Path
 import torch
 
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-O3", "-mavx2", "-mfma", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+FLAGS_VARIABLE = "CFLAGS"  # of the user, after ours
 CACHE_VARIABLE = "PQCAD_CACHE"
 NO_COMPILER = "no C compiler was found (CC, cc, gcc or clang)"
 
@@ -36,17 +38,19 @@ def cache_folder() -> Path:
 @cache
 def library(source: Path) -> ctypes.CDLL | str:
     """Return the C file `source` as a loaded library, or why there is none on this computer."""
-    if sys.platform != "linux" or torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+    if sys.platform != "linux" or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return "it is for Linux on a CPU with AVX2"
     program = compiler()
     if program is None:
         return NO_COMPILER
     try:
-        version = subprocess.run([program, "--version"], capture_output=True, check=True).stdout
-        key = sha256(source.read_bytes() + version + " ".join(FLAGS).encode()).hexdigest()[:16]
+        command = [program, *FLAGS, *shlex.split(os.environ.get(FLAGS_VARIABLE, ""))]
+        # Version, CPU and most flags show in the macros: a home folder may be shared by several computers.
+        macros = subprocess.run([*command, "-dM", "-E", "-xc", os.devnull], capture_output=True, check=True).stdout
+        key = sha256(source.read_bytes() + macros + " ".join(command).encode()).hexdigest()[:16]
         path = cache_folder() / f"{source.stem}-{key}.so"
         if not path.exists():
-            compile_to(path, program, source)
+            compile_to(path, command, source)
         return ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:
         return f"{program} failed: {error.stderr.decode(errors='replace').strip()[-500:]}"
@@ -54,10 +58,10 @@ def library(source: Path) -> ctypes.CDLL | str:
         return f"its code could not be compiled or loaded: {error}"
 
 
-def compile_to(path: Path, program: str, source: Path) -> None:
+def compile_to(path: Path, command: list[str], source: Path) -> None:
     """Compile `source` to `path`, which appears whole: several processes may do so at once."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        subprocess.run([program, *FLAGS, str(source), "-o", str(built)], capture_output=True, check=True)
+        subprocess.run([*command, str(source), "-o", str(built)], capture_output=True, check=True)
         built.replace(path)

@@ -21,7 +21,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import HfArgumentParser
 
-from diffusers_pqcad.kernels import avx2
+from diffusers_pqcad.kernels import x86
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Recorded:
         function = getattr(self._library, name)
 
         def call(*args: Any) -> Any:
-            with record_function(f"{avx2.NAME}::{name}"):
+            with record_function(f"{x86.NAME}::{name}"):
                 return function(*args)
 
         return call
@@ -59,8 +59,8 @@ def operators(step: Callable[[], Any], num_steps: int) -> tuple[float, list[dict
     for _ in range(num_steps):
         step()
     milliseconds = 1000 * (time.perf_counter() - started) / num_steps
-    found = avx2.library()
-    recorded = mock.patch.object(avx2, "library", return_value=found if isinstance(found, str) else Recorded(found))
+    found = x86.library()
+    recorded = mock.patch.object(x86, "library", return_value=found if isinstance(found, str) else Recorded(found))
     with recorded, profile(activities=[ProfilerActivity.CPU]) as profiled:
         started = time.perf_counter()
         for _ in range(num_steps):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from diffusers_pqcad import kernels
-from diffusers_pqcad.kernels import avx2, onednn, reference
+from diffusers_pqcad.kernels import onednn, reference, x86
 from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear, QuantizedLayer
 from diffusers_pqcad.qparams import WeightSpec, activation_qparams
 from diffusers_pqcad.timesteps import TimestepGroups
@@ -16,8 +16,9 @@ pytestmark = [
 ]
 
 
-# No VNNI, and a compiler: what this computer takes first. Elsewhere it is oneDNN.
-FAST = "avx2" if onednn.saturates() and not isinstance(avx2.library(), str) else "onednn"
+# What this computer takes first: our own code where there is a compiler, unless only oneDNN has VNNI.
+COMPILED = x86.library()
+FAST = "onednn" if isinstance(COMPILED, str) or not (COMPILED.has_vnni() or onednn.saturates()) else "x86"
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,7 @@ def test_the_environment_forces_and_the_block_overrides_it(
     assert kernels.forced() is None
     monkeypatch.setenv("PQCAD_KERNEL", "cutlass")
     with pytest.raises(
-        ValueError, match="kernel: expected one of .*'avx2', 'onednn', 'torchao', 'reference'.*got 'cutlass'"
+        ValueError, match="kernel: expected one of .*'x86', 'onednn', 'torchao', 'reference'.*got 'cutlass'"
     ):
         layer(torch.randn(2, 16))
 
@@ -157,7 +158,7 @@ def test_reference_runs_everything_and_holds_nothing(layer: QuantizedLayer) -> N
     assert reference.refusal(layer) is None
     assert kernels.KERNELS["reference"].pack(layer) is None
     assert list(kernels.KERNELS) == [
-        "avx2",
+        "x86",
         "onednn",
         "torchao",
         "reference",

@@ -67,6 +67,25 @@ def test_cc_names_the_compiler(source: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert native.compiler() == compiler
 
 
+def test_cflags_come_last_and_make_another_library(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source.write_text("int answer(void) { return ANSWER; }\n")
+    for answer in ("1", "2"):
+        monkeypatch.setenv("CFLAGS", f"-DANSWER={answer} -O0")
+        native.library.cache_clear()
+        assert native.library(source).answer() == int(answer)
+    assert len(list(native.cache_folder().iterdir())) == 2
+
+
+def test_another_cpu_is_another_library(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache folder may be shared by computers: what a CPU can do is a macro of its compiler."""
+    assert native.library(source).answer() == 42
+    for cpu in ("-march=x86-64", "-march=x86-64-v3"):
+        monkeypatch.setenv("CFLAGS", cpu)
+        native.library.cache_clear()
+        assert native.library(source).answer() == 42
+    assert len(list(native.cache_folder().iterdir())) == 3
+
+
 def test_several_processes_may_compile_at_once(source: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from diffusers_pqcad.kernels import native\n"

@@ -1,8 +1,9 @@
-/* Products of 8-bit codes and int8 levels with exact sums, on CPUs that have AVX2 and no VNNI. Compiled on first use, by
-   native.py.
+/* Products of 8-bit codes and int8 levels with exact sums, on x86 CPUs. Compiled on first use, by native.py, for the CPU
+   that it runs on.
 
-   vpmaddubsw multiplies bytes and adds neighbours in 16 bits, vpmaddwd widens such sums to 32 bits. Two ways to stay
-   inside 16 bits (avx2.py chooses):
+   With AVX-512 VNNI one instruction, vpdpbusd, multiplies bytes and adds four products in 32 bits. With AVX2 alone,
+   vpmaddubsw multiplies bytes and adds neighbours in 16 bits, vpmaddwd widens such sums to 32 bits. Then there are two
+   ways to stay inside 16 bits (x86.py chooses):
    - narrow levels: many steps are added in 16 bits before they are widened, in windows that cannot overflow. The time of
      vpmaddwd is saved: half of what the multiplier does.
    - levels of 8 bits: the codes are shifted to -128..127. Of two products of magnitudes up to 128 and 127, the sum fits;
@@ -12,9 +13,22 @@
 #include <stdint.h>
 #include <string.h>
 
-#define ROWS 6      /* output pixels of a tile: with 2 vectors of 8 outputs, their 12 sums fill the 16 registers */
-#define OUTPUTS 16  /* output channels of a tile, and of a block of weights */
-#define DEPTH 4     /* inputs of a step: 4 codes are broadcast, and multiplied by 4 weights of each output */
+/* A tile of the output is ROWS pixels by OUTPUTS channels, two vectors. Its sums stay in registers, of which there are
+   32 with AVX-512 and else 16; images of 4x4 pixels and more are whole tiles of 8. */
+#ifdef __AVX512VNNI__
+#define VNNI 1
+#define ROWS 8
+#define OUTPUTS 32
+#else
+#define VNNI 0
+#define ROWS 6
+#define OUTPUTS 16
+#endif
+#define DEPTH 4 /* inputs of a step: 4 codes are broadcast, and multiplied by 4 weights of each output */
+
+/* For x86.py: what this code was compiled for. */
+int has_vnni(void) { return VNNI; }
+int block_outputs(void) { return OUTPUTS; }
 
 /* A dense channels_last image, and the same in codes, with a border and with channels up to a multiple of DEPTH. */
 typedef struct {
@@ -34,6 +48,40 @@ typedef struct {
 
 #define INLINE static inline __attribute__((always_inline))
 
+#if VNNI
+/* sum += codes * levels, four products each, in place: as an intrinsic, GCC 12 spills the sums to the stack. */
+#define ADD_PRODUCTS(sum, codes, levels) __asm__ volatile("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(levels))
+
+/* sums[i][o] = the products of row i and output o, summed over all windows. Codes are unsigned. */
+INLINE void multiply_rows(int rows, const uint8_t *const *codes, int64_t row_bytes, const int8_t *weight,
+                          const Window *window, const Window *end, int32_t sums[ROWS][OUTPUTS])
+{
+    __m512i wide[ROWS][2];
+    for (int i = 0; i < rows; i++) wide[i][0] = wide[i][1] = _mm512_setzero_si512();
+    for (; window < end; window++) {
+        int64_t at = window->y * row_bytes + window->x, stop = at + (int64_t)window->steps * DEPTH;
+        for (; at < stop; at += DEPTH, weight += DEPTH * OUTPUTS) {
+            __m512i weight0 = _mm512_loadu_si512(weight), weight1 = _mm512_loadu_si512(weight + 64);
+#pragma GCC unroll 8
+            for (int i = 0; i < rows; i++) {
+                __m512i code = _mm512_set1_epi32(*(const int32_t *)(codes[i] + at));
+                ADD_PRODUCTS(wide[i][0], code, weight0);
+                ADD_PRODUCTS(wide[i][1], code, weight1);
+            }
+        }
+    }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < 2; j++) _mm512_store_si512(sums[i] + 16 * j, wide[i][j]);
+}
+
+INLINE void multiply_tile(int count, int is_signed, const uint8_t *const *codes, int64_t row_bytes, const int8_t *weight,
+                          const Window *window, const Window *end, int32_t sums[ROWS][OUTPUTS])
+{
+    (void)is_signed;
+    if (count <= 2) multiply_rows(2, codes, row_bytes, weight, window, end, sums);
+    else multiply_rows(ROWS, codes, row_bytes, weight, window, end, sums);
+}
+#else
 /* sum += x, in place: as plain intrinsics, GCC 12 spills the sums to the stack or moves each of them around. */
 #define ADD_EPI16(sum, x) __asm__ volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x))
 #define ADD_EPI32(sum, x) __asm__ volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x))
@@ -93,40 +141,81 @@ INLINE void multiply_wide(int rows, const uint8_t *const *codes, int64_t row_byt
         for (int j = 0; j < 2; j++) _mm256_store_si256((__m256i *)sums[i] + j, wide[i][j]);
 }
 
-/* out = (sums - zero_point * level_sum) * input_scale * scale + bias, for `count` outputs of a row; `bias` may be NULL. */
-INLINE void dequantize_row(const int32_t *sums, int zero_point, const int32_t *level_sum, float input_scale,
-                           const float *scale, const float *bias, int64_t count, float *out)
+INLINE void multiply_tile(int count, int is_signed, const uint8_t *const *codes, int64_t row_bytes, const int8_t *weight,
+                          const Window *window, const Window *end, int32_t sums[ROWS][OUTPUTS])
 {
-    float row[OUTPUTS], row_bias[OUTPUTS] = {0};
-    if (bias && count < OUTPUTS) memcpy(row_bias, bias, sizeof(float) * count);
-    const float *added = bias && count == OUTPUTS ? bias : row_bias;
-    float *target = count < OUTPUTS ? row : out;
+    if (is_signed) multiply_wide(ROWS, codes, row_bytes, weight, window, end, sums);
+    else if (count <= 2) multiply_narrow(2, codes, row_bytes, weight, window, end, sums);
+    else multiply_narrow(ROWS, codes, row_bytes, weight, window, end, sums);
+}
+#endif
+
+/* What is added to `count` outputs and what they are multiplied by: out = (sum - zero) * factor + bias. */
+typedef struct {
+    int32_t zero[OUTPUTS];
+    float factor[OUTPUTS], bias[OUTPUTS];
+} __attribute__((aligned(64))) Epilogue;
+
+INLINE Epilogue epilogue_of(int zero_point, const int32_t *level_sum, float input_scale, const float *scale,
+                            const float *bias, int64_t count)
+{
+    Epilogue epilogue;
+    for (int j = 0; j < OUTPUTS; j++) {
+        epilogue.zero[j] = zero_point * level_sum[j];
+        epilogue.factor[j] = input_scale * scale[j];
+        epilogue.bias[j] = bias && j < count ? bias[j] : 0;
+    }
+    return epilogue;
+}
+
+INLINE void dequantize_row(const int32_t *sums, const Epilogue *epilogue, const float *addend, int64_t count, float *out)
+{
+    float row[OUTPUTS], added[OUTPUTS], *target = count < OUTPUTS ? row : out;
+    if (addend && count < OUTPUTS) addend = memcpy(added, addend, sizeof(float) * count);
     for (int j = 0; j < OUTPUTS; j += 8) {
-        __m256i level = _mm256_loadu_si256((const __m256i *)(level_sum + j));
-        __m256i zero = _mm256_mullo_epi32(_mm256_set1_epi32(zero_point), level);
-        __m256i centred = _mm256_sub_epi32(_mm256_load_si256((const __m256i *)(sums + j)), zero);
-        __m256 factor = _mm256_mul_ps(_mm256_set1_ps(input_scale), _mm256_loadu_ps(scale + j));
-        _mm256_storeu_ps(target + j, _mm256_fmadd_ps(_mm256_cvtepi32_ps(centred), factor, _mm256_loadu_ps(added + j)));
+        __m256i zero = _mm256_load_si256((const __m256i *)(epilogue->zero + j));
+        __m256 centred = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_load_si256((const __m256i *)(sums + j)), zero));
+        __m256 factor = _mm256_load_ps(epilogue->factor + j), bias = _mm256_load_ps(epilogue->bias + j);
+        __m256 value = _mm256_fmadd_ps(centred, factor, bias);
+        if (addend) value = _mm256_add_ps(value, _mm256_loadu_ps(addend + j));
+        _mm256_storeu_ps(target + j, value);
     }
     if (count < OUTPUTS) memcpy(out, row, sizeof(float) * count);
 }
 
-/* Convolution, or matrix product where an image is one row of pixels. `codes` is what `quantize` wrote. Per block of
-   OUTPUTS channels: `weight` (steps, OUTPUTS, DEPTH), windows from window_starts[block] to window_starts[block + 1];
-   `level_sum` and `scale` hold a number for every output of every block. `out` is channels_last. */
-void multiply(const uint8_t *codes, int is_signed, Image image, Output output, const int8_t *weight, int64_t steps,
-              const Window *windows, const int32_t *window_starts, float input_scale, int zero_point,
-              const int32_t *level_sum, const float *scale, const float *bias, float *out)
+/* What does not change from call to call. Per block of OUTPUTS channels: `weight` (steps, OUTPUTS, DEPTH) and windows from
+   window_starts[block] to window_starts[block + 1]; `level_sum` and `scale` hold a number for every output of every
+   block. With `is_signed`, codes are signed. */
+typedef struct {
+    const int8_t *weight;
+    const Window *windows;
+    const int32_t *window_starts, *level_sum;
+    const float *scale;
+    int64_t steps, is_signed;
+} Weights;
+
+/* What is added to the output: as large as that, channels_last, or one number for each channel of an image, the same for
+   all its pixels. NULL for neither. */
+typedef struct {
+    const float *numbers;
+    int64_t is_per_image;
+} Addend;
+
+/* Convolution, or matrix product where an image is one row of pixels, of `codes`, which `quantize` wrote. `bias` may be
+   NULL; `out` is channels_last. */
+void multiply(const uint8_t *codes, Image image, Output output, const Weights *weights, float input_scale, int zero_point,
+              const float *bias, Addend addend, float *out)
 {
     int64_t row_bytes = (image.width + 2 * image.border_x) * image.padded_channels;
     int64_t image_bytes = (image.height + 2 * image.border_y) * row_bytes;
     int64_t pixels = image.images * output.out_height * output.out_width, tiles = (pixels + ROWS - 1) / ROWS;
     int64_t blocks = (output.out_channels + OUTPUTS - 1) / OUTPUTS;
-#pragma omp parallel for collapse(2) schedule(static)
+#pragma omp parallel for collapse(2) schedule(static) if (blocks * tiles > 1)
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t tile = 0; tile < tiles; tile++) {
-            int32_t sums[ROWS][OUTPUTS] __attribute__((aligned(32)));
+            int32_t sums[ROWS][OUTPUTS] __attribute__((aligned(64)));
             const uint8_t *rows[ROWS];
+            int64_t images[ROWS];
             int64_t first = tile * ROWS, channel = block * OUTPUTS;
             int count = pixels - first < ROWS ? (int)(pixels - first) : ROWS;
             int64_t column = first % output.out_width, line = first / output.out_width;
@@ -134,27 +223,40 @@ void multiply(const uint8_t *codes, int is_signed, Image image, Output output, c
             for (int i = 0; i < ROWS; i++) { /* counted on: divisions for each row would take as long as a short product */
                 rows[i] = codes + n * image_bytes + y * output.stride_y * row_bytes
                           + column * output.stride_x * image.padded_channels;
+                images[i] = n;
                 if (i + 1 >= count || ++column < output.out_width) continue;
                 column = 0;
                 if (++y == output.out_height) y = 0, n++;
             }
-            const int8_t *block_weight = weight + block * steps * DEPTH * OUTPUTS;
-            const Window *window = windows + window_starts[block], *end = windows + window_starts[block + 1];
-            if (is_signed) multiply_wide(ROWS, rows, row_bytes, block_weight, window, end, sums);
-            else if (count <= 2) multiply_narrow(2, rows, row_bytes, block_weight, window, end, sums);
-            else multiply_narrow(ROWS, rows, row_bytes, block_weight, window, end, sums);
+            const Window *window = weights->windows + weights->window_starts[block];
+            const Window *end = weights->windows + weights->window_starts[block + 1];
+            multiply_tile(count, (int)weights->is_signed, rows, row_bytes,
+                          weights->weight + block * weights->steps * DEPTH * OUTPUTS, window, end, sums);
             int64_t channels = output.out_channels - channel < OUTPUTS ? output.out_channels - channel : OUTPUTS;
-            for (int i = 0; i < count; i++)
-                dequantize_row(sums[i], zero_point, level_sum + channel, input_scale, scale + channel,
-                               bias ? bias + channel : NULL, channels, out + (first + i) * output.out_channels + channel);
+            Epilogue epilogue = epilogue_of(zero_point, weights->level_sum + channel, input_scale,
+                                            weights->scale + channel, bias ? bias + channel : NULL, channels);
+            for (int i = 0; i < count; i++) {
+                int64_t at = (first + i) * output.out_channels + channel;
+                int64_t added = addend.is_per_image ? images[i] * output.out_channels + channel : at;
+                dequantize_row(sums[i], &epilogue, addend.numbers ? addend.numbers + added : NULL, channels, out + at);
+            }
         }
 }
 
-/* What is done to an input before it is rounded: x * gain + shift, then SiLU. `gain` and `shift` are (images, channels),
-   or NULL for neither; groups of channels that share a mean and a variance are in them (`normalize`). */
+/* What is done to an input before it is rounded: x * gain + shift, then SiLU where `has_silu`. `gain` and `shift` are
+   (images, channels), or NULL for none of it; groups of channels that share a mean and a variance are in them
+   (`normalize`). */
 typedef struct {
     const float *gain, *shift;
+    int64_t has_silu;
 } Affine;
+
+/* The map of the image whose numbers start at `offset`. */
+INLINE Affine affine_at(Affine affine, int64_t offset)
+{
+    if (affine.gain) affine.gain += offset, affine.shift += offset;
+    return affine;
+}
 
 /* 2^x, to 1e-6 of it for x of -64 to 64 and 1e-5 up to the ends of -126 and 126, whose values hold beyond: 2^n times a
    minimax polynomial on [-1/2, 1/2]. Its terms are added up in pairs, for their latency is what takes time. */
@@ -171,17 +273,18 @@ INLINE __m256 exp2_ps(__m256 x)
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
 }
 
-/* Eight inputs from channel `c` on, after the affine map and SiLU where there is a map. `count` of them are real, and zeros
+/* Eight inputs from channel `c` on, after the affine map and SiLU where there are such. `count` of them are real, and zeros
    stand for the others; a constant 8 costs no mask. */
-INLINE __m256 activate(const float *x, const float *gain, const float *shift, int64_t c, int64_t count)
+INLINE __m256 activate(const float *x, Affine affine, int64_t c, int64_t count)
 {
     const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), numbers);
 #define LOAD(numbers) (count == 8 ? _mm256_loadu_ps(numbers) : _mm256_maskload_ps(numbers, mask))
     __m256 value = LOAD(x + c);
-    if (!gain) return value;
-    value = _mm256_fmadd_ps(value, LOAD(gain + c), LOAD(shift + c));
+    if (!affine.gain) return value;
+    value = _mm256_fmadd_ps(value, LOAD(affine.gain + c), LOAD(affine.shift + c));
 #undef LOAD
+    if (!affine.has_silu) return value;
     const __m256 minus_log2_e = _mm256_set1_ps(-1.44269504f), one = _mm256_set1_ps(1.0f);
     return _mm256_div_ps(value, _mm256_add_ps(one, exp2_ps(_mm256_mul_ps(value, minus_log2_e))));
 }
@@ -195,8 +298,8 @@ INLINE __m256i round_to_codes(__m256 value, int zero_point, int qmax)
 }
 
 /* The codes of x * inverse_scale, after the affine map and SiLU where there is a map; `flip` is added to all their bits. */
-INLINE void quantize_pixel(const float *x, const float *gain, const float *shift, int64_t channels, float inverse_scale,
-                           int zero_point, int qmax, uint8_t flip, uint8_t *codes)
+INLINE void quantize_pixel(const float *x, Affine affine, int64_t channels, float inverse_scale, int zero_point, int qmax,
+                           uint8_t flip, uint8_t *codes)
 {
     const __m256 factor = _mm256_set1_ps(inverse_scale);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7), flips = _mm256_set1_epi8((char)flip);
@@ -204,7 +307,7 @@ INLINE void quantize_pixel(const float *x, const float *gain, const float *shift
     for (; c + 32 <= channels; c += 32) {
         __m256i code[4];
         for (int k = 0; k < 4; k++)
-            code[k] = round_to_codes(_mm256_mul_ps(activate(x, gain, shift, c + 8 * k, 8), factor), zero_point, qmax);
+            code[k] = round_to_codes(_mm256_mul_ps(activate(x, affine, c + 8 * k, 8), factor), zero_point, qmax);
         __m256i halves[2] = {_mm256_packus_epi32(code[0], code[1]), _mm256_packus_epi32(code[2], code[3])};
         __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(halves[0], halves[1]), order);
         _mm256_storeu_si256((__m256i *)(codes + c), _mm256_xor_si256(bytes, flips));
@@ -212,7 +315,7 @@ INLINE void quantize_pixel(const float *x, const float *gain, const float *shift
     for (; c < channels; c += 8) {
         int32_t code[8];
         int64_t count = channels - c < 8 ? channels - c : 8;
-        __m256 value = _mm256_mul_ps(activate(x, gain, shift, c, count), factor);
+        __m256 value = _mm256_mul_ps(activate(x, affine, c, count), factor);
         _mm256_storeu_si256((__m256i *)code, round_to_codes(value, zero_point, qmax));
         for (int64_t k = 0; k < count; k++) codes[c + k] = (uint8_t)code[k] ^ flip;
     }
@@ -229,8 +332,8 @@ void quantize(const float *x, Image image, Affine affine, float inverse_scale, i
     int64_t border = image.border_x * image.padded_channels;
 #pragma omp parallel for schedule(static) if (image.images * height > 1)
     for (int64_t line = 0; line < image.images * height; line++) {
-        int64_t y = line % height - image.border_y, offset = line / height * image.channels;
-        const float *gain = affine.gain ? affine.gain + offset : NULL, *shift = gain ? affine.shift + offset : NULL;
+        int64_t y = line % height - image.border_y;
+        Affine local = affine_at(affine, line / height * image.channels);
         uint8_t *row = codes + line * width * image.padded_channels;
         if (y < 0 || y >= image.height) {
             memset(row, code_of_zero, width * image.padded_channels);
@@ -240,7 +343,7 @@ void quantize(const float *x, Image image, Affine affine, float inverse_scale, i
         memset(row, code_of_zero, border);
         row += border;
         for (int64_t i = 0; i < image.width; i++, row += image.padded_channels, source += image.channels) {
-            quantize_pixel(source, gain, shift, image.channels, inverse_scale, zero_point, qmax, flip, row);
+            quantize_pixel(source, local, image.channels, inverse_scale, zero_point, qmax, flip, row);
             memset(row + image.channels, 0, image.padded_channels - image.channels);
         }
         memset(row, code_of_zero, border);
@@ -254,14 +357,13 @@ void find_range(const float *x, Image image, Affine affine, float *least, float 
     int bad = 0;
 #pragma omp parallel for schedule(static) reduction(min : low) reduction(max : high) reduction(| : bad)
     for (int64_t line = 0; line < image.images * image.height; line++) {
-        int64_t offset = line / image.height * image.channels;
-        const float *gain = affine.gain ? affine.gain + offset : NULL, *shift = gain ? affine.shift + offset : NULL;
+        Affine local = affine_at(affine, line / image.height * image.channels);
         const float *source = x + line * image.width * image.channels;
         __m256 lows = _mm256_setzero_ps(), highs = lows, unordered = lows;
         for (int64_t i = 0; i < image.width; i++, source += image.channels)
             for (int64_t c = 0; c < image.channels; c += 8) {
                 int64_t count = image.channels - c < 8 ? image.channels - c : 8;
-                __m256 value = count == 8 ? activate(source, gain, shift, c, 8) : activate(source, gain, shift, c, count);
+                __m256 value = count == 8 ? activate(source, local, c, 8) : activate(source, local, c, count);
                 lows = _mm256_min_ps(lows, value);
                 highs = _mm256_max_ps(highs, value);
                 unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));

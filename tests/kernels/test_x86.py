@@ -7,17 +7,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusers_pqcad import kernels
-from diffusers_pqcad.kernels import avx2
+from diffusers_pqcad.kernels import x86
 from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear
 from diffusers_pqcad.qparams import ACTIVATION_BITS, WEIGHT_BITS, WeightSpec, activation_qmax, activation_qparams
 from diffusers_pqcad.timesteps import TimestepGroups
 
-pytestmark = pytest.mark.skipif(isinstance(avx2.library(), str), reason=str(avx2.library()))
+pytestmark = pytest.mark.skipif(isinstance(x86.library(), str), reason=str(x86.library()))
 SEGMENTS = torch.tensor([[0, 0, 0], [1, 8, 0], [3, 0, 0]], dtype=torch.int32)
 
 
+OUTPUTS = 16 if isinstance(x86.library(), str) else x86.compiled().block_outputs()
+
+
 def blocks_of_levels(largest: int, num_blocks: int = 2, steps: int = 60) -> Tensor:
-    return torch.randint(-largest, largest + 1, (num_blocks, steps, 16, 4), dtype=torch.int8)
+    return torch.randint(-largest, largest + 1, (num_blocks, steps, OUTPUTS, 4), dtype=torch.int8)
 
 
 @given(largest=st.sampled_from([1, 3, 7, 31]), qmax=st.sampled_from([127, 255]), seed=st.integers(0, 2**31))
@@ -25,7 +28,7 @@ def blocks_of_levels(largest: int, num_blocks: int = 2, steps: int = 60) -> Tens
 def test_windows_cover_every_step_and_cannot_overflow(largest: int, qmax: int, seed: int) -> None:
     torch.manual_seed(seed)
     weight = blocks_of_levels(largest)
-    windows, starts = avx2.plan_windows(weight, SEGMENTS, avx2.SUM_MAX // qmax)
+    windows, starts = x86.plan_windows(weight, SEGMENTS, x86.SUM_MAX // qmax)
     assert starts.tolist() == [0, starts[1].item(), len(windows)]
     for block, levels in enumerate(weight):
         step = 0
@@ -33,7 +36,7 @@ def test_windows_cover_every_step_and_cannot_overflow(largest: int, qmax: int, s
             segment = SEGMENTS[step // 20].tolist()
             assert (y, x) == (segment[0], segment[1] + step % 20 * 4)
             assert step % 20 + steps <= 20  # ends with its segment
-            lanes = levels[step : step + steps].int().view(steps, 32, 2)
+            lanes = levels[step : step + steps].int().view(steps, -1, 2)
             assert lanes.clamp(min=0).sum((0, 2)).max() * qmax < 2**15
             assert lanes.clamp(max=0).sum((0, 2)).min() * qmax > -(2**15)
             step += steps
@@ -41,9 +44,9 @@ def test_windows_cover_every_step_and_cannot_overflow(largest: int, qmax: int, s
 
 
 def test_windows_are_as_long_as_they_can_be() -> None:
-    windows, _ = avx2.plan_windows(torch.full((1, 60, 16, 4), 7, dtype=torch.int8), SEGMENTS, avx2.SUM_MAX // 255)
+    windows, _ = x86.plan_windows(torch.full((1, 60, OUTPUTS, 4), 7, dtype=torch.int8), SEGMENTS, x86.SUM_MAX // 255)
     assert windows[:, 2].tolist() == [9, 9, 2] * 3  # 9 * 2 * 7 * 255 <= 32767 < 10 * 2 * 7 * 255
-    windows, _ = avx2.plan_windows(blocks_of_levels(1, 1), SEGMENTS, avx2.SUM_MAX // 255)
+    windows, _ = x86.plan_windows(blocks_of_levels(1, 1), SEGMENTS, x86.SUM_MAX // 255)
     assert windows[:, 2].tolist() == [20, 20, 20]
 
 
@@ -63,7 +66,7 @@ def test_inputs_that_are_made_to_overflow_are_exact(seed, bits, activation_bits,
     levels = layer.levels().double()
     codes = torch.cat([levels > 0, levels < 0]).double() * activation_qmax(activation_bits)
     codes[:, :1] = activation_qmax(activation_bits)  # so that the scale is 1
-    with torch.no_grad(), kernels.use("avx2"):
+    with torch.no_grad(), kernels.use("x86"):
         assert torch.equal(layer(codes.float()).double(), codes @ levels.T)
 
 
@@ -73,7 +76,7 @@ def test_threads_share_the_work_and_change_nothing(bits: int, num_threads: int) 
     layer = PQCADConv2d(20, 37, 3, padding=1).requires_grad_(False)
     layer.pack_(WeightSpec(bits), activation_bits=8)
     x, before = torch.randn(3, 20, 9, 7), torch.get_num_threads()
-    with torch.no_grad(), kernels.use("avx2"):
+    with torch.no_grad(), kernels.use("x86"):
         expected = layer(x)
         try:
             torch.set_num_threads(num_threads)
@@ -89,7 +92,7 @@ def test_the_outputs_of_large_inputs_are_clamped() -> None:
     groups = TimestepGroups([])
     groups.current = 0
     layer.set_input_qparams_(activation_qparams(torch.tensor([-1.0]), torch.tensor([1.0]), 8), groups)
-    with torch.no_grad(), kernels.use("avx2"):
+    with torch.no_grad(), kernels.use("x86"):
         for sign in (1, -1):
             expected = layer(torch.full((1, 8), sign * 1.5))
             for large in (1e3, 1e12, float("inf")):

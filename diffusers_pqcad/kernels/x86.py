@@ -1,0 +1,327 @@
+"""int8 convolution and linear on x86 CPUs, in C (x86.c), compiled on first use: exact, and faster than oneDNN.
+
+With AVX-512 VNNI, one instruction multiplies 64 codes by 64 levels and adds them up in 32 bits. With AVX2 alone, one
+multiplies 32 and adds neighbours in 16 bits, another widens the sums. There levels of up to 6 bits let several
+products add up in 16 bits before they are widened: 9 where all are as large as 4 bits allow, and 20 to 60 for the
+levels that layers have. The windows are cut from the levels themselves, so that no input can overflow them. Levels of
+8 bits take signed codes, which fit as single products.
+"""
+
+import ctypes
+import math
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusers_pqcad.kernels import native, onednn, ranges
+from diffusers_pqcad.pending import PendingActivation
+from diffusers_pqcad.qparams import ScalarQParams, activation_qmax, scalar_qparams
+
+if TYPE_CHECKING:
+    from diffusers_pqcad.layers import QuantizedLayer
+
+NAME = "x86"
+SOURCE = Path(__file__).with_name("x86.c")
+DEPTH = 4  # inputs of a step, as in the C file
+MAX_NARROW_BITS = 6  # two steps of the largest levels still fit 16 bits
+SUM_MAX = 2**15 - 1  # of 16 bits
+MAX_LINE = 32  # pixels
+SIGNED_OFFSET = 128  # what signed codes are less
+NO_WIDE_VNNI = "oneDNN has VNNI here, and this kernel only that of AVX-512"
+
+
+class Image(ctypes.Structure):
+    """The input: as `Image` in the C file."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("images", "height", "width", "channels", "border_y", "border_x", "padded_channels")
+    ]
+
+    def num_codes(self) -> int:
+        """Return the number of codes, with the border and the padded channels."""
+        height, width = self.height + 2 * self.border_y, self.width + 2 * self.border_x
+        return self.images * height * width * self.padded_channels
+
+
+class Output(ctypes.Structure):
+    """The output: as `Output` in the C file."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("out_height", "out_width", "out_channels", "stride_y", "stride_x")]
+
+
+class Affine(ctypes.Structure):
+    """A map before rounding: as `Affine` in the C file; NULL where there is none."""
+
+    _fields_ = [("gain", ctypes.c_void_p), ("shift", ctypes.c_void_p), ("has_silu", ctypes.c_int64)]
+
+
+class Weights(ctypes.Structure):
+    """What does not change from call to call: as `Weights` in the C file."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "windows", "window_starts", "level_sum", "scale")),
+        ("steps", ctypes.c_int64),
+        ("is_signed", ctypes.c_int64),
+    ]
+
+
+class Addend(ctypes.Structure):
+    """What is added to the output: as `Addend` in the C file; NULL where there is none."""
+
+    _fields_ = [("numbers", ctypes.c_void_p), ("is_per_image", ctypes.c_int64)]
+
+
+class Geometry(NamedTuple):
+    """What follows from the shape of an input: its image, and the size of the output as C and as PyTorch know it."""
+
+    image: Image
+    output: Output
+    size: tuple[int, ...]
+
+
+class PackedLayer(NamedTuple):
+    """What does not change from call to call; B blocks of O outputs, S steps of 4 inputs, V windows.
+
+    `weight` int8 (B, S, O, 4); `windows` int32 (V, 3) and `window_starts` int32 (B + 1,); `level_sum` int32 and
+    `scale` fp32, both (B O,); `weights` points to them, and says whether they take signed codes. `ranges` are the
+    static activation ranges, `None` where each call chooses its own. `geometries` remembers the shapes of inputs.
+    """
+
+    weight: Tensor
+    windows: Tensor
+    window_starts: Tensor
+    level_sum: Tensor
+    scale: Tensor
+    weights: Weights
+    ranges: list[ScalarQParams] | None
+    geometries: dict[torch.Size, Geometry]
+
+
+@cache
+def library() -> ctypes.CDLL | str:
+    """Return the compiled C file, or why there is none on this computer."""
+    loaded = native.library(SOURCE)
+    if isinstance(loaded, str):
+        return loaded
+    address, integer, long, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+    loaded.normalize.argtypes = [address, Image, long, address, address, ctypes.c_double, address, address]
+    loaded.find_range.argtypes = [address, Image, Affine, ctypes.POINTER(number), ctypes.POINTER(number)]
+    loaded.quantize.argtypes = [address, Image, Affine, number, integer, integer, integer, address]
+    loaded.multiply.argtypes = [address, Image, Output, ctypes.POINTER(Weights), number, integer]
+    loaded.multiply.argtypes += [address, Addend, address]
+    loaded.normalize.restype = loaded.find_range.restype = loaded.quantize.restype = loaded.multiply.restype = None
+    loaded.plan_windows.argtypes = [address, long, long, long, address, integer, address, address]
+    loaded.plan_windows.restype = long
+    return loaded
+
+
+def compiled() -> ctypes.CDLL:
+    """Return the compiled C file, where `refusal` found it."""
+    found = library()
+    assert not isinstance(found, str)
+    return found
+
+
+def refusal(layer: "QuantizedLayer") -> str | None:
+    """Return why this kernel cannot run `layer` on this computer, or `None`."""
+    if layer.qweight.device.type != "cpu":
+        return f"its weights are on {layer.qweight.device.type}, and this kernel is for CPUs"
+    if layer.activation_bits is None:
+        return "its activations stay in floating point"
+    if isinstance(layer, nn.Conv2d):
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            return f"padding {layer.padding!r} in mode {layer.padding_mode!r} is not supported"
+        if layer.groups > 1:
+            return "it is a convolution in groups"
+    loaded = library()
+    if isinstance(loaded, str):
+        return loaded
+    if onednn.available():
+        if not loaded.has_vnni() and not onednn.saturates():
+            return NO_WIDE_VNNI
+    return None
+
+
+def is_wide(layer: "QuantizedLayer") -> bool:
+    """Return whether the levels of `layer` have 8 bits; rows of several scales are re-quantized to so many."""
+    return layer.spec.bits > MAX_NARROW_BITS or layer.weight_scale.shape[1] > 1
+
+
+def round_up(number: int, multiple: int) -> int:
+    """Return the smallest multiple that is not below `number`."""
+    return -(-number // multiple) * multiple
+
+
+def pack(layer: "QuantizedLayer") -> PackedLayer:
+    """Return the weights in blocks and their windows, and the static activation ranges as plain numbers."""
+    assert layer.activation_bits is not None  # refused
+    levels, scale = layer.channel_levels()
+    dilation = layer.dilation if isinstance(layer, nn.Conv2d) else (1, 1)
+    rows = levels.view(*levels.shape, 1, 1) if levels.dim() == 2 else levels
+    rows = rows.permute(0, 2, 3, 1)  # as the inputs lie: height, width, C
+    channels = round_up(rows.shape[-1], DEPTH)
+    outputs = compiled().block_outputs()
+    surplus = round_up(len(rows), outputs) - len(rows)
+    rows = F.pad(rows, (0, channels - rows.shape[-1], 0, 0, 0, 0, 0, surplus))
+    weight = rows.reshape(-1, outputs, rows[0].numel() // DEPTH, DEPTH).transpose(1, 2).contiguous()
+    has_vnni = bool(compiled().has_vnni())
+    is_signed = is_wide(layer) and not has_vnni
+    fits = has_vnni or is_signed
+    limit = torch.iinfo(torch.int32).max if fits else SUM_MAX // activation_qmax(layer.activation_bits)
+    segments = segment_starts(rows.shape[1:], dilation)
+    windows, window_starts = plan_windows(weight, segments, limit)
+    level_sum = rows.sum((1, 2, 3), dtype=torch.int32)
+    tensors = (weight, windows, window_starts, level_sum, F.pad(scale, (0, surplus)))
+    weights = Weights(*(tensor.data_ptr() for tensor in tensors), weight.shape[1], is_signed)
+    return PackedLayer(*tensors, weights, ranges.static_ranges(layer), {})
+
+
+def segment_starts(shape: torch.Size, dilation: tuple[int, ...]) -> Tensor:
+    """Return int32 (K, 3): from which row and byte of a receptive field (height, width, C) on it is consecutive."""
+    height, width, channels = shape
+    columns = range(1) if dilation[1] == 1 else range(width)
+    starts = [(y * dilation[0], x * dilation[1] * channels, 0) for y in range(height) for x in columns]
+    return torch.tensor(starts, dtype=torch.int32)
+
+
+def plan_windows(weight: Tensor, segments: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Return windows int32 (V, 3) and their starts int32 (B + 1,) for `weight` int8 (B, S, O, 4).
+
+    A window is (row, byte, steps); it does not cross a segment, of which each has S / K steps. In no window do the
+    positive or the negative levels of a 16-bit sum add up to more than `limit`; a single step must fit it.
+    """
+    blocks, steps = weight.shape[:2]
+    windows = torch.empty(blocks * steps, 3, dtype=torch.int32)
+    starts = torch.empty(blocks + 1, dtype=torch.int32)
+    count = compiled().plan_windows(
+        weight.data_ptr(), blocks, steps, steps // len(segments), segments.data_ptr(), limit, windows.data_ptr(),
+        starts.data_ptr(),
+    )  # fmt: skip
+    return windows[:count].clone(), starts
+
+
+def geometry_of(layer: "QuantizedLayer", size: torch.Size) -> Geometry:
+    """Return the geometry of `layer` for an input of `size`, of a convolution with a batch."""
+    if isinstance(layer, nn.Conv2d):
+        return conv_geometry(layer, size)
+    assert isinstance(layer, nn.Linear)
+    return linear_geometry(layer, size)
+
+
+def conv_geometry(layer: nn.Conv2d, size: torch.Size) -> Geometry:
+    """Return the geometry of a convolution of an input of `size` (N, C, H, W)."""
+    assert not isinstance(layer.padding, str)  # refused
+    height, width = (
+        (size[axis + 2] + 2 * layer.padding[axis] - layer.dilation[axis] * (layer.kernel_size[axis] - 1) - 1)
+        // layer.stride[axis]
+        + 1
+        for axis in range(2)
+    )
+    image = Image(size[0], *size[2:], layer.in_channels, *layer.padding, round_up(layer.in_channels, DEPTH))
+    output = Output(height, width, layer.out_channels, *layer.stride)
+    return Geometry(image, output, (size[0], layer.out_channels, height, width))
+
+
+def linear_geometry(layer: nn.Linear, size: torch.Size) -> Geometry:
+    """Return the geometry of a matrix product with an input of `size` (B, ..., K), as of B images.
+
+    Threads share lines, and sums over a line are short enough for fp32: they have up to 32 pixels.
+    """
+    images, pixels = (size[0], size[1:-1].numel()) if len(size) > 1 else (1, 1)
+    width = math.gcd(pixels, MAX_LINE)
+    image = Image(images, pixels // width, width, layer.in_features, 0, 0, round_up(layer.in_features, DEPTH))
+    return Geometry(image, Output(pixels // width, width, layer.out_features, 1, 1), (*size[:-1], layer.out_features))
+
+
+def normalization(pending: PendingActivation, image: Image) -> tuple[Tensor, Tensor]:
+    """Return the gain and the shift fp32 (B, C) that are the group norm of `pending`, computed once."""
+    if pending.gain_and_shift is None:
+        norm, source = pending.group_norm, pending.source
+        gain, shift = torch.empty(2, image.images, image.channels)
+        parameters = (norm.weight.data_ptr(), norm.bias.data_ptr(), norm.eps)
+        compiled().normalize(source.data_ptr(), image, norm.num_groups, *parameters, gain.data_ptr(), shift.data_ptr())
+        pending.gain_and_shift = gain, shift
+    return pending.gain_and_shift
+
+
+def dynamic_range(x: Tensor, image: Image, affine: Affine, bits: int) -> ScalarQParams:
+    """Return the qparams of the range of `x`, after `affine`."""
+    least, largest = ctypes.c_float(), ctypes.c_float()
+    compiled().find_range(x.data_ptr(), image, affine, least, largest)
+    return scalar_qparams(least.value, largest.value, bits)
+
+
+def addend_of(output: Tensor, addend: Tensor | None) -> Addend | None:
+    """Return `addend` as the C file adds it to `output`, channels_last; `None` where it cannot."""
+    if addend is None:
+        return Addend()
+    if type(addend) is not Tensor or addend.dtype != torch.float32 or output.dim() != 4:
+        return None
+    if addend.shape == output.shape and addend.is_contiguous(memory_format=torch.channels_last):
+        return Addend(addend.data_ptr(), 0)
+    if addend.shape == (*output.shape[:2], 1, 1) and addend.is_contiguous():
+        return Addend(addend.data_ptr(), 1)
+    return None
+
+
+def run(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor, addend: Tensor | None = None) -> Tensor:
+    """Return the int8 operation's output, plus `addend`, in the dtype of `x`; convolutions return channels_last."""
+    pending = x if isinstance(x, PendingActivation) and x.can_be_fused() else None
+    if pending is None and isinstance(x, PendingActivation):
+        x = x.value()
+    is_conv = isinstance(layer, nn.Conv2d)
+    dense = x if pending is None else pending.source
+    if is_conv:
+        dense = dense if dense.dim() == 4 else dense.unsqueeze(0)
+        dense = dense.float().contiguous(memory_format=torch.channels_last)
+    elif pending is None:
+        dense = dense.float().contiguous()
+    size = dense.shape if is_conv else x.shape
+    geometry = packed.geometries.get(size)
+    if geometry is None:
+        geometry = packed.geometries[size] = geometry_of(layer, size)
+    affine = Affine()
+    if pending is not None:
+        gain, shift = normalization(pending, geometry.image)
+        affine = Affine(gain.data_ptr(), shift.data_ptr(), pending.has_silu)
+    memory_format = torch.channels_last if is_conv else torch.contiguous_format
+    output = torch.empty(geometry.size, memory_format=memory_format)
+    added = addend_of(output, addend)
+    multiply(layer, packed, dense, geometry, affine, added or Addend(), output)
+    output = (output if output.dim() == x.dim() else output.squeeze(0)).to(x.dtype)
+    return output if addend is None or added is not None else output + addend
+
+
+def multiply(
+    layer: "QuantizedLayer",
+    packed: PackedLayer,
+    x: Tensor,
+    geometry: Geometry,
+    affine: Affine,
+    addend: Addend,
+    output: Tensor,
+) -> None:
+    """Write to `output` what `layer` makes of `x`, which lies as the image says, after `affine`, plus `addend`."""
+    assert layer.activation_bits is not None  # refused
+    image, weights = geometry.image, packed.weights
+    if packed.ranges is None:
+        qparams = dynamic_range(x, image, affine, layer.activation_bits)
+    else:
+        qparams = ranges.current_range(layer, packed.ranges)
+    codes = torch.empty(image.num_codes(), dtype=torch.uint8)
+    code_at, qmax = codes.data_ptr(), activation_qmax(layer.activation_bits)
+    library = compiled()
+    library.quantize(
+        x.data_ptr(), image, affine, 1.0 / qparams.scale, qparams.zero_point, qmax, weights.is_signed, code_at
+    )
+    zero_point = qparams.zero_point - SIGNED_OFFSET * weights.is_signed
+    bias = None if layer.bias is None else layer.bias.float()
+    bias_at = None if bias is None else bias.data_ptr()
+    library.multiply(
+        code_at, image, geometry.output, weights, qparams.scale, zero_point, bias_at, addend, output.data_ptr()
+    )
