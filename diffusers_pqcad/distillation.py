@@ -222,7 +222,7 @@ class Distillation:
         if self.teacher is not None:
             rows = torch.randint(0, num_jumps, (size,), generator=generator)
             sample = self.fresh_batch(rows, generator, data)
-            spoken = gate[rows] > 0  # the others add nothing to the mean, and need not be computed
+            spoken = (gate[rows] > 0).cpu()  # the others add nothing to the mean, and need not be computed
             if bool(spoken.any()):
                 rows, sample = rows[spoken], sample[spoken]
                 target = self.teacher_target(sample, rows)

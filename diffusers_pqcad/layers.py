@@ -280,7 +280,7 @@ class QuantizedLayer(nn.Module):
             if self._cache is None or self._cache[0] != kernel.NAME:
                 self._cache = (kernel.NAME, kernel.pack(self))
             packed = self._cache[1]
-        if kernels.fuses(kernel):
+        if kernels.fuses(kernel) and not (addend is not None and addend.requires_grad and torch.is_grad_enabled()):
             return kernels.x86.run(self, packed, x, addend)
         output = kernel.run(self, packed, x)
         return output if addend is None else output + addend

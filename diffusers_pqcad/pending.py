@@ -74,9 +74,11 @@ class PendingActivation(Tensor):
             self.computed = output.transpose(1, 2) if self.is_transposed else output
         return self.computed
 
-    def can_be_fused(self) -> bool:
-        """Return whether a layer over channels can compute this: nobody did, and they are where such layers look."""
-        return self.computed is None and (self.source.dim() == 4 or self.is_transposed)
+    def can_be_fused(self, layer: nn.Module) -> bool:
+        """Return whether `layer` can compute this: nobody did, and the channels are where it looks for them."""
+        return self.computed is None and (
+            self.source.dim() == 4 if isinstance(layer, nn.Conv2d) else self.is_transposed
+        )
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

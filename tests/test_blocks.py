@@ -116,6 +116,16 @@ def test_training_keeps_its_dropout_and_gradients(block: ResnetBlock2D) -> None:
     assert seen == [None, None]
 
 
+def test_the_gradient_of_an_addend_is_kept(block: ResnetBlock2D) -> None:
+    """Where only the time embedding is trained, no other input of a convolution asks for a gradient."""
+    temb = torch.randn(2, 12, requires_grad=True)
+    block.conv1(torch.randn(2, 16, 5, 6), temb.sum() * torch.ones(2, 16, 1, 1)).sum().backward()
+    assert temb.grad is not None
+    temb.grad = None
+    block(image(), temb).sum().backward()
+    assert temb.grad is not None
+
+
 def test_a_forced_kernel_sums_afterwards(block: ResnetBlock2D) -> None:
     with kernels.use("reference"):
         actual, expected = call_both(block, image(), torch.randn(2, 12))

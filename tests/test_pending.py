@@ -161,12 +161,15 @@ def test_a_sequence_waits_through_its_transpositions(norm: nn.GroupNorm) -> None
     exact = F.group_norm(x.transpose(1, 2), 4, norm.weight, norm.bias, norm.eps)
     assert isinstance(whole, PendingActivation)
     assert (half.shape, whole.shape) == ((2, 16, 30), (2, 30, 16))
-    assert (half.can_be_fused(), whole.can_be_fused()) == (False, True)
+    linear, conv = nn.Linear(16, 8), nn.Conv2d(2, 8, 1)
+    assert [pending.can_be_fused(layer) for pending in (half, whole) for layer in (linear, conv)] == [
+        False, False, True, False
+    ]  # fmt: skip
     assert whole.computed is half.computed is None
     assert torch.equal(whole + 0, exact.transpose(1, 2))
     assert torch.equal(half + 0, exact)
     assert torch.equal(whole.transpose(1, 2), exact)  # computed by now
-    assert not whole.can_be_fused()
+    assert not whole.can_be_fused(linear)
     assert type(half.transpose(0, 1)) is Tensor
 
 
@@ -187,6 +190,20 @@ def test_a_linear_layer_of_a_sequence_is_that_of_its_values(norm: nn.GroupNorm, 
     step = layer.weight_scale.max() * layer.spec.level_max * (pending.value().aminmax()[1] * 2 / 255)
     assert (output - values).abs().max() <= 2 * step
     assert (output - values).abs().mean() <= 1e-3 * values.abs().mean()
+
+
+@needs_x86
+@torch.no_grad()
+def test_a_layer_over_other_dimensions_sees_the_values(norm: nn.GroupNorm) -> None:
+    """A matrix product over the columns of an image, and a convolution of a sequence as if it were an image."""
+    linear, conv = PQCADLinear(16, 8).requires_grad_(False), PQCADConv2d(2, 8, 1).requires_grad_(False)
+    images = PendingActivation.of(channels_last(2, 16, 5, 16), Norm.of(norm))
+    sequence = PendingActivation.of(torch.randn(2, 30, 16).transpose(1, 2), Norm.of(norm), is_transposed=True)
+    for layer, pending in ((linear, images), (conv, sequence)):
+        layer.pack_(WeightSpec(8), activation_bits=8)
+        with kernels.use("x86"):
+            output = layer(pending)
+            assert torch.equal(output, layer(pending.value()))
 
 
 def test_gradients_of_the_norm_are_kept(norm: nn.GroupNorm) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffusers_pqcad.kernels import native, onednn, reference, torchao, x86
+from diffusers_pqcad.kernels import native, onednn, reference, x86
 from diffusers_pqcad.pending import PendingActivation
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Kernel(Protocol):
         """Return the output of `layer` for `x`; `packed` is what `pack` returned."""
 
 
-KERNELS: dict[str, Kernel] = {kernel.NAME: kernel for kernel in (x86, onednn, torchao, reference)}
+KERNELS: dict[str, Kernel] = {kernel.NAME: kernel for kernel in (x86, onednn, reference)}
 _forced: str | None = None
 
 

@@ -271,7 +271,7 @@ def addend_of(output: Tensor, addend: Tensor | None) -> Addend | None:
 
 def run(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor, addend: Tensor | None = None) -> Tensor:
     """Return the int8 operation's output, plus `addend`, in the dtype of `x`; convolutions return channels_last."""
-    pending = x if isinstance(x, PendingActivation) and x.can_be_fused() else None
+    pending = x if isinstance(x, PendingActivation) and x.can_be_fused(layer) else None
     if pending is None and isinstance(x, PendingActivation):
         x = x.value()
     is_conv = isinstance(layer, nn.Conv2d)

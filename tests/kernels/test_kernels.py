@@ -75,9 +75,7 @@ def test_the_environment_forces_and_the_block_overrides_it(
     monkeypatch.setenv("PQCAD_KERNEL", "")
     assert kernels.forced() is None
     monkeypatch.setenv("PQCAD_KERNEL", "cutlass")
-    with pytest.raises(
-        ValueError, match="kernel: expected one of .*'x86', 'onednn', 'torchao', 'reference'.*got 'cutlass'"
-    ):
+    with pytest.raises(ValueError, match="kernel: expected one of .*'x86', 'onednn', 'reference'.*got 'cutlass'"):
         layer(torch.randn(2, 16))
 
 
@@ -160,6 +158,5 @@ def test_reference_runs_everything_and_holds_nothing(layer: QuantizedLayer) -> N
     assert list(kernels.KERNELS) == [
         "x86",
         "onednn",
-        "torchao",
         "reference",
     ]  # fastest first, the last one always runs
