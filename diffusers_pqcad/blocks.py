@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 
 from diffusers_pqcad.kernels import x86
 from diffusers_pqcad.layers import PQCADConv2d
@@ -19,11 +20,11 @@ class SummingResnetBlock2D(ResnetBlock2D):
             return super().forward(input_tensor, temb, *args, **kwargs)
         hidden_states = self.nonlinearity(self.norm1(input_tensor))
         embedding = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
-        hidden_states = self.conv1(hidden_states, embedding[:, :, None, None])
+        hidden_states = self.conv1(hidden_states, addend=embedding[:, :, None, None])
         hidden_states = self.dropout(self.nonlinearity(self.norm2(hidden_states)))
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
-        return self.conv2(hidden_states, input_tensor)
+        return self.conv2(hidden_states, addend=input_tensor)
 
     def can_sum(self) -> bool:
         """Return whether this call is of the common kind, and nobody looks at what the convolutions return."""
@@ -31,7 +32,13 @@ class SummingResnetBlock2D(ResnetBlock2D):
             return False
         if self.time_emb_proj is None or self.time_embedding_norm != "default" or self.output_scale_factor != 1:
             return False
+        if _global_forward_hooks:
+            return False
         return all(type(conv) is PQCADConv2d and not conv._forward_hooks for conv in (self.conv1, self.conv2))
+
+
+# What libraries look for: blocks that must stay on one device, for instance.
+SummingResnetBlock2D.__name__ = ResnetBlock2D.__name__
 
 
 def install_blocks_(model: nn.Module) -> None:

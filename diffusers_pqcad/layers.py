@@ -254,12 +254,10 @@ class QuantizedLayer(nn.Module):
 
     def kernel_name(self) -> str:
         """Return the name of the fastest kernel that can run this layer here without a gradient."""
-        if self._cache is not None:
-            return self._cache[0]
         return next(name for name, kernel in kernels.KERNELS.items() if kernel.refusal(self) is None)
 
     def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
-        """Return the layer's output in the dtype of `x`, plus `addend` (a block passes one: see blocks.py)."""
+        """Return the layer's output in the dtype of `x`; plus `addend`, where a block passes one (blocks.py)."""
         if self.packed and not torch.compiler.is_compiling():
             return self.compute(x, addend)
         if not self.packed:
@@ -277,9 +275,10 @@ class QuantizedLayer(nn.Module):
             x = x.value()
         packed: Any = None
         if kernel.NAME != kernels.reference.NAME:
-            if self._cache is None or self._cache[0] != kernel.NAME:
-                self._cache = (kernel.NAME, kernel.pack(self))
-            packed = self._cache[1]
+            cache = self._cache  # read once: another thread may move the layer
+            if cache is None or cache[0] != kernel.NAME:
+                cache = self._cache = (kernel.NAME, kernel.pack(self))
+            packed = cache[1]
         if kernels.fuses(kernel) and not (addend is not None and addend.requires_grad and torch.is_grad_enabled()):
             return kernels.x86.run(self, packed, x, addend)
         output = kernel.run(self, packed, x)
@@ -441,5 +440,8 @@ def average_bits(model: nn.Module) -> tuple[float, float] | None:
 
 
 def kernel_cache_bytes(model: nn.Module) -> int:
-    """Return the bytes that kernels hold beside the packed weights (int8 copies for oneDNN), built on first use."""
+    """Return the bytes of the int8 copies that kernels hold beside the packed weights, built on first use.
+
+    What they pad, and some numbers for each output, are not counted.
+    """
     return sum(layer.weight_shape.numel() for layer in packed_layers(model).values() if layer._cache is not None)

@@ -33,7 +33,9 @@ class Norm(NamedTuple):
     @classmethod
     def of(cls, module: nn.GroupNorm) -> "Norm":
         """Return the norm that `module` computes now."""
-        return cls(module.num_groups, module.weight.detach(), module.bias.detach(), module.eps)
+        return cls(
+            module.num_groups, module.weight.detach().contiguous(), module.bias.detach().contiguous(), module.eps
+        )
 
 
 class PendingActivation(Tensor):
@@ -71,7 +73,7 @@ class PendingActivation(Tensor):
         if self.computed is None:
             output = F.group_norm(self.source, *self.group_norm)
             output = F.silu(output) if self.has_silu else output
-            self.computed = output.transpose(1, 2) if self.is_transposed else output
+            self.computed = output.transpose(1, 2).contiguous() if self.is_transposed else output
         return self.computed
 
     def can_be_fused(self, layer: nn.Module) -> bool:
@@ -89,10 +91,10 @@ class PendingActivation(Tensor):
                 return func(*args, **kwargs)
         if func is F.dropout and not kwargs.get("training", True):
             return args[0]
-        if func is Tensor.to and args[0].computed is None and moves_nothing(args[0], *args[1:], **kwargs):
-            return args[0]  # what hooks of offloaded models do with every input
-        if func is Tensor.transpose and args[1:] == (1, 2) and args[0].source.dim() == 3 and args[0].computed is None:
-            x = args[0]
+        x = args[0] if args and isinstance(args[0], PendingActivation) and args[0].computed is None else None
+        if func is Tensor.to and x is not None and moves_nothing(x, *args[1:], **kwargs):
+            return x  # what hooks of offloaded models do with every input
+        if func is Tensor.transpose and x is not None and args[1:] == (1, 2) and x.source.dim() == 3:
             return cls.of(x.source, x.group_norm, has_silu=x.has_silu, is_transposed=not x.is_transposed)
         args, kwargs = tree_map_only(PendingActivation, PendingActivation.value, (args, kwargs))
         return func(*args, **kwargs)
@@ -101,6 +103,8 @@ class PendingActivation(Tensor):
 def moves_nothing(x: Tensor, *args: Any, **kwargs: Any) -> bool:
     """Return whether `x.to(*args, **kwargs)` keeps device and dtype, and asks for neither a copy nor a layout."""
     if kwargs.get("copy") or "memory_format" in kwargs or any(arg is True for arg in args[2:]):
+        return False
+    if any(isinstance(arg, Tensor) for arg in (*args, *kwargs.values())):
         return False
     moved = torch.empty(0, dtype=x.dtype, device=x.device).to(*args, **kwargs)
     return moved.dtype == x.dtype and moved.device == x.device
@@ -116,6 +120,8 @@ class PendingGroupNorm(nn.GroupNorm):
     def can_wait(self, x: Tensor) -> bool:
         """Return whether a kernel could take the group norm of `x` apart: numbers in memory, and no gradient."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or x.dim() not in (3, 4):
+            return False
+        if x.shape[1] != self.num_channels or self._forward_hooks:  # a hook may keep the output
             return False
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad or self.bias.requires_grad):
             return False

@@ -14,7 +14,8 @@ class TimestepGroups:
     calibrated at some steps serves any number of steps. Registered as a forward-pre-hook of the model, it reads the
     `timestep` argument of each call (never a call counter, which a retry or another step count would desynchronize);
     the layers share this object. `current` is an int, a (B,) int64 tensor for a batch of several groups, or `None`
-    before a call; `index` is the same as an int64 tensor, () or (B,), on the CPU: what a compiled graph reads.
+    before a call; `index` is the same as an int64 tensor, () or (B,), on the CPU: what a compiled graph reads. Threads
+    that call one model at once would read each other's group: give each a copy of the model.
     """
 
     def __init__(self, boundaries: list[int] | tuple[int, ...]) -> None:

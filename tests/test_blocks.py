@@ -1,6 +1,7 @@
 """Specification of residual blocks that sum in their convolutions: the same numbers, fewer passes."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def addends(block: ResnetBlock2D) -> list[Tensor | None]:
     """What the convolutions of `block` are given to add, from now on."""
     seen: list[Tensor | None] = []
     for conv in (block.conv1, block.conv2):
-        conv.register_forward_pre_hook(lambda conv, args: seen.append(args[1] if len(args) > 1 else None))
+        conv.register_forward_pre_hook(lambda conv, args, kwargs: seen.append(kwargs.get("addend")), with_kwargs=True)
     return seen
 
 
@@ -98,6 +99,32 @@ def test_whoever_looks_at_a_convolution_sees_its_output_alone(block: ResnetBlock
     actual, expected = call_both(block, image(), torch.randn(2, 12))
     assert torch.equal(actual, expected)
     assert torch.equal(outputs[0], outputs[1])
+
+
+def test_a_hook_that_replaces_the_input_does_not_lose_the_sum(block: ResnetBlock2D) -> None:
+    for conv in (block.conv1, block.conv2):
+        conv.register_forward_pre_hook(lambda conv, args: (args[0] * 0.5,))
+    actual, expected = call_both(block, image(), torch.randn(2, 12))
+    assert (actual - expected).abs().max() <= 2e-2 * expected.abs().max()
+
+
+def test_a_hook_on_all_modules_sees_outputs_alone(block: ResnetBlock2D) -> None:
+    outputs: list[Tensor] = []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: outputs.append(output) if isinstance(module, PQCADConv2d) else None
+    )
+    try:
+        actual, expected = call_both(block, image(), torch.randn(2, 12))
+    finally:
+        handle.remove()
+    assert torch.equal(actual, expected)
+    assert [torch.equal(mine, plain) for mine, plain in zip(outputs[:2], outputs[2:], strict=True)] == [True, True]
+
+
+def test_its_name_is_the_one_that_libraries_look_for(block: ResnetBlock2D) -> None:
+    """For instance in `_no_split_modules`, which keep a block on one device."""
+    assert type(block).__name__ == "ResnetBlock2D"
+    assert type(pickle.loads(pickle.dumps(block))) is SummingResnetBlock2D
 
 
 def test_an_adapter_on_a_convolution_is_not_passed_by(block: ResnetBlock2D) -> None:

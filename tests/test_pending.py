@@ -75,6 +75,8 @@ def test_where_it_is_already_it_may_be_sent(pending: PendingActivation, move: Ca
     "use",
     [
         lambda x: x.to(torch.float64),
+        lambda x: x.to(torch.zeros(1)),
+        lambda x: torch.zeros(1, dtype=torch.float64).to(x),
         lambda x: x.to("cpu", copy=True),
         lambda x: x.to(torch.float32, False, True),
         lambda x: x.to("cpu", memory_format=torch.contiguous_format),
@@ -114,6 +116,27 @@ def test_a_norm_that_loses_its_parameters_was_what_it_was(norm: nn.GroupNorm) ->
     norm.weight.data = torch.zeros(16)
     norm.bias = nn.Parameter(torch.empty(16, device="meta"), requires_grad=False)
     assert torch.equal(pending + 0, exact)
+
+
+def test_parameters_may_lie_anywhere(norm: nn.GroupNorm) -> None:
+    values = torch.randn(32)
+    norm.weight, norm.bias = (nn.Parameter(values[start::2], requires_grad=False) for start in (0, 1))
+    pending = PendingActivation.of(channels_last(2, 16, 5, 6), Norm.of(norm))
+    assert pending.group_norm.weight.is_contiguous()
+    assert pending.group_norm.bias.is_contiguous()
+    assert torch.equal(pending + 0, F.group_norm(pending.source, 4, norm.weight, norm.bias, norm.eps))
+
+
+def test_a_hook_may_keep_what_the_norm_returns(norm: nn.GroupNorm) -> None:
+    norm.__class__, x = PendingGroupNorm, channels_last(2, 16, 5, 6)
+    norm.register_forward_hook(lambda module, args, output: None)
+    assert type(norm(x)) is Tensor
+
+
+def test_a_norm_of_other_channels_is_refused_at_once(norm: nn.GroupNorm) -> None:
+    norm.__class__ = PendingGroupNorm
+    with pytest.raises(RuntimeError):
+        norm(channels_last(2, 8, 5, 6))
 
 
 def test_a_dropout_that_drops_nothing_passes_it_on(pending: PendingActivation) -> None:
@@ -166,6 +189,7 @@ def test_a_sequence_waits_through_its_transpositions(norm: nn.GroupNorm) -> None
         False, False, True, False
     ]  # fmt: skip
     assert whole.computed is half.computed is None
+    assert whole.is_contiguous() == whole.value().is_contiguous()
     assert torch.equal(whole + 0, exact.transpose(1, 2))
     assert torch.equal(half + 0, exact)
     assert torch.equal(whole.transpose(1, 2), exact)  # computed by now

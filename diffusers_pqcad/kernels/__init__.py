@@ -2,7 +2,8 @@
 
 A kernel is a module with `NAME`, `refusal(layer)` (why it cannot run this layer here, or `None`), `pack(layer)` (what
 it keeps beside the packed weights, until they or the activation ranges change) and `run(layer, packed, x)`. `KERNELS`
-lists them, fastest first; `reference` can run everything and is the oracle for the others.
+lists them, fastest first; `reference` can run everything and is the oracle for the others. `x86` also computes what
+comes before and after a layer (`fuses`).
 """
 
 import os
@@ -72,6 +73,8 @@ def forced() -> str | None:
 
 def needs_gradient(layer: "QuantizedLayer", x: Tensor) -> bool:
     """Return whether autograd will ask this call for a gradient: only the reference kernel has one."""
+    if torch.autograd.forward_ad._current_level >= 0:  # inside forward_ad.dual_level(): any tensor may have a tangent
+        return True
     bias = layer.bias
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
@@ -82,8 +85,8 @@ def fuses(kernel: Kernel) -> bool:
 
 
 def has_numbers(x: Tensor) -> bool:
-    """Return whether the numbers of `x` lie in memory: not while a graph is traced, nor in a subclass of tensors."""
-    return type(x) in (Tensor, nn.Parameter, PendingActivation) and not torch.jit.is_tracing()
+    """Return whether the numbers of `x` lie in the CPU's memory: not in a graph's, nor in a subclass of tensors."""
+    return type(x) in (Tensor, nn.Parameter, PendingActivation) and x.is_cpu and not torch.jit.is_tracing()
 
 
 def select_kernel(layer: "QuantizedLayer", x: Tensor) -> Kernel:
@@ -106,7 +109,7 @@ def select_kernel(layer: "QuantizedLayer", x: Tensor) -> Kernel:
         elif mixed_timesteps:
             reason = "the batch mixes timesteps of several activation ranges"
         elif not has_numbers(x):
-            reason = "its input is traced, or of a class that may keep its numbers elsewhere"
+            reason = "its input is on another device, traced, or of a class that may keep its numbers elsewhere"
         if reason is not None:
             raise ValueError(f"{layer.name}: the kernel {name!r} was forced, but {reason}. Use 'reference' here.")
     return KERNELS[name]
@@ -119,8 +122,9 @@ def summary(layers: "list[QuantizedLayer]") -> str:
     reasons = Counter(reason for layer in slow if (reason := layer.refusal(onednn.NAME)) is not None)
     parts = [f"{chosen[name]} of {len(layers)} layers: {name}" for name in KERNELS if chosen[name]]
     parts += [f"{count} on {reference.NAME}: {reason}" for reason, count in reasons.items()]
-    if any(layer.refusal(x86.NAME) == native.NO_COMPILER for layer in layers):
-        parts.append(f"{x86.NAME} would be faster here, but {native.NO_COMPILER}")
+    missing = x86.library()
+    if isinstance(missing, str) and missing != native.NOT_HERE:
+        parts.append(f"{x86.NAME} would be faster here, but {missing}")
     return "; ".join(parts)
 
 

@@ -289,7 +289,7 @@ INLINE __m256 activate(const float *x, Affine affine, int64_t c, int64_t count)
     return _mm256_div_ps(value, _mm256_add_ps(one, exp2_ps(_mm256_mul_ps(value, minus_log2_e))));
 }
 
-/* round(clamp(value, -zero_point, qmax - zero_point)) + zero_point in 32 bits, ties to even; a NaN becomes 0. */
+/* round(clamp(value, -zero_point, qmax - zero_point)) + zero_point in 32 bits, ties to even; a NaN becomes code 0. */
 INLINE __m256i round_to_codes(__m256 value, int zero_point, int qmax)
 {
     const __m256 low = _mm256_set1_ps((float)-zero_point), high = _mm256_set1_ps((float)(qmax - zero_point));

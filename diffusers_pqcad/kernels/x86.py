@@ -11,7 +11,7 @@ import ctypes
 import math
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +99,7 @@ class PackedLayer(NamedTuple):
     scale: Tensor
     weights: Weights
     ranges: list[ScalarQParams] | None
-    geometries: dict[torch.Size, Geometry]
+    geometries: dict[Any, Geometry]
 
 
 @cache
@@ -186,7 +186,7 @@ def segment_starts(shape: torch.Size, dilation: tuple[int, ...]) -> Tensor:
     height, width, channels = shape
     columns = range(1) if dilation[1] == 1 else range(width)
     starts = [(y * dilation[0], x * dilation[1] * channels, 0) for y in range(height) for x in columns]
-    return torch.tensor(starts, dtype=torch.int32)
+    return torch.tensor(starts, dtype=torch.int32, device="cpu")
 
 
 def plan_windows(weight: Tensor, segments: Tensor, limit: int) -> tuple[Tensor, Tensor]:
@@ -196,8 +196,8 @@ def plan_windows(weight: Tensor, segments: Tensor, limit: int) -> tuple[Tensor, 
     positive or the negative levels of a 16-bit sum add up to more than `limit`; a single step must fit it.
     """
     blocks, steps = weight.shape[:2]
-    windows = torch.empty(blocks * steps, 3, dtype=torch.int32)
-    starts = torch.empty(blocks + 1, dtype=torch.int32)
+    windows = torch.empty(blocks * steps, 3, dtype=torch.int32, device="cpu")
+    starts = torch.empty(blocks + 1, dtype=torch.int32, device="cpu")
     count = compiled().plan_windows(
         weight.data_ptr(), blocks, steps, steps // len(segments), segments.data_ptr(), limit, windows.data_ptr(),
         starts.data_ptr(),
@@ -206,10 +206,20 @@ def plan_windows(weight: Tensor, segments: Tensor, limit: int) -> tuple[Tensor, 
 
 
 def geometry_of(layer: "QuantizedLayer", size: torch.Size) -> Geometry:
-    """Return the geometry of `layer` for an input of `size`, of a convolution with a batch."""
+    """Return the geometry of `layer` for an input of `size`, of a convolution with a batch.
+
+    Raises ValueError for a size that the layer cannot take: C would read beyond the input.
+    """
     if isinstance(layer, nn.Conv2d):
-        return conv_geometry(layer, size)
+        if len(size) != 4 or size[1] != layer.in_channels:
+            raise ValueError(f"{layer.name}: expected (N, {layer.in_channels}, H, W), got an input of {tuple(size)}.")
+        geometry = conv_geometry(layer, size)
+        if min(geometry.size) < 1:
+            raise ValueError(f"{layer.name}: an input of {tuple(size)}, padded, is smaller than the kernel.")
+        return geometry
     assert isinstance(layer, nn.Linear)
+    if not size or size[-1] != layer.in_features:
+        raise ValueError(f"{layer.name}: expected (..., {layer.in_features}), got an input of {tuple(size)}.")
     return linear_geometry(layer, size)
 
 
@@ -242,7 +252,7 @@ def normalization(pending: PendingActivation, image: Image) -> tuple[Tensor, Ten
     """Return the gain and the shift fp32 (B, C) that are the group norm of `pending`, computed once."""
     if pending.gain_and_shift is None:
         norm, source = pending.group_norm, pending.source
-        gain, shift = torch.empty(2, image.images, image.channels)
+        gain, shift = torch.empty(2, image.images, image.channels, dtype=torch.float32, device="cpu")
         parameters = (norm.weight.data_ptr(), norm.bias.data_ptr(), norm.eps)
         compiled().normalize(source.data_ptr(), image, norm.num_groups, *parameters, gain.data_ptr(), shift.data_ptr())
         pending.gain_and_shift = gain, shift
@@ -278,19 +288,21 @@ def run(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor, addend: Tensor 
     dense = x if pending is None else pending.source
     if is_conv:
         dense = dense if dense.dim() == 4 else dense.unsqueeze(0)
-        dense = dense.float().contiguous(memory_format=torch.channels_last)
+        if dense.dim() == 4:  # others are refused below
+            dense = dense.float().contiguous(memory_format=torch.channels_last)
     elif pending is None:
         dense = dense.float().contiguous()
     size = dense.shape if is_conv else x.shape
-    geometry = packed.geometries.get(size)
+    key = (size, layer.stride, layer.padding) if isinstance(layer, nn.Conv2d) else size
+    geometry = packed.geometries.get(key)
     if geometry is None:
-        geometry = packed.geometries[size] = geometry_of(layer, size)
+        geometry = packed.geometries[key] = geometry_of(layer, size)
     affine = Affine()
     if pending is not None:
         gain, shift = normalization(pending, geometry.image)
         affine = Affine(gain.data_ptr(), shift.data_ptr(), pending.has_silu)
     memory_format = torch.channels_last if is_conv else torch.contiguous_format
-    output = torch.empty(geometry.size, memory_format=memory_format)
+    output = torch.empty(geometry.size, dtype=torch.float32, device="cpu", memory_format=memory_format)
     added = addend_of(output, addend)
     multiply(layer, packed, dense, geometry, affine, added or Addend(), output)
     output = (output if output.dim() == x.dim() else output.squeeze(0)).to(x.dtype)
@@ -313,14 +325,14 @@ def multiply(
         qparams = dynamic_range(x, image, affine, layer.activation_bits)
     else:
         qparams = ranges.current_range(layer, packed.ranges)
-    codes = torch.empty(image.num_codes(), dtype=torch.uint8)
+    codes = torch.empty(image.num_codes(), dtype=torch.uint8, device="cpu")
     code_at, qmax = codes.data_ptr(), activation_qmax(layer.activation_bits)
     library = compiled()
     library.quantize(
         x.data_ptr(), image, affine, 1.0 / qparams.scale, qparams.zero_point, qmax, weights.is_signed, code_at
     )
     zero_point = qparams.zero_point - SIGNED_OFFSET * weights.is_signed
-    bias = None if layer.bias is None else layer.bias.float()
+    bias = None if layer.bias is None else layer.bias.float().contiguous()
     bias_at = None if bias is None else bias.data_ptr()
     library.multiply(
         code_at, image, geometry.output, weights, qparams.scale, zero_point, bias_at, addend, output.data_ptr()

@@ -142,6 +142,40 @@ def test_the_gradient_is_that_of_the_float_operation(bits: int, activation_bits:
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-6)
 
 
+@torch.no_grad()
+def test_a_kernel_that_was_forced_once_is_not_kept(layer: QuantizedLayer) -> None:
+    x = torch.randn(2, 16)
+    with kernels.use("onednn"):
+        layer(x)
+    assert kernel_of(layer, x) == FAST
+
+
+@torch.no_grad()
+def test_what_a_kernel_refuses_after_a_first_call_is_refused() -> None:
+    """Making every convolution circular is a known way to seamless images."""
+    layer, x = PQCADConv2d(4, 6, 3, padding=1).requires_grad_(False), torch.randn(1, 4, 6, 6)
+    layer.pack_(WeightSpec(4), activation_bits=8)
+    layer(x)
+    layer.padding_mode = "circular"
+    assert kernel_of(layer, x) == "reference"
+
+
+def test_an_input_on_another_device_is_not_for_a_cpu_kernel(layer: QuantizedLayer) -> None:
+    with torch.no_grad():
+        assert kernel_of(layer, torch.empty(2, 16, device="meta")) == "reference"
+
+
+def test_forward_mode_differentiation_is_not_lost(layer: QuantizedLayer) -> None:
+    x = torch.randn(2, 16)
+    with torch.autograd.forward_ad.dual_level():
+        assert kernel_of(layer, torch.autograd.forward_ad.make_dual(x, x)) == "reference"
+
+
+def test_summary_says_why_code_could_not_be_compiled(layer: QuantizedLayer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(x86, "library", lambda: "gcc failed: no such thing")
+    assert "x86 would be faster here, but gcc failed: no such thing" in kernels.summary([layer])
+
+
 def test_summary_counts_layers_and_gives_reasons() -> None:
     layers: list[QuantizedLayer] = [PQCADLinear(8, 8), PQCADLinear(8, 8), PQCADConv2d(4, 4, 3, padding="same")]
     for layer in layers:

@@ -67,7 +67,45 @@ def test_cc_names_the_compiler(source: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert native.compiler() == compiler
 
 
-def test_cflags_come_last_and_make_another_library(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_others_can_write_to_is_refused(source: Path) -> None:
+    native.cache_folder().mkdir()
+    native.cache_folder().chmod(0o777)
+    assert "open to other users" in str(native.library(source))
+    assert list(native.cache_folder().iterdir()) == []
+
+
+def test_a_broken_library_is_built_again(source: Path) -> None:
+    assert native.library(source).answer() == 42
+    (kept,) = native.cache_folder().iterdir()
+    kept.unlink()
+    kept.write_bytes(b"not a library")
+    native.library.cache_clear()
+    assert native.library(source).answer() == 42
+
+
+def test_a_user_without_a_home_and_odd_flags_are_reasons(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CFLAGS", "'-O2")
+    assert "No closing quotation" in str(native.library(source))
+    monkeypatch.delenv("CFLAGS")
+    monkeypatch.delenv(native.CACHE_VARIABLE)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    native.library.cache_clear()
+    assert "home directory" in str(native.library(source))
+
+
+def test_flags_for_an_older_cpu_or_fast_mathematics_do_not_reach_our_code() -> None:
+    command = [str(native.compiler()), "-march=nocona", "-Ofast", *native.FLAGS, "-dM", "-E", "-xc", "/dev/null"]
+    macros = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    assert "__FAST_MATH__" not in macros
+    assert "__AVX2__" in macros
+
+
+def test_cflags_make_another_library(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source.write_text("int answer(void) { return ANSWER; }\n")
     for answer in ("1", "2"):
         monkeypatch.setenv("CFLAGS", f"-DANSWER={answer} -O0")
@@ -79,7 +117,7 @@ def test_cflags_come_last_and_make_another_library(source: Path, monkeypatch: py
 def test_another_cpu_is_another_library(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache folder may be shared by computers: what a CPU can do is a macro of its compiler."""
     assert native.library(source).answer() == 42
-    for cpu in ("-march=x86-64", "-march=x86-64-v3"):
+    for cpu in ("-mno-avx2", "-mno-fma"):
         monkeypatch.setenv("CFLAGS", cpu)
         native.library.cache_clear()
         assert native.library(source).answer() == 42

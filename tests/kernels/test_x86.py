@@ -85,6 +85,53 @@ def test_threads_share_the_work_and_change_nothing(bits: int, num_threads: int) 
             torch.set_num_threads(before)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("layer", "shape", "message"),
+    [
+        (PQCADLinear(24, 8), (2, 5, 20), r"block\.layer: expected \(\.\.\., 24\), got an input of \(2, 5, 20\)"),
+        (PQCADLinear(24, 8), (), r"expected \(\.\.\., 24\)"),
+        (PQCADConv2d(8, 8, 3), (1, 7, 5, 5), r"expected \(N, 8, H, W\), got an input of \(1, 7, 5, 5\)"),
+        (PQCADConv2d(8, 8, 3), (8, 5), r"expected \(N, 8, H, W\)"),
+        (PQCADConv2d(8, 8, 3), (1, 8, 2, 5), "smaller than the kernel"),
+    ],
+)
+def test_inputs_of_another_size_are_refused(layer, shape: tuple[int, ...], message: str) -> None:
+    layer.requires_grad_(False).pack_(WeightSpec(4), activation_bits=8)
+    layer.name = "block.layer"
+    with kernels.use("x86"), pytest.raises(ValueError, match=message):
+        layer(torch.randn(shape))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_and_device_are_not_ours(dtype: torch.dtype) -> None:
+    layer, x = PQCADConv2d(8, 24, 3), torch.randn(2, 8, 6, 5)
+    layer.requires_grad_(False).pack_(WeightSpec(4), activation_bits=8)
+    with kernels.use("x86"):
+        expected = layer(x)
+        layer._cache = None
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                assert torch.equal(layer(x), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+@torch.no_grad()
+def test_a_bias_may_lie_anywhere_and_a_stride_may_change() -> None:
+    layer, x = PQCADConv2d(8, 8, 3), torch.randn(1, 8, 9, 9)
+    layer.requires_grad_(False).pack_(WeightSpec(4), activation_bits=8)
+    layer.bias = torch.nn.Parameter(torch.randn(16)[::2], requires_grad=False)
+    for stride in ((1, 1), (2, 2)):
+        layer.stride = stride
+        with kernels.use("reference"):
+            expected = layer(x)
+        with kernels.use("x86"):
+            torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_outputs_of_large_inputs_are_clamped() -> None:
     """Beyond what an int32 can hold, too."""
     layer = PQCADLinear(8, 2, bias=False).requires_grad_(False)
