@@ -220,7 +220,7 @@ def load_text_to_image(directory, config):
 @pytest.mark.parametrize(
     ("components", "expected"),
     [(None, {"unet"}), (["vae"], {"vae"}), (["unet", "text_encoder"], {"unet", "text_encoder"})],
-    ids=str,
+    ids=["default", "one", "two"],  # not those of sets, whose order differs between the processes of a run
 )
 def test_components_choose_the_parts_of_a_pipeline(text_to_image_dir, components, expected):
     pipeline = load_text_to_image(text_to_image_dir, PQCADConfig(components=components))
