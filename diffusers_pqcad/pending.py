@@ -1,8 +1,8 @@
-"""SiLU(GroupNorm(x)) that waits for its consumer: an int8 convolution computes it while it rounds, in one pass.
+"""SiLU(GroupNorm(x)) that waits for its consumer: an int8 layer computes it while it rounds, in one pass.
 
 Norm, activation and rounding apart read and write the input of a convolution six times. In the residual blocks of a
-quantized model the first two return a `PendingActivation`. A kernel that knows the class takes it apart; for all else
-it is a tensor, whose values are computed once they are asked for.
+quantized model, and before its attention, the first two return a `PendingActivation`. A kernel that knows the class
+takes it apart; for all else it is a tensor, whose values are computed once they are asked for.
 """
 
 from typing import Any, NamedTuple
@@ -47,7 +47,7 @@ class PendingActivation(Tensor):
     """
 
     source: Tensor
-    group_norm: "Norm"
+    group_norm: Norm
     has_silu: bool
     is_transposed: bool
     computed: Tensor | None
@@ -55,16 +55,12 @@ class PendingActivation(Tensor):
 
     @classmethod
     def of(
-        cls, source: Tensor, norm: "Norm", *, has_silu: bool = False, is_transposed: bool = False
+        cls, source: Tensor, norm: Norm, *, has_silu: bool = False, is_transposed: bool = False
     ) -> "PendingActivation":
         """Return the pending activation of `source`."""
         pending = (source.transpose(1, 2) if is_transposed else source).as_subclass(cls)
-        pending.source, pending.group_norm, pending.has_silu, pending.is_transposed = (
-            source,
-            norm,
-            has_silu,
-            is_transposed,
-        )
+        pending.source, pending.group_norm = source, norm
+        pending.has_silu, pending.is_transposed = has_silu, is_transposed
         pending.computed = pending.gain_and_shift = None
         return pending
 

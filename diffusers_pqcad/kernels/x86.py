@@ -141,9 +141,8 @@ def refusal(layer: "QuantizedLayer") -> str | None:
     loaded = library()
     if isinstance(loaded, str):
         return loaded
-    if onednn.available():
-        if not loaded.has_vnni() and not onednn.saturates():
-            return NO_WIDE_VNNI
+    if not loaded.has_vnni() and onednn.available() and not onednn.saturates():
+        return NO_WIDE_VNNI
     return None
 
 
