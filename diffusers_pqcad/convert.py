@@ -282,11 +282,11 @@ def mark_quantized_(model: Any, config: PQCADConfig) -> None:
 
 def unmark_quantized_(model: Any) -> None:
     """Undo `mark_quantized_` and `finish_`."""
+    from diffusers_pqcad.blocks import remove_blocks_  # imports diffusers' models
+
     remove_timestep_groups(model)
     remove_channels_last_(model)
     remove_pending_(model)
-    from diffusers_pqcad.blocks import remove_blocks_
-
     remove_blocks_(model)
     restore_methods_(model)
     if hasattr(model, "_internal_dict"):

@@ -41,7 +41,7 @@ typedef struct {
 } Output;
 
 /* `steps` inputs, times DEPTH, that are consecutive in memory, from row `y`, byte `x` of a pixel's receptive field on:
-   their sums of products fit 16 bits. */
+   without VNNI, their sums of products fit 16 bits, or single ones do. */
 typedef struct {
     int32_t y, x, steps;
 } Window;

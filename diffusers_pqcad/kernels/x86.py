@@ -2,9 +2,9 @@
 
 With AVX-512 VNNI, one instruction multiplies 64 codes by 64 levels and adds them up in 32 bits. With AVX2 alone, one
 multiplies 32 and adds neighbours in 16 bits, another widens the sums. There levels of up to 6 bits let several
-products add up in 16 bits before they are widened: 9 where all are as large as 4 bits allow, and 20 to 60 for the
-levels that layers have. The windows are cut from the levels themselves, so that no input can overflow them. Levels of
-8 bits take signed codes, which fit as single products.
+products add up in 16 bits before they are widened: 9 where all are as large as 4 bits allow, and more for the levels
+that layers have. The windows are cut from the levels themselves, so that no input can overflow them. Levels of 8 bits
+take signed codes, which fit as single products.
 """
 
 import ctypes
