@@ -268,7 +268,8 @@ def fake_quant_state(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_fake_quant_state_(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Bring a prepared `model` into the state of `fake_quant_state`."""
+    """Bring a prepared `model` into the state of `fake_quant_state`, on the model's device."""
+    device = next(model.parameters()).device
     for name, layer in fake_quant_layers(model).items():
         quantizer = weight_quantizer(layer)
         quantizer.spec = WeightSpec(state["bits"][name], quantizer.spec.group_size)
@@ -279,8 +280,8 @@ def load_fake_quant_state_(model: nn.Module, state: Mapping[str, Any]) -> None:
             if groups is None:
                 module.scale = module.zero_point = module.groups = None
             else:
-                scale, zero_point = (state["tensors"][f"{name}.{key}"].clone() for key in ("scale", "zero_point"))
-                module.set_qparams_(ActivationQParams(scale, zero_point), groups)
+                scale, zero_point = (state["tensors"][f"{name}.{key}"] for key in ("scale", "zero_point"))
+                module.set_qparams_(ActivationQParams(*(v.to(device, copy=True) for v in (scale, zero_point))), groups)
     enable_activations_(model, state["activations_enabled"])
     model.load_state_dict(state["tensors"], strict=True)
 

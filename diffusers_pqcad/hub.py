@@ -69,6 +69,14 @@ def table_notes(metrics: dict[str, Any]) -> str:
         if changed:
             names.setdefault(", ".join(changed), []).append(other["name"])
     notes += [f"But with {changed}: {'; '.join(rows)}." for changed, rows in names.items()]
+    names = {}
+    for row in metrics["rows"]:
+        places = metrics.get("training", {}).get(row["key"], [])
+        if any(place["device"] != "cpu" for place in places):
+            # A device like "cuda" is told by its name; the training went from place to place.
+            parts = [f"{place['gpu'] or place['cpu']} (torch {place['torch']})" for place in places]
+            names.setdefault(", then ".join(parts), []).append(row["name"])
+    notes += [f"Trained on {place}, and measured as the others: {'; '.join(rows)}." for place, rows in names.items()]
     if name:
         notes.insert(1, f"distance: {name}, lower is better; comparable at equal n only.")
     return "\n".join(f"- {note}" for note in notes)

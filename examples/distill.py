@@ -85,7 +85,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # What may change between two runs in a folder: the rows there stay as they are.
-NEUTRAL_SETTINGS = ("output_dir", "num_threads", "push_to_hub", "hub_model_id", "hub_private_repo", "ablations")
+NEUTRAL_SETTINGS = (
+    "output_dir",
+    "num_threads",
+    "train_device",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "ablations",
+)
 LOCAL_SETTINGS = ("pretrained_model_name_or_path", "output_dir", "extractor")  # paths of one computer
 MINIMUM = {
     "num_trajectories": 4,
@@ -130,6 +138,7 @@ class Settings:
     num_latency_rounds: int = 3
     ablations: bool = False
     extractor: str | None = None  # folder of a feature extractor; the bundled one for the bundled teacher
+    train_device: str = "cpu"  # or "cuda": where PQ and CAD train; the table is measured on the CPU in any case
     num_threads: int = 0  # 0: all cores of this process (accelerate launch sets a single OpenMP thread)
     seed: int = 42
     push_to_hub: bool = False
@@ -224,6 +233,21 @@ class Run:
             )
         timestep_grid(scheduler, settings.num_inference_steps // 2)
 
+    def note_training(self, name: str) -> None:
+        """Keep that the training `name` runs here: the table names its places, as the folder may go on elsewhere."""
+        path = self.state / f"{name}-training.json"
+        places = json.loads(path.read_text()) if path.exists() else []
+        here = {"device": self.settings.train_device} | environment()
+        keys = ("device", "cpu", "gpu", "torch")
+        if not places or any(places[-1][key] != here[key] for key in keys):
+            write_text(path, json.dumps([*places, here], indent=1) + "\n")
+
+    def training(self) -> dict[str, Any]:
+        """Return the places of each training of this folder, by name."""
+        suffix = "-training.json"
+        paths = sorted(self.state.glob(f"*{suffix}"))
+        return {path.name.removesuffix(suffix): json.loads(path.read_text()) for path in paths}
+
     def load_teacher(self) -> Any:
         """Return the full-precision pipeline with a DDIM scheduler on a trailing grid."""
 
@@ -281,7 +305,11 @@ class Run:
     def progressive(self, pipeline: Any, calibration: Any, name: str = "pq", **overrides: Any) -> tuple[Any, Any]:
         """Return the fake-quantized model of a PQ run and its history; `overrides` make the ablations."""
 
-        settings, model = self.settings, copy.deepcopy(pipeline.unet)
+        settings, model = self.settings, copy.deepcopy(pipeline.unet).to(self.settings.train_device)
+        path = self.state / f"{name}.safetensors"
+        found = path.stat().st_mtime_ns if path.exists() else None
+        if found is None:
+            self.note_training(name)
         progressive = ProgressiveConfig(
             rounds_per_stage=settings.rounds_per_stage,
             price_batch_size=settings.price_batch_size,
@@ -301,9 +329,11 @@ class Run:
             calibration,
             self.quantization_config(**overrides),
             progressive,
-            checkpoint=self.state / f"{name}.safetensors",
+            checkpoint=path,
         )
-        return model, history
+        if path.stat().st_mtime_ns != found:  # it was not finished before
+            self.note_training(name)
+        return model.to("cpu"), history
 
     def distill(
         self, name: str, quantized: Any, teacher: Any, calibration: Any, /, **switches: Any
@@ -325,6 +355,10 @@ class Run:
             saved = load_checkpoint(path)
             load_fake_quant_state_(student, saved["student"])
             return student, saved["stats"]
+        student.to(settings.train_device)
+        if teacher is not None:  # a copy: the table measures the full-precision one on the CPU
+            teacher = copy.deepcopy(teacher).to(settings.train_device)
+        self.note_training(name)
         log = self.state / f"{name}-log.json"
         entries = {entry["step"]: entry for entry in json.loads(log.read_text())} if log.exists() else {}
         stats = distill(student, teacher, calibration, config, checkpoint=self.state / f"{name}-resume.safetensors")
@@ -335,6 +369,7 @@ class Run:
                     bar.set_postfix(held_out=f"{entry.held_out_error:.2e}", best=f"{entry.best_error:.2e}")
                     entries[entry.step] = dataclasses.asdict(entry)
                     write_text(log, json.dumps(list(entries.values()), indent=1) + "\n")
+        student.to("cpu")
         save_checkpoint(path, {"student": fake_quant_state(student), "stats": list(entries.values())})
         return student, list(entries.values())
 
@@ -440,8 +475,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             "this script runs in one process so far; start it with `accelerate launch --num_processes 1`."
         )
 
-    # On the CPU and in fp32, whatever the user's Accelerate config says: that is what the figures are for.
-    Accelerator(cpu=True, mixed_precision="no")
+    # In fp32 and where the settings say, whatever the user's Accelerate config does: the figures are for that.
+    accelerator = Accelerator(cpu=settings.train_device == "cpu", mixed_precision="no")
+    if settings.train_device != accelerator.device.type:
+        raise ValueError(
+            f"--train_device {settings.train_device}: expected 'cpu' or the kind of accelerator that torch finds here "
+            f"({accelerator.device.type})."
+        )
     set_threads(settings.num_threads)
     set_seed(settings.seed)
     if settings.push_to_hub:
@@ -482,6 +522,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             "bits": history.summary["bits"],
         },
         "cad": {"best_step": best["best_step"], "best_error": best["best_error"], "steps": settings.max_train_steps},
+        "training": run.training(),
         "environment": environment(),
         "rows": rows,
     }
