@@ -1,35 +1,35 @@
-"""One operator per packed layer for the graphs of `torch.compile`: nothing in it breaks a graph or asks to recompile.
+"""Operators for the graphs of `torch.compile`, one for a packed layer or a residual block of such: nothing in them
+breaks a graph or asks to recompile.
 
-The operator computes as an eager layer does, so a compiled model takes the same kernels. The layer is named by a
+An operator computes as the eager module does, so a compiled model takes the same kernels. The module is named by a
 tensor: a number would be a constant of the graph, and every block would be compiled anew.
 """
 
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from diffusers_pqcad.blocks import FusedResnetBlock2D
     from diffusers_pqcad.layers import QuantizedLayer
 
-LAYERS: "WeakValueDictionary[int, QuantizedLayer]" = WeakValueDictionary()
+MODULES: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _numbers = count()
 
 
-def register(layer: "QuantizedLayer") -> Tensor:
-    """Return the handle of `layer`, an int64 scalar; it stays valid as long as the layer lives."""
+def register(module: nn.Module) -> Tensor:
+    """Return the handle of `module`, an int64 scalar; it stays valid as long as the module lives."""
     number = next(_numbers)
-    LAYERS[number] = layer
+    MODULES[number] = module
     return torch.tensor(number, device="cpu")  # named, or a loader's "build on meta" would apply to it
 
 
 def call(layer: "QuantizedLayer", x: Tensor) -> Tensor:
     """Return what `layer(x)` returns, by an operator. `layer` is traced: its shapes become part of the graph."""
-    group = layer.input_group()
-    if not isinstance(group, Tensor):
-        group = torch.zeros((), dtype=torch.int64)  # one group, or none
+    group = group_of(layer)
     if not isinstance(layer, nn.Conv2d):
         return packed_linear(x, group, layer.handle, layer.out_features)
     padding = layer._reversed_padding_repeated_twice  # numbers, where `padding` may be a word
@@ -37,9 +37,20 @@ def call(layer: "QuantizedLayer", x: Tensor) -> Tensor:
     return packed_conv2d(x, group, layer.handle, layer.out_channels, list(layer.kernel_size), *geometry)
 
 
+def call_block(block: "FusedResnetBlock2D", x: Tensor, temb: Tensor | None) -> Tensor:
+    """Return what `block(x, temb)` returns, by an operator: a call that is common (`is_common`)."""
+    return residual_block(x, temb, group_of(block.conv1), block.handle, block.out_channels)
+
+
+def group_of(layer: "QuantizedLayer") -> Tensor:
+    """Return this call's activation ranges, () or (B,) int64; zero where there is one group, or none."""
+    group = layer.input_group()
+    return group if isinstance(group, Tensor) else torch.zeros((), dtype=torch.int64)
+
+
 def run(x: Tensor, group: Tensor, handle: Tensor) -> Tensor:
     """Return the output of the layer named by `handle`, at the activation ranges of `group` () or (B,) int64."""
-    layer = LAYERS[int(handle)]
+    layer = MODULES[int(handle)]
     if layer.timestep_groups is not None:
         layer.timestep_groups.select(group)
     return layer.compute(x)  # hooks were traced before
@@ -90,3 +101,18 @@ def _(
     memory_format = torch.channels_last if x.dim() == 4 else torch.contiguous_format
     shape = (*x.shape[:-3], out_channels, *size)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+@torch.library.custom_op("pqcad::residual_block", mutates_args=())
+def residual_block(x: Tensor, temb: Tensor | None, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
+    """Return the output (B, out_channels, H, W) of a `FusedResnetBlock2D`, channels_last."""
+    block = MODULES[int(handle)]
+    if block.conv1.timestep_groups is not None:
+        block.conv1.timestep_groups.select(group)
+    return block.compute(x, temb).contiguous(memory_format=torch.channels_last)
+
+
+@residual_block.register_fake
+def _(x: Tensor, temb: Tensor | None, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
+    shape = (x.shape[0], out_channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -256,33 +256,30 @@ class QuantizedLayer(nn.Module):
         """Return the name of the fastest kernel that can run this layer here without a gradient."""
         return next(name for name, kernel in kernels.KERNELS.items() if kernel.refusal(self) is None)
 
-    def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
-        """Return the layer's output in the dtype of `x`; plus `addend`, where a block passes one (blocks.py)."""
-        if self.packed and not torch.compiler.is_compiling():
-            return self.compute(x, addend)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output in the dtype of `x`."""
         if not self.packed:
-            output = super().forward(x)
-        elif kernels.needs_gradient(self, x):  # the operator has none; the reference kernel can be traced
-            output = kernels.reference.run(self, None, x)
-        else:
-            output = graph_ops.call(self, x)
-        return output if addend is None else output + addend
+            return super().forward(x)
+        if not torch.compiler.is_compiling():
+            return self.compute(x)
+        if kernels.needs_gradient(self, x):  # the operator has none; the reference kernel can be traced
+            return kernels.reference.run(self, None, x)
+        return graph_ops.call(self, x)
 
-    def compute(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
-        """Return the output of the packed layer, plus `addend`, by the kernel that this call takes, without hooks."""
+    def compute(self, x: Tensor) -> Tensor:
+        """Return the output of the packed layer by the kernel that this call takes, without hooks."""
         kernel = kernels.select_kernel(self, x)
         if isinstance(x, PendingActivation) and not kernels.fuses(kernel):
             x = x.value()
-        packed: Any = None
-        if kernel.NAME != kernels.reference.NAME:
-            cache = self._cache  # read once: another thread may move the layer
-            if cache is None or cache[0] != kernel.NAME:
-                cache = self._cache = (kernel.NAME, kernel.pack(self))
-            packed = cache[1]
-        if kernels.fuses(kernel) and not (addend is not None and addend.requires_grad and torch.is_grad_enabled()):
-            return kernels.x86.run(self, packed, x, addend)
-        output = kernel.run(self, packed, x)
-        return output if addend is None else output + addend
+        packed = None if kernel.NAME == kernels.reference.NAME else self.packed_for(kernel.NAME)
+        return kernel.run(self, packed, x)
+
+    def packed_for(self, name: str) -> Any:
+        """Return what the kernel `name` keeps of this layer: made once, and again when it is lost."""
+        cache = self._cache  # read once: another thread may move the layer
+        if cache is None or cache[0] != name:
+            cache = self._cache = (name, kernels.KERNELS[name].pack(self))
+        return cache[1]
 
     def to_float(self) -> nn.Module:
         """Return the plain float layer with this layer's dequantized weight, and the same bias and hooks."""

@@ -217,7 +217,7 @@ class TestProfileStep:
         uses_x86 = layer.kernel_name() == x86.NAME
         for name, operator in (
             ("stock diffusers, fp32", "aten::convolution"),
-            ("W4A8", "x86::multiply" if uses_x86 else "onednn::qconv2d_point"),
+            ("W4A8", "x86: products" if uses_x86 else "onednn::qconv2d_point"),
         ):
             profiled = rows_of(result)[name]
             assert profiled["ms"] > 0

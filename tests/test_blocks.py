@@ -1,7 +1,10 @@
-"""Specification of residual blocks that sum in their convolutions: the same numbers, fewer passes."""
+"""Specification of residual blocks that the kernel computes at once: the same numbers, fewer passes."""
 
 import copy
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -9,20 +12,19 @@ from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from diffusers_pqcad import PQCADConfig, kernels, quantize_
-from diffusers_pqcad.blocks import SummingResnetBlock2D, install_blocks_, remove_blocks_
+from diffusers_pqcad import PQCADConfig, graph_ops, kernels, quantize_
+from diffusers_pqcad.blocks import FusedResnetBlock2D, install_blocks_, remove_blocks_
 from diffusers_pqcad.kernels import x86
-from diffusers_pqcad.layers import PQCADConv2d, packed_layers
+from diffusers_pqcad.layers import packed_layers
 from diffusers_pqcad.pending import remove_pending_
-from diffusers_pqcad.qparams import WeightSpec
+from diffusers_pqcad.qparams import activation_qparams
+from diffusers_pqcad.timesteps import TimestepGroups
 
-needs_x86 = pytest.mark.skipif(isinstance(x86.library(), str), reason=str(x86.library()))
 
-
-def block_of(**settings) -> ResnetBlock2D:
+def block_of(*, bits: int = 8, **settings) -> ResnetBlock2D:
     settings = {"in_channels": 16, "out_channels": 16, "temb_channels": 12, "groups": 4} | settings
     model = nn.ModuleList([ResnetBlock2D(**settings)]).eval().requires_grad_(False)
-    quantize_(model, PQCADConfig(method="fixed", weight_bits=8))
+    quantize_(model, PQCADConfig(method="fixed", weight_bits=bits))
     remove_pending_(model)  # the codes of both are the same then
     return model[0]
 
@@ -43,33 +45,94 @@ def image(channels: int = 16) -> Tensor:
 @pytest.fixture
 def block() -> ResnetBlock2D:
     block = block_of()
-    if not isinstance(block, SummingResnetBlock2D):
-        pytest.skip("no kernel sums on this computer")
+    if not isinstance(block, FusedResnetBlock2D):
+        pytest.skip("no kernel takes blocks on this computer")
     return block
 
 
-def addends(block: ResnetBlock2D) -> list[Tensor | None]:
-    """What the convolutions of `block` are given to add, from now on."""
-    seen: list[Tensor | None] = []
-    for conv in (block.conv1, block.conv2):
-        conv.register_forward_pre_hook(lambda conv, args, kwargs: seen.append(kwargs.get("addend")), with_kwargs=True)
-    return seen
+@contextmanager
+def counted() -> Iterator[list[ResnetBlock2D]]:
+    """The calls of the kernel for whole blocks."""
+    calls: list[ResnetBlock2D] = []
+    run_block = x86.run_block
+    with mock.patch.object(
+        x86, "run_block", lambda *args, **kwargs: calls.append(args[0]) or run_block(*args, **kwargs)
+    ):
+        yield calls
 
 
+def static(block: ResnetBlock2D, boundaries: list[int]) -> ResnetBlock2D:
+    """Give the layers of `block` static ranges, of another size in each group."""
+    groups = TimestepGroups(boundaries)
+    for layer in packed_layers(block).values():
+        ends = 2.0 + torch.arange(len(groups))
+        layer.set_input_qparams_(activation_qparams(-ends, 2 * ends, 8), groups)
+    return block
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("ranges", ["dynamic", "static"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"out_channels": 24}, {"skip_time_act": True}], ids=lambda s: next(iter(s), "")
+    "settings",
+    [{}, {"out_channels": 24}, {"out_channels": 40}, {"skip_time_act": True}, {"temb_channels": None}],
+    ids=lambda s: "-".join(map(str, s.items())) or "plain",
 )
-def test_sums_are_those_of_the_plain_block(block: ResnetBlock2D, settings) -> None:
-    block = block_of(**settings)
-    seen = addends(block)
-    actual, expected = call_both(block, image(), torch.randn(2, 12))
-    assert [None if tensor is None else tuple(tensor.shape) for tensor in seen[:2]] == [
-        (2, block.out_channels, 1, 1),
-        (2, block.out_channels, 5, 6),
-    ]
-    # One code of conv2's input may differ at a tie: the sums are those of other roundings.
+def test_a_block_at_once_is_the_plain_block(block: ResnetBlock2D, settings, ranges: str, bits: int) -> None:
+    block = block_of(bits=bits, **settings)
+    if ranges == "static":
+        static(block, [500]).conv1.timestep_groups.select(torch.tensor(1))
+    temb = None if settings.get("temb_channels", 12) is None else torch.randn(2, 12)
+    with counted() as calls:
+        actual, expected = call_both(block, image(), temb)
+    assert len(calls) == 1
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    # A code may differ at a tie: sums and activations are those of other roundings.
     assert (actual - expected).abs().max() <= 2e-2 * expected.abs().max()
-    assert (actual - expected).abs().mean() <= 1e-4 * expected.abs().mean()
+    assert (actual - expected).abs().mean() <= 1e-3 * expected.abs().mean()
+
+
+def test_a_block_takes_the_range_of_the_timestep(block: ResnetBlock2D) -> None:
+    static(block, [500])
+    x, temb, outputs = image(), torch.randn(2, 12), []
+    for group in (0, 1):
+        block.conv1.timestep_groups.select(torch.tensor(group))
+        outputs.append(call_both(block, x, temb))
+        assert (outputs[-1][0] - outputs[-1][1]).abs().mean() <= 1e-3 * outputs[-1][1].abs().mean()
+    assert not torch.equal(outputs[0][0], outputs[1][0])
+    block.conv1.timestep_groups.select(torch.tensor([0, 1]))  # no kernel takes two ranges in a call
+    with counted() as calls:
+        actual, expected = call_both(block, x, temb)
+    assert torch.equal(actual, expected)
+    assert not calls
+
+
+def test_any_layout_of_the_input_is_taken(block: ResnetBlock2D) -> None:
+    x, temb = image(), torch.randn(12, 2).T
+    with torch.no_grad():
+        assert torch.equal(block(x.contiguous(), temb), block(x, temb.contiguous()))
+
+
+def test_a_replaced_parameter_is_seen(block: ResnetBlock2D) -> None:
+    x, temb = image(), torch.randn(2, 12)
+    before, _ = call_both(block, x, temb)
+    block.norm2.weight = nn.Parameter(block.norm2.weight * 3, requires_grad=False)
+    block.conv2.bias = nn.Parameter(block.conv2.bias + 5, requires_grad=False)
+    with counted() as calls:
+        actual, expected = call_both(block, x, temb)
+    assert len(calls) == 1
+    assert (actual - expected).abs().max() <= 2e-2 * expected.abs().max()
+    assert (actual - before).abs().mean() > 1
+
+
+def test_threads_change_nothing(block: ResnetBlock2D) -> None:
+    x, temb = image(), torch.randn(2, 12)
+    one, _ = call_both(block, x, temb)
+    torch.set_num_threads(3)
+    try:
+        three, _ = call_both(block, x, temb)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(one, three)
 
 
 @pytest.mark.parametrize(
@@ -79,52 +142,81 @@ def test_sums_are_those_of_the_plain_block(block: ResnetBlock2D, settings) -> No
         {"time_embedding_norm": "scale_shift"},
         {"up": True},
         {"down": True},
-        {"temb_channels": None},
     ],
     ids=lambda settings: next(iter(settings)),
 )
 def test_other_blocks_do_as_before(block: ResnetBlock2D, settings) -> None:
     other = block_of(**settings)
-    seen = addends(other)
     temb = None if settings.get("temb_channels", 12) is None else torch.randn(2, 12)
     x = torch.randn(2, 16, 6, 6).contiguous(memory_format=torch.channels_last)
-    actual, expected = call_both(other, x, temb)
+    with counted() as calls:
+        actual, expected = call_both(other, x, temb)
     assert torch.equal(actual, expected)
-    assert seen == [None] * 4
+    assert not calls
 
 
-def test_whoever_looks_at_a_convolution_sees_its_output_alone(block: ResnetBlock2D) -> None:
-    outputs: list[Tensor] = []
-    block.conv2.register_forward_hook(lambda conv, args, output: outputs.append(output))
-    actual, expected = call_both(block, image(), torch.randn(2, 12))
-    assert torch.equal(actual, expected)
-    assert torch.equal(outputs[0], outputs[1])
+def look(module: nn.Module) -> None:
+    module.register_forward_hook(lambda module, args, output: output * 2)
 
 
-def test_a_hook_that_replaces_the_input_does_not_lose_the_sum(block: ResnetBlock2D) -> None:
-    for conv in (block.conv1, block.conv2):
-        conv.register_forward_pre_hook(lambda conv, args: (args[0] * 0.5,))
-    actual, expected = call_both(block, image(), torch.randn(2, 12))
-    assert (actual - expected).abs().max() <= 2e-2 * expected.abs().max()
+def replace_input(module: nn.Module) -> None:
+    module.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
 
 
-def test_a_hook_on_all_modules_sees_outputs_alone(block: ResnetBlock2D) -> None:
-    outputs: list[Tensor] = []
-    handle = torch.nn.modules.module.register_module_forward_hook(
-        lambda module, args, output: outputs.append(output) if isinstance(module, PQCADConv2d) else None
-    )
+def replace_forward(module: nn.Module) -> None:
+    """As offloading does."""
+    forward = module.forward
+    module.forward = lambda *args: forward(*args) * 2  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("change", [look, replace_input, replace_forward])
+@pytest.mark.parametrize("name", ["conv1", "conv2", "norm1", "norm2", "time_emb_proj", "nonlinearity", "dropout"])
+def test_whoever_changes_a_module_is_not_passed_by(block: ResnetBlock2D, name: str, change) -> None:
+    x, temb = image(), torch.randn(2, 12)
+    plain, _ = call_both(block, x, temb)
+    change(block.get_submodule(name))
+    with torch.no_grad():
+        actual = block(x, temb)
+        remove_blocks_(block)
+        assert torch.equal(actual, block(x, temb))
+    assert not torch.equal(actual, plain)
+
+
+@pytest.mark.parametrize("name", ["forward_hook", "forward_pre_hook"])
+def test_a_hook_on_all_modules_sees_them_all(block: ResnetBlock2D, name: str) -> None:
+    seen: list[nn.Module] = []
+    register = getattr(torch.nn.modules.module, f"register_module_{name}")
+    handle = register(lambda module, *args: seen.append(module))
     try:
-        actual, expected = call_both(block, image(), torch.randn(2, 12))
+        call_both(block, image(), torch.randn(2, 12))
     finally:
         handle.remove()
+    assert {block.conv1, block.conv2, block.norm1, block.time_emb_proj} <= set(seen)
+
+
+@pytest.mark.parametrize("replacement", [nn.ReLU, lambda: nn.Sequential(nn.SiLU())])
+def test_another_activation_is_computed(block: ResnetBlock2D, replacement) -> None:
+    block.nonlinearity = replacement()
+    with counted() as calls:
+        actual, expected = call_both(block, image(), torch.randn(2, 12))
     assert torch.equal(actual, expected)
-    assert [torch.equal(mine, plain) for mine, plain in zip(outputs[:2], outputs[2:], strict=True)] == [True, True]
+    assert not calls
+
+
+def test_errors_are_those_of_the_plain_block(block: ResnetBlock2D) -> None:
+    plain = copy.deepcopy(block)
+    remove_blocks_(plain)
+    for x, temb in ((image(15), torch.randn(2, 12)), (image(), torch.randn(2, 11)), (image(), torch.randn(3, 12))):
+        with torch.no_grad(), pytest.raises((ValueError, RuntimeError)) as expected:
+            plain(x, temb)
+        with torch.no_grad(), pytest.raises(expected.type):
+            block(x, temb)
 
 
 def test_its_name_is_the_one_that_libraries_look_for(block: ResnetBlock2D) -> None:
     """For instance in `_no_split_modules`, which keep a block on one device."""
     assert type(block).__name__ == "ResnetBlock2D"
-    assert type(pickle.loads(pickle.dumps(block))) is SummingResnetBlock2D
+    assert type(pickle.loads(pickle.dumps(block))) is FusedResnetBlock2D
 
 
 def test_an_adapter_on_a_convolution_is_not_passed_by(block: ResnetBlock2D) -> None:
@@ -137,33 +229,86 @@ def test_an_adapter_on_a_convolution_is_not_passed_by(block: ResnetBlock2D) -> N
 def test_training_keeps_its_dropout_and_gradients(block: ResnetBlock2D) -> None:
     block.train()
     x = image().requires_grad_()
-    seen = addends(block)
-    block(x, torch.randn(2, 12)).sum().backward()
+    with counted() as calls:
+        block(x, torch.randn(2, 12)).sum().backward()
     assert x.grad is not None
-    assert seen == [None, None]
+    assert not calls
 
 
-def test_the_gradient_of_an_addend_is_kept(block: ResnetBlock2D) -> None:
-    """Where only the time embedding is trained, no other input of a convolution asks for a gradient."""
+@pytest.mark.parametrize("name", ["norm1.weight", "norm2.bias", "conv2.bias", "time_emb_proj.bias"])
+def test_the_gradient_of_any_parameter_is_kept(block: ResnetBlock2D, name: str) -> None:
+    block.get_parameter(name).requires_grad_(True)
+    # torch 2.13 crashes in the backward of a channels_last group norm whose weight alone asks for a gradient.
+    x = image().requires_grad_("norm" in name)
+    block(x, torch.randn(2, 12)).sum().backward()
+    assert block.get_parameter(name).grad is not None
+
+
+def test_the_gradient_of_the_time_embedding_is_kept(block: ResnetBlock2D) -> None:
     temb = torch.randn(2, 12, requires_grad=True)
-    block.conv1(torch.randn(2, 16, 5, 6), temb.sum() * torch.ones(2, 16, 1, 1)).sum().backward()
-    assert temb.grad is not None
-    temb.grad = None
     block(image(), temb).sum().backward()
     assert temb.grad is not None
 
 
-def test_a_forced_kernel_sums_afterwards(block: ResnetBlock2D) -> None:
-    with kernels.use("reference"):
+def test_a_forced_kernel_is_taken(block: ResnetBlock2D) -> None:
+    with kernels.use("reference"), counted() as calls:
         actual, expected = call_both(block, image(), torch.randn(2, 12))
     torch.testing.assert_close(actual, expected)
+    assert not calls
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_take_the_plain_path(block: ResnetBlock2D, dtype: torch.dtype) -> None:
+    block.to(dtype)
+    with counted() as calls:
+        actual, expected = call_both(block, image().to(dtype), torch.randn(2, 12).to(dtype))
+    assert torch.equal(actual, expected)
+    assert actual.dtype == dtype
+    assert not calls
+
+
+def test_an_empty_batch_has_an_empty_output(block: ResnetBlock2D) -> None:
+    actual, expected = call_both(block, image()[:0], torch.randn(0, 12))
+    assert actual.shape == expected.shape == (0, 16, 5, 6)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))])
+def test_a_copy_has_a_handle_of_its_own(block: ResnetBlock2D, duplicate) -> None:
+    other = duplicate(block)
+    assert int(other.handle) != int(block.handle)
+    assert graph_ops.MODULES[int(other.handle)] is other
+
+
+@pytest.mark.parametrize("settings", [{}, {"out_channels": 24}, {"temb_channels": None}], ids=str)
+def test_a_compiled_block_is_one_operator(block: ResnetBlock2D, settings) -> None:
+    torch._dynamo.reset()
+    block = static(block_of(**settings), [500])
+    block.conv1.timestep_groups.select(torch.tensor(1))
+    temb = None if settings.get("temb_channels", 12) is None else torch.randn(2, 12)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    with torch.no_grad():
+        expected = block(image(), temb)
+        torch.manual_seed(0)
+        x = image()
+        expected = block(x, temb)
+        assert torch.equal(torch.compile(block, backend=backend, fullgraph=True)(x, temb), expected)
+    assert [name for name in graphs[0] if "pqcad" in name] == ["pqcad.residual_block.default"]
+    arguments = (x, temb, torch.tensor(1), block.handle, block.out_channels)
+    with torch.no_grad():
+        torch.library.opcheck(torch.ops.pqcad.residual_block.default, arguments)
+    torch._dynamo.reset()
 
 
 def test_a_block_changes_its_class_and_nothing_else(block: ResnetBlock2D, tiny_unet) -> None:
     names = [name for name, _ in tiny_unet.named_modules()]
     quantize_(tiny_unet, PQCADConfig())
-    assert type(tiny_unet.mid_block.resnets[0]) is SummingResnetBlock2D
-    assert type(copy.deepcopy(tiny_unet).mid_block.resnets[0]) is SummingResnetBlock2D
+    assert type(tiny_unet.mid_block.resnets[0]) is FusedResnetBlock2D
+    assert type(copy.deepcopy(tiny_unet).mid_block.resnets[0]) is FusedResnetBlock2D
     assert [name for name, _ in tiny_unet.named_modules()] == names
     tiny_unet.dequantize()
     assert type(tiny_unet.mid_block.resnets[0]) is ResnetBlock2D
@@ -171,42 +316,7 @@ def test_a_block_changes_its_class_and_nothing_else(block: ResnetBlock2D, tiny_u
 
 def test_blocks_of_float_convolutions_stay(block: ResnetBlock2D, tiny_unet) -> None:
     install_blocks_(tiny_unet)
-    assert not any(isinstance(module, SummingResnetBlock2D) for module in tiny_unet.modules())
+    assert not any(isinstance(module, FusedResnetBlock2D) for module in tiny_unet.modules())
     quantize_(tiny_unet, PQCADConfig(modules_to_not_convert=["mid_block"]))
     assert type(tiny_unet.mid_block.resnets[0]) is ResnetBlock2D
     assert len(packed_layers(tiny_unet)) > 0
-
-
-@needs_x86
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "addend",
-    [
-        lambda shape: torch.randn(shape).contiguous(memory_format=torch.channels_last),
-        lambda shape: torch.randn(*shape[:2], 1, 1),
-        lambda shape: torch.randn(shape),  # another layout: summed afterwards
-        lambda shape: torch.randn(shape).double(),
-        lambda shape: torch.randn(shape[1], 1, 1),
-        lambda shape: torch.randn(()),
-    ],
-    ids=["residual", "per_image", "contiguous", "double", "per_channel", "number"],
-)
-@pytest.mark.parametrize("out_channels", [32, 21])
-def test_any_addend_is_added(addend, out_channels: int) -> None:
-    layer = PQCADConv2d(7, out_channels, 3, padding=1).requires_grad_(False)
-    layer.pack_(WeightSpec(4), activation_bits=8)
-    x = torch.randn(3, 7, 5, 3)
-    with kernels.use("x86"):
-        output = layer(x)
-        added = addend(output.shape)
-        torch.testing.assert_close(layer(x, added), output + added, rtol=1e-6, atol=1e-6)
-
-
-@needs_x86
-@torch.no_grad()
-def test_an_addend_without_a_batch() -> None:
-    layer = PQCADConv2d(7, 8, 3, padding=1).requires_grad_(False)
-    layer.pack_(WeightSpec(4), activation_bits=8)
-    x, added = torch.randn(7, 5, 3), torch.randn(8, 5, 3)
-    with kernels.use("x86"):
-        torch.testing.assert_close(layer(x, added), layer(x) + added, rtol=1e-6, atol=1e-6)

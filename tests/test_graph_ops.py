@@ -76,8 +76,8 @@ def test_convolution(name: str, batched: bool) -> None:
 def test_a_copy_has_a_handle_of_its_own(duplicate: Any) -> None:
     layer = linear()
     other = duplicate(layer)
-    assert graph_ops.LAYERS[int(layer.handle)] is layer
-    assert graph_ops.LAYERS[int(other.handle)] is other
+    assert graph_ops.MODULES[int(layer.handle)] is layer
+    assert graph_ops.MODULES[int(other.handle)] is other
 
 
 @pytest.mark.fast
@@ -86,7 +86,7 @@ def test_a_handle_keeps_no_layer_alive() -> None:
     number = int(layer.handle)
     del layer
     gc.collect()
-    assert number not in graph_ops.LAYERS
+    assert number not in graph_ops.MODULES
 
 
 @pytest.mark.fast

@@ -26,7 +26,7 @@ from diffusers_pqcad.pending import (
     install_pending_,
     remove_pending_,
 )
-from diffusers_pqcad.qparams import WeightSpec, activation_qparams
+from diffusers_pqcad.qparams import ScalarQParams, WeightSpec, activation_qparams, scalar_qparams
 from diffusers_pqcad.timesteps import TimestepGroups
 
 needs_x86 = pytest.mark.skipif(isinstance(x86.library(), str), reason=str(x86.library()))
@@ -242,6 +242,26 @@ def test_gradients_of_the_norm_are_kept(norm: nn.GroupNorm) -> None:
 # ---- the kernel
 
 
+def chosen_range(x: Tensor, image: x86.Image, affine: x86.Affine) -> ScalarQParams:
+    """The qparams of 8 bits that the kernel takes for the range of `x`."""
+    scale, zero_point = torch.empty(1), torch.empty(1, dtype=torch.int32)
+    x86.compiled().choose_range(x.data_ptr(), image, affine, 255, scale.data_ptr(), zero_point.data_ptr())
+    return ScalarQParams(scale.item(), int(zero_point))
+
+
+@needs_x86
+@given(
+    least=st.floats(width=32, allow_infinity=False),
+    largest=st.floats(width=32, allow_infinity=False),
+)
+@settings(max_examples=300)
+def test_the_kernel_chooses_the_range_that_python_does(least: float, largest: float) -> None:
+    x, image = torch.tensor([least, largest] + 6 * [0.0]), x86.Image(1, 1, 1, 8, 0, 0, 8)
+    chosen = chosen_range(x, image, x86.Affine())
+    expected = scalar_qparams(x.amin().item(), x.amax().item(), 8)
+    assert chosen == expected or (np.isnan(chosen.scale) and np.isnan(expected.scale))
+
+
 @needs_x86
 @given(
     seed=st.integers(0, 2**31),
@@ -279,7 +299,7 @@ def test_codes_and_range_after_silu_are_those_of_float64(channels: int) -> None:
     affine = x86.Affine(gain.data_ptr(), shift.data_ptr(), 1)
     image = x86.Image(1, 1, 997, channels, 0, 0, x86.round_up(channels, 4))
     exact = F.silu(x.double() * 0.5 - 0.25)
-    qparams = x86.dynamic_range(x, image, affine, 8)
+    qparams = chosen_range(x, image, affine)
     reference = activation_qparams(exact.amin(), exact.amax(), 8)
     assert qparams.scale == pytest.approx(reference.scale.item(), rel=1e-6)
     assert qparams.zero_point == reference.zero_point
@@ -300,7 +320,7 @@ def test_what_is_not_finite_shows_in_the_range(bad: float) -> None:
     gain, shift = torch.ones(8), torch.zeros(8)
     addresses = gain.data_ptr(), shift.data_ptr()
     for affine in (x86.Affine(), x86.Affine(*addresses), x86.Affine(*addresses, 1)):
-        assert not np.isfinite(x86.dynamic_range(x, image, affine, 8).scale)
+        assert not np.isfinite(chosen_range(x, image, affine).scale)
 
 
 @needs_x86
@@ -431,10 +451,15 @@ def test_a_norm_waits_for_the_convolution_into_a_transformer(fused: UNet2DModel)
     model = quantize_(families.sd15().eval(), PQCADConfig(method="fixed", weight_bits=8))
     assert "mid_block.attentions.0.norm" in waiting(model)
     args = (families.noise(2, 4, families.SIZE, families.SIZE), 5, families.noise(2, 3, 8))
+    seen: list[Tensor] = []
+    model.mid_block.attentions[0].proj_in.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
     actual = model(*args).sample
+    assert isinstance(seen[0], PendingActivation)
+    assert seen[0].computed is None  # taken apart
     remove_pending_(model)
     plain = model(*args).sample
-    assert 0 < (actual - plain).abs().max() <= 2e-2 * plain.abs().max()
+    assert type(seen[1]) is Tensor
+    assert (actual - plain).abs().max() <= 2e-2 * plain.abs().max()
     model = quantize_(families.sd2().eval(), PQCADConfig(method="fixed", weight_bits=8))
     assert "mid_block.attentions.0.norm" not in waiting(model)  # its projection sees it reshaped
 

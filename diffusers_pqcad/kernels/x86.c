@@ -9,6 +9,7 @@
    - levels of 8 bits: the codes are shifted to -128..127. Of two products of magnitudes up to 128 and 127, the sum fits;
      each is widened. */
 #include <immintrin.h>
+#include <omp.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -24,6 +25,8 @@
 #define ROWS 6
 #define OUTPUTS 16
 #endif
+#define MIN_SCALE 1e-12f /* of activations: as in qparams.py */
+#define SIGNED_OFFSET 128 /* what signed codes are less */
 #define DEPTH 4 /* inputs of a step: 4 codes are broadcast, and multiplied by 4 weights of each output */
 
 /* For x86.py: what this code was compiled for. */
@@ -201,11 +204,25 @@ typedef struct {
     int64_t is_per_image;
 } Addend;
 
-/* Convolution, or matrix product where an image is one row of pixels, of `codes`, which `quantize` wrote. `bias` may be
-   NULL; `out` is channels_last. */
-void multiply(const uint8_t *codes, Image image, Output output, const Weights *weights, float input_scale, int zero_point,
-              const float *bias, Addend addend, float *out)
+/* A quantized layer at one size of its input. `bias` may be NULL. `scale`, `zero_point` and `qmax`, the largest code, are
+   those of the input; a scale of zero asks for the ones of each input's own range. */
+typedef struct {
+    const Weights *weights;
+    const float *bias;
+    Image image;
+    Output output;
+    float scale;
+    int32_t zero_point, qmax;
+} Layer;
+
+/* Convolution, or matrix product where an image is one row of pixels, of `codes`, which `quantize` wrote with `scale` and
+   `zero_point`. `out` is channels_last. */
+static void multiply(const uint8_t *codes, const Layer *layer, float input_scale, int zero_point, Addend addend, float *out)
 {
+    const Image image = layer->image;
+    const Output output = layer->output;
+    const Weights *weights = layer->weights;
+    const float *bias = layer->bias;
     int64_t row_bytes = (image.width + 2 * image.border_x) * image.padded_channels;
     int64_t image_bytes = (image.height + 2 * image.border_y) * row_bytes;
     int64_t pixels = image.images * output.out_height * output.out_width, tiles = (pixels + ROWS - 1) / ROWS;
@@ -244,8 +261,7 @@ void multiply(const uint8_t *codes, Image image, Output output, const Weights *w
 }
 
 /* What is done to an input before it is rounded: x * gain + shift, then SiLU where `has_silu`. `gain` and `shift` are
-   (images, channels), or NULL for none of it; groups of channels that share a mean and a variance are in them
-   (`normalize`). */
+   (images, channels), or NULL for no map; groups of channels that share a mean and a variance are in them (`normalize`). */
 typedef struct {
     const float *gain, *shift;
     int64_t has_silu;
@@ -281,8 +297,7 @@ INLINE __m256 activate(const float *x, Affine affine, int64_t c, int64_t count)
     const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), numbers);
 #define LOAD(numbers) (count == 8 ? _mm256_loadu_ps(numbers) : _mm256_maskload_ps(numbers, mask))
     __m256 value = LOAD(x + c);
-    if (!affine.gain) return value;
-    value = _mm256_fmadd_ps(value, LOAD(affine.gain + c), LOAD(affine.shift + c));
+    if (affine.gain) value = _mm256_fmadd_ps(value, LOAD(affine.gain + c), LOAD(affine.shift + c));
 #undef LOAD
     if (!affine.has_silu) return value;
     const __m256 minus_log2_e = _mm256_set1_ps(-1.44269504f), one = _mm256_set1_ps(1.0f);
@@ -297,7 +312,7 @@ INLINE __m256i round_to_codes(__m256 value, int zero_point, int qmax)
     return _mm256_add_epi32(_mm256_cvtps_epi32(value), _mm256_set1_epi32(zero_point));
 }
 
-/* The codes of x * inverse_scale, after the affine map and SiLU where there is a map; `flip` is added to all their bits. */
+/* The codes of x * inverse_scale, after the affine map and SiLU where there are such; `flip` is added to all their bits. */
 INLINE void quantize_pixel(const float *x, Affine affine, int64_t channels, float inverse_scale, int zero_point, int qmax,
                            uint8_t flip, uint8_t *codes)
 {
@@ -326,7 +341,7 @@ INLINE void quantize_pixel(const float *x, Affine affine, int64_t channels, floa
 void quantize(const float *x, Image image, Affine affine, float inverse_scale, int zero_point, int qmax, int is_signed,
               uint8_t *codes)
 {
-    const uint8_t flip = is_signed ? 0x80 : 0;
+    const uint8_t flip = is_signed ? SIGNED_OFFSET : 0;
     const int code_of_zero = zero_point ^ flip;
     int64_t width = image.width + 2 * image.border_x, height = image.height + 2 * image.border_y;
     int64_t border = image.border_x * image.padded_channels;
@@ -351,7 +366,7 @@ void quantize(const float *x, Image image, Affine affine, float inverse_scale, i
 }
 
 /* The least and the largest value of `x` after `affine` and SiLU, and of zero; a NaN anywhere shows in both. */
-void find_range(const float *x, Image image, Affine affine, float *least, float *largest)
+static void find_range(const float *x, Image image, Affine affine, float *least, float *largest)
 {
     float low = 0, high = 0;
     int bad = 0;
@@ -401,12 +416,33 @@ INLINE void channel_moments(const float *x, int64_t height, int64_t width, int64
     }
 }
 
+/* Seconds of the calling thread's calls so far, for profiles: rounding with all before it, products, norms. */
+enum { ROUNDING, PRODUCTS, NORMS, PHASES };
+static _Thread_local double seconds[PHASES];
+
+void read_seconds(double *target) { memcpy(target, seconds, sizeof seconds); }
+
+/* Add to `phase` the time since `started`; return now. */
+static double clock_phase(int phase, double started)
+{
+    double now = omp_get_wtime();
+    seconds[phase] += now - started;
+    return now;
+}
+
+/* The parameters of a group normalization; `weight` and `bias` are (channels). */
+typedef struct {
+    const float *weight, *bias;
+    int64_t groups;
+    double eps;
+} Norm;
+
 /* Group normalization as an affine map: gain and shift, both (images, channels), with which x * gain + shift is x less its
    group's mean, over the group's standard deviation, times `weight`, plus `bias`. Variances are those of all values. */
-void normalize(const float *x, Image image, int64_t groups, const float *weight, const float *bias, double eps, float *gain,
-               float *shift)
+void normalize(const float *x, Image image, Norm norm, float *gain, float *shift)
 {
-    int64_t chunks = (image.channels + CHUNK - 1) / CHUNK, size = image.channels / groups;
+    double started = omp_get_wtime();
+    int64_t groups = norm.groups, chunks = (image.channels + CHUNK - 1) / CHUNK, size = image.channels / groups;
     double pixels = (double)(image.height * image.width);
 #pragma omp parallel for schedule(static)
     for (int64_t task = 0; task < image.images * chunks; task++) {
@@ -422,12 +458,98 @@ void normalize(const float *x, Image image, int64_t groups, const float *weight,
         double mean = 0, squares = 0;
         for (int64_t c = 0; c < size; c++) mean += gain[at + c] / (double)size;
         for (int64_t c = 0; c < size; c++) squares += shift[at + c] + pixels * (gain[at + c] - mean) * (gain[at + c] - mean);
-        double factor = 1 / __builtin_sqrt(squares / (pixels * (double)size) + eps);
+        double factor = 1 / __builtin_sqrt(squares / (pixels * (double)size) + norm.eps);
         for (int64_t c = 0; c < size; c++) {
-            gain[at + c] = (float)(factor * weight[channel + c]);
-            shift[at + c] = (float)(bias[channel + c] - mean * factor * weight[channel + c]);
+            gain[at + c] = (float)(factor * norm.weight[channel + c]);
+            shift[at + c] = (float)(norm.bias[channel + c] - mean * factor * norm.weight[channel + c]);
         }
     }
+    clock_phase(NORMS, started);
+}
+
+/* Scale and zero point of the range of `x` after `affine`, and of zero: as qparams.scalar_qparams, where a NaN stays. */
+void choose_range(const float *x, Image image, Affine affine, int qmax, float *scale, int *zero_point)
+{
+    float least, largest;
+    find_range(x, image, affine, &least, &largest);
+    float low = 0 < least ? 0 : least, high = 0 > largest ? 0 : largest, span = high - low, step = span / (float)qmax;
+    *scale = span == 0 ? 1 : MIN_SCALE > step ? MIN_SCALE : step;
+    float quotient = -low / *scale;
+    *zero_point = !__builtin_isfinite(quotient) ? 0 : quotient > (float)qmax ? qmax : (int)__builtin_rintf(quotient);
+}
+
+/* Write to `out` what `layer` makes of `x`, dense and channels_last, after `affine`; plus `addend`, which may be `out`.
+   `codes` has room for those of the layer's image. */
+void run_layer(const float *x, Affine affine, const Layer *layer, Addend addend, uint8_t *codes, float *out)
+{
+    float scale = layer->scale;
+    int zero_point = layer->zero_point, is_signed = (int)layer->weights->is_signed;
+    double started = omp_get_wtime();
+    if (scale == 0) choose_range(x, layer->image, affine, layer->qmax, &scale, &zero_point);
+    quantize(x, layer->image, affine, 1 / scale, zero_point, layer->qmax, is_signed, codes);
+    started = clock_phase(ROUNDING, started);
+    multiply(codes, layer, scale, is_signed ? zero_point - SIGNED_OFFSET : zero_point, addend, out);
+    clock_phase(PRODUCTS, started);
+}
+
+/* A residual block: conv2(SiLU(norm2(conv1(SiLU(norm1(x))) + embedding))) + shortcut(x), the embedding being that of a
+   time vector, after a SiLU where `embeds_silu`. `embedding` and `shortcut` may be NULL: nothing and `x` in their place. */
+typedef struct {
+    Norm norm1, norm2;
+    const Layer *embedding, *conv1, *conv2, *shortcut;
+    int64_t embeds_silu;
+} ResidualBlock;
+
+INLINE int64_t num_codes(const Layer *layer)
+{
+    const Image *image = &layer->image;
+    int64_t height = image->height + 2 * image->border_y, width = image->width + 2 * image->border_x;
+    return image->images * height * width * image->padded_channels;
+}
+
+INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Where a block keeps what lies between its layers: `hidden` as large as its output, `embedding` (images, channels), the
+   maps of a norm, and codes. */
+typedef struct {
+    int64_t hidden, embedding, gain, shift, codes, end;
+} Scratch;
+
+static Scratch scratch_of(const ResidualBlock *block)
+{
+    const Image *input = &block->conv1->image, *hidden = &block->conv2->image;
+    int64_t maps = sizeof(float) * input->images * max(input->channels, hidden->channels);
+    int64_t codes = max(num_codes(block->conv1), num_codes(block->conv2));
+    if (block->embedding) codes = max(codes, num_codes(block->embedding));
+    if (block->shortcut) codes = max(codes, num_codes(block->shortcut));
+    Scratch at = {0};
+    at.embedding = sizeof(float) * hidden->images * hidden->height * hidden->width * hidden->channels;
+    at.gain = at.embedding + sizeof(float) * hidden->images * hidden->channels;
+    at.shift = at.gain + maps;
+    at.codes = at.shift + maps;
+    at.end = at.codes + codes;
+    return at;
+}
+
+/* Bytes that `run_block` needs beside its output. */
+int64_t block_bytes(const ResidualBlock *block) { return scratch_of(block).end; }
+
+/* Write to `out` what the residual block makes of `x`, channels_last, and of `time` (images, its channels). */
+void run_block(const float *x, const float *time, const ResidualBlock *block, char *memory, float *out)
+{
+    const Scratch at = scratch_of(block);
+    float *hidden = (float *)(memory + at.hidden), *embedding = (float *)(memory + at.embedding);
+    Affine affine = {(float *)(memory + at.gain), (float *)(memory + at.shift), 1}, none = {0};
+    const Affine activation = {NULL, NULL, block->embeds_silu};
+    uint8_t *codes = (uint8_t *)(memory + at.codes);
+    const Addend nothing = {0}, embedded = {embedding, 1}, residual = {block->shortcut ? out : x, 0};
+
+    if (block->embedding) run_layer(time, activation, block->embedding, nothing, codes, embedding);
+    normalize(x, block->conv1->image, block->norm1, (float *)affine.gain, (float *)affine.shift);
+    run_layer(x, affine, block->conv1, block->embedding ? embedded : nothing, codes, hidden);
+    normalize(hidden, block->conv2->image, block->norm2, (float *)affine.gain, (float *)affine.shift);
+    if (block->shortcut) run_layer(x, none, block->shortcut, nothing, codes, out);
+    run_layer(hidden, affine, block->conv2, residual, codes, out);
 }
 
 /* Cut the steps of every block into windows that cannot overflow: of any 16-bit sum, neither the positive nor the

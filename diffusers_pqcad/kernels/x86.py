@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusers_pqcad.kernels import native, onednn, ranges
-from diffusers_pqcad.pending import PendingActivation
-from diffusers_pqcad.qparams import ScalarQParams, activation_qmax, scalar_qparams
+from diffusers_pqcad.pending import Norm, PendingActivation
+from diffusers_pqcad.qparams import ScalarQParams, activation_qmax
 
 if TYPE_CHECKING:
     from diffusers_pqcad.layers import QuantizedLayer
@@ -30,7 +30,7 @@ DEPTH = 4  # inputs of a step, as in the C file
 MAX_NARROW_BITS = 6  # two steps of the largest levels still fit 16 bits
 SUM_MAX = 2**15 - 1  # of 16 bits
 MAX_LINE = 32  # pixels
-SIGNED_OFFSET = 128  # what signed codes are less
+NO_RANGE = ScalarQParams(0.0, 0)  # asks for the range of each input
 NO_WIDE_VNNI = "oneDNN has VNNI here, and this kernel only that of AVX-512"
 
 
@@ -76,6 +76,38 @@ class Addend(ctypes.Structure):
     _fields_ = [("numbers", ctypes.c_void_p), ("is_per_image", ctypes.c_int64)]
 
 
+class Layer(ctypes.Structure):
+    """A layer at one size of its input and one activation range: as `Layer` in the C file."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weights", "bias")),
+        ("image", Image),
+        ("output", Output),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("zero_point", "qmax")),
+    ]
+
+
+class GroupNorm(ctypes.Structure):
+    """The parameters of a group norm: as `Norm` in the C file."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        ("groups", ctypes.c_int64),
+        ("eps", ctypes.c_double),
+    ]
+
+
+class ResidualBlock(ctypes.Structure):
+    """A residual block: as `ResidualBlock` in the C file."""
+
+    _fields_ = [
+        *((name, GroupNorm) for name in ("norm1", "norm2")),
+        *((name, ctypes.c_void_p) for name in ("embedding", "conv1", "conv2", "shortcut")),
+        ("embeds_silu", ctypes.c_int64),
+    ]
+
+
 class Geometry(NamedTuple):
     """What follows from the shape of an input: its image, and the size of the output as C and as PyTorch know it."""
 
@@ -84,12 +116,22 @@ class Geometry(NamedTuple):
     size: tuple[int, ...]
 
 
+class Call(NamedTuple):
+    """What a call of a layer does, as C takes it, and the sizes of what it writes; `keeps` lives as long."""
+
+    layer: Layer
+    size: tuple[int, ...]
+    num_codes: int
+    keeps: Tensor | None
+
+
 class PackedLayer(NamedTuple):
     """What does not change from call to call; B blocks of O outputs, S steps of 4 inputs, V windows.
 
     `weight` int8 (B, S, O, 4); `windows` int32 (V, 3) and `window_starts` int32 (B + 1,); `level_sum` int32 and
     `scale` fp32, both (B O,); `weights` points to them, and says whether they take signed codes. `ranges` are the
-    static activation ranges, `None` where each call chooses its own. `geometries` remembers the shapes of inputs.
+    static activation ranges, `None` where each call chooses its own. `geometries` and `layers` remember the shapes of
+    inputs, and the ranges they came with.
     """
 
     weight: Tensor
@@ -100,6 +142,7 @@ class PackedLayer(NamedTuple):
     weights: Weights
     ranges: list[ScalarQParams] | None
     geometries: dict[Any, Geometry]
+    layers: dict[Any, Layer]
 
 
 @cache
@@ -108,13 +151,18 @@ def library() -> ctypes.CDLL | str:
     loaded = native.library(SOURCE)
     if isinstance(loaded, str):
         return loaded
-    address, integer, long, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-    loaded.normalize.argtypes = [address, Image, long, address, address, ctypes.c_double, address, address]
-    loaded.find_range.argtypes = [address, Image, Affine, ctypes.POINTER(number), ctypes.POINTER(number)]
-    loaded.quantize.argtypes = [address, Image, Affine, number, integer, integer, integer, address]
-    loaded.multiply.argtypes = [address, Image, Output, ctypes.POINTER(Weights), number, integer]
-    loaded.multiply.argtypes += [address, Addend, address]
-    loaded.normalize.restype = loaded.find_range.restype = loaded.quantize.restype = loaded.multiply.restype = None
+    address, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    loaded.normalize.argtypes = [address, Image, GroupNorm, address, address]
+    loaded.run_layer.argtypes = [address, Affine, ctypes.POINTER(Layer), Addend, address, address]
+    loaded.block_bytes.argtypes = [ctypes.POINTER(ResidualBlock)]
+    loaded.run_block.argtypes = [address, address, ctypes.POINTER(ResidualBlock), address, address]
+    loaded.read_seconds.argtypes = [address]
+    # The next two are parts of `run_layer`, for tests.
+    loaded.choose_range.argtypes = [address, Image, Affine, integer, address, address]
+    loaded.quantize.argtypes = [address, Image, Affine, ctypes.c_float, integer, integer, integer, address]
+    loaded.choose_range.restype = loaded.quantize.restype = None
+    loaded.normalize.restype = loaded.run_layer.restype = loaded.run_block.restype = None
+    loaded.read_seconds.restype, loaded.block_bytes.restype = None, long
     loaded.plan_windows.argtypes = [address, long, long, long, address, integer, address, address]
     loaded.plan_windows.restype = long
     return loaded
@@ -177,7 +225,7 @@ def pack(layer: "QuantizedLayer") -> PackedLayer:
     level_sum = rows.sum((1, 2, 3), dtype=torch.int32)
     tensors = (weight, windows, window_starts, level_sum, F.pad(scale, (0, surplus)))
     weights = Weights(*(tensor.data_ptr() for tensor in tensors), weight.shape[1], is_signed)
-    return PackedLayer(*tensors, weights, ranges.static_ranges(layer), {})
+    return PackedLayer(*tensors, weights, ranges.static_ranges(layer), {}, {})
 
 
 def segment_starts(shape: torch.Size, dilation: tuple[int, ...]) -> Tensor:
@@ -247,39 +295,47 @@ def linear_geometry(layer: nn.Linear, size: torch.Size) -> Geometry:
     return Geometry(image, Output(pixels // width, width, layer.out_features, 1, 1), (*size[:-1], layer.out_features))
 
 
+def call_of(layer: "QuantizedLayer", packed: PackedLayer, size: torch.Size) -> Call:
+    """Return the call of `layer` for an input of `size` at this call's activation range."""
+    assert layer.activation_bits is not None  # refused
+    group = None if packed.ranges is None else layer.input_group()
+    key = (size, layer.stride, layer.padding) if isinstance(layer, nn.Conv2d) else size
+    geometry = packed.geometries.get(key)
+    if geometry is None:
+        geometry = packed.geometries[key] = geometry_of(layer, size)
+    known = packed.layers.get((key, group))
+    if known is None:
+        qparams = NO_RANGE if packed.ranges is None else ranges.current_range(layer, packed.ranges)
+        known = packed.layers[key, group] = Layer(
+            ctypes.addressof(packed.weights),
+            None,
+            geometry.image,
+            geometry.output,
+            *qparams,
+            activation_qmax(layer.activation_bits),
+        )
+    bias = None if layer.bias is None else layer.bias.float().contiguous()
+    known.bias = None if bias is None else bias.data_ptr()
+    return Call(known, geometry.size, geometry.image.num_codes(), bias)
+
+
+def group_norm_of(norm: Norm) -> GroupNorm:
+    """Return `norm` as C takes it."""
+    return GroupNorm(norm.weight.data_ptr(), norm.bias.data_ptr(), norm.num_groups, norm.eps)
+
+
 def normalization(pending: PendingActivation, image: Image) -> tuple[Tensor, Tensor]:
     """Return the gain and the shift fp32 (B, C) that are the group norm of `pending`, computed once."""
     if pending.gain_and_shift is None:
-        norm, source = pending.group_norm, pending.source
         gain, shift = torch.empty(2, image.images, image.channels, dtype=torch.float32, device="cpu")
-        parameters = (norm.weight.data_ptr(), norm.bias.data_ptr(), norm.eps)
-        compiled().normalize(source.data_ptr(), image, norm.num_groups, *parameters, gain.data_ptr(), shift.data_ptr())
+        norm = group_norm_of(pending.group_norm)
+        compiled().normalize(pending.source.data_ptr(), image, norm, gain.data_ptr(), shift.data_ptr())
         pending.gain_and_shift = gain, shift
     return pending.gain_and_shift
 
 
-def dynamic_range(x: Tensor, image: Image, affine: Affine, bits: int) -> ScalarQParams:
-    """Return the qparams of the range of `x`, after `affine`."""
-    least, largest = ctypes.c_float(), ctypes.c_float()
-    compiled().find_range(x.data_ptr(), image, affine, least, largest)
-    return scalar_qparams(least.value, largest.value, bits)
-
-
-def addend_of(output: Tensor, addend: Tensor | None) -> Addend | None:
-    """Return `addend` as the C file adds it to `output`, channels_last; `None` where it cannot."""
-    if addend is None:
-        return Addend()
-    if type(addend) is not Tensor or addend.dtype != torch.float32 or output.dim() != 4:
-        return None
-    if addend.shape == output.shape and addend.is_contiguous(memory_format=torch.channels_last):
-        return Addend(addend.data_ptr(), 0)
-    if addend.shape == (*output.shape[:2], 1, 1) and addend.is_contiguous():
-        return Addend(addend.data_ptr(), 1)
-    return None
-
-
-def run(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor, addend: Tensor | None = None) -> Tensor:
-    """Return the int8 operation's output, plus `addend`, in the dtype of `x`; convolutions return channels_last."""
+def run(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor) -> Tensor:
+    """Return the int8 operation's output in the dtype of `x`; convolutions return channels_last."""
     pending = x if isinstance(x, PendingActivation) and x.can_be_fused(layer) else None
     if pending is None and isinstance(x, PendingActivation):
         x = x.value()
@@ -291,48 +347,45 @@ def run(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor, addend: Tensor 
             dense = dense.float().contiguous(memory_format=torch.channels_last)
     elif pending is None:
         dense = dense.float().contiguous()
-    size = dense.shape if is_conv else x.shape
-    key = (size, layer.stride, layer.padding) if isinstance(layer, nn.Conv2d) else size
-    geometry = packed.geometries.get(key)
-    if geometry is None:
-        geometry = packed.geometries[key] = geometry_of(layer, size)
+    call = call_of(layer, packed, dense.shape if is_conv else x.shape)
     affine = Affine()
     if pending is not None:
-        gain, shift = normalization(pending, geometry.image)
+        gain, shift = normalization(pending, call.layer.image)
         affine = Affine(gain.data_ptr(), shift.data_ptr(), pending.has_silu)
     memory_format = torch.channels_last if is_conv else torch.contiguous_format
-    output = torch.empty(geometry.size, dtype=torch.float32, device="cpu", memory_format=memory_format)
-    added = addend_of(output, addend)
-    multiply(layer, packed, dense, geometry, affine, added or Addend(), output)
-    output = (output if output.dim() == x.dim() else output.squeeze(0)).to(x.dtype)
-    return output if addend is None or added is not None else output + addend
+    output = torch.empty(call.size, dtype=torch.float32, device="cpu", memory_format=memory_format)
+    codes = torch.empty(call.num_codes, dtype=torch.uint8, device="cpu")
+    compiled().run_layer(dense.data_ptr(), affine, call.layer, Addend(), codes.data_ptr(), output.data_ptr())
+    return (output if output.dim() == x.dim() else output.squeeze(0)).to(x.dtype)
 
 
-def multiply(
-    layer: "QuantizedLayer",
-    packed: PackedLayer,
+def run_block(
     x: Tensor,
-    geometry: Geometry,
-    affine: Affine,
-    addend: Addend,
-    output: Tensor,
-) -> None:
-    """Write to `output` what `layer` makes of `x`, which lies as the image says, after `affine`, plus `addend`."""
-    assert layer.activation_bits is not None  # refused
-    image, weights = geometry.image, packed.weights
-    if packed.ranges is None:
-        qparams = dynamic_range(x, image, affine, layer.activation_bits)
-    else:
-        qparams = ranges.current_range(layer, packed.ranges)
-    codes = torch.empty(image.num_codes(), dtype=torch.uint8, device="cpu")
-    code_at, qmax = codes.data_ptr(), activation_qmax(layer.activation_bits)
-    library = compiled()
-    library.quantize(
-        x.data_ptr(), image, affine, 1.0 / qparams.scale, qparams.zero_point, qmax, weights.is_signed, code_at
-    )
-    zero_point = qparams.zero_point - SIGNED_OFFSET * weights.is_signed
-    bias = None if layer.bias is None else layer.bias.float().contiguous()
-    bias_at = None if bias is None else bias.data_ptr()
-    library.multiply(
-        code_at, image, geometry.output, weights, qparams.scale, zero_point, bias_at, addend, output.data_ptr()
-    )
+    time: Tensor | None,
+    norms: tuple[Norm, Norm],
+    layers: "tuple[QuantizedLayer | None, QuantizedLayer, QuantizedLayer, QuantizedLayer | None]",
+    *,
+    embeds_silu: bool,
+) -> Tensor:
+    """Return what a residual block makes of `x` fp32 (B, C, H, W) and `time` fp32 (B, E): channels_last.
+
+    `layers` are those of the time embedding, both convolutions, and the shortcut; `embeds_silu` says whether a SiLU
+    comes before the first.
+    """
+    embedding, conv1, conv2, shortcut = layers
+    x = x.contiguous(memory_format=torch.channels_last)
+    first = call_of(conv1, conv1.packed_for(NAME), x.shape)
+    second = call_of(conv2, conv2.packed_for(NAME), torch.Size(first.size))
+    others = [
+        None if layer is None or data is None else call_of(layer, layer.packed_for(NAME), data.shape)
+        for layer, data in ((embedding, time), (shortcut, x))
+    ]
+    time = None if time is None else time.contiguous()
+    calls = (others[0], first, second, others[1])
+    addresses = (None if call is None else ctypes.addressof(call.layer) for call in calls)
+    block = ResidualBlock(*map(group_norm_of, norms), *addresses, embeds_silu)
+    memory = torch.empty(compiled().block_bytes(block), dtype=torch.uint8, device="cpu")
+    output = torch.empty(second.size, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+    time_at = None if time is None else time.data_ptr()
+    compiled().run_block(x.data_ptr(), time_at, block, memory.data_ptr(), output.data_ptr())
+    return output
