@@ -226,6 +226,34 @@ def test_an_adapter_on_a_convolution_is_not_passed_by(block: ResnetBlock2D) -> N
     assert torch.equal(actual, expected)
 
 
+def break_stride(block: ResnetBlock2D) -> None:
+    block.conv1.stride = (2, 2)
+
+
+def break_shortcut(block: ResnetBlock2D) -> None:
+    block.conv_shortcut = None
+
+
+def break_norm(block: ResnetBlock2D) -> None:
+    block.norm2 = nn.GroupNorm(4, 16).requires_grad_(False)
+
+
+def break_embedding(block: ResnetBlock2D) -> None:
+    block.time_emb_proj = block_of(out_channels=16).time_emb_proj
+
+
+@pytest.mark.parametrize("change", [break_stride, break_shortcut, break_norm, break_embedding])
+def test_parts_that_do_not_fit_are_refused(block: ResnetBlock2D, change) -> None:
+    """C would read beyond them."""
+    block = block_of(out_channels=24)
+    change(block)
+    with torch.no_grad(), pytest.raises((ValueError, RuntimeError)):
+        block(image(), torch.randn(2, 12))
+    remove_blocks_(block)
+    with torch.no_grad(), pytest.raises((ValueError, RuntimeError)):
+        block(image(), torch.randn(2, 12))
+
+
 def test_training_keeps_its_dropout_and_gradients(block: ResnetBlock2D) -> None:
     block.train()
     x = image().requires_grad_()

@@ -370,16 +370,26 @@ def run_block(
     """Return what a residual block makes of `x` fp32 (B, C, H, W) and `time` fp32 (B, E): channels_last.
 
     `layers` are those of the time embedding, both convolutions, and the shortcut; `embeds_silu` says whether a SiLU
-    comes before the first.
+    comes before the first. Raises ValueError for parts whose sizes do not fit: C would read beyond them.
     """
     embedding, conv1, conv2, shortcut = layers
     x = x.contiguous(memory_format=torch.channels_last)
     first = call_of(conv1, conv1.packed_for(NAME), x.shape)
-    second = call_of(conv2, conv2.packed_for(NAME), torch.Size(first.size))
+    hidden = torch.Size(first.size)
+    second = call_of(conv2, conv2.packed_for(NAME), hidden)
     others = [
         None if layer is None or data is None else call_of(layer, layer.packed_for(NAME), data.shape)
         for layer, data in ((embedding, time), (shortcut, x))
     ]
+    sizes = {
+        "norm1": (norms[0].weight.shape, norms[0].bias.shape, x.shape[1:2]),
+        "norm2": (norms[1].weight.shape, norms[1].bias.shape, hidden[1:2]),
+        "time embedding": (hidden[:2] if others[0] is None else others[0].size, hidden[:2]),
+        "residual": (x.shape if others[1] is None else others[1].size, second.size),
+    }
+    for name, (*found, wanted) in sizes.items():
+        if any(tuple(size) != tuple(wanted) for size in found):
+            raise ValueError(f"{conv1.name}: {name} of its block: expected a size of {tuple(wanted)}, got {found}.")
     time = None if time is None else time.contiguous()
     calls = (others[0], first, second, others[1])
     addresses = (None if call is None else ctypes.addressof(call.layer) for call in calls)
