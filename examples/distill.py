@@ -476,6 +476,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         )
 
     # In fp32 and where the settings say, whatever the user's Accelerate config does: the figures are for that.
+    # NVIDIA's convolutions would round their inputs to 10 bits.
+    torch.backends.cudnn.allow_tf32 = False
     accelerator = Accelerator(cpu=settings.train_device == "cpu", mixed_precision="no")
     if settings.train_device != accelerator.device.type:
         raise ValueError(
