@@ -85,6 +85,10 @@ def test_the_folder_is_a_pipeline_with_everything_beside_it(finished):
     assert [row["key"] for row in metrics["rows"]] == [
         "float", "float_half", "fixed", "pq", "pq_half", "pq_cad",
     ]  # fmt: skip
+    assert {key: [place["device"] for place in places] for key, places in metrics["training"].items()} == {
+        "pq": ["cpu"],
+        "pq_cad": ["cpu"],
+    }
     assert all(row["metric_name"] is None for row in metrics["rows"])  # no extractor for somebody's own teacher
     card = (finished / "README.md").read_text()
     assert f"{metrics['rows'][-1]['sqnr_db']:.2f}" in card
@@ -137,6 +141,7 @@ def test_changed_settings_on_an_old_folder_are_refused(teacher, finished):
         (("--num_inference_steps", "6"), "divide"),
         (("--weight_bits", "1"), "weight_bits"),
         (("--activation_bits", "5"), "activation_bits"),
+        (("--train_device", "abacus"), "--train_device abacus: expected 'cpu' or the kind of accelerator"),
     ],
 )
 def test_bad_settings_are_refused(teacher, tmp_path, monkeypatch, flags, message):

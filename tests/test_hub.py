@@ -111,6 +111,17 @@ def test_the_notes_name_the_rows_of_other_circumstances(metrics: dict[str, Any])
     assert table_notes(metrics).splitlines()[-1] == "- But with threads 66: PQ; PQ + CAD."
 
 
+def test_the_notes_name_the_places_of_a_training_on_an_accelerator(metrics: dict[str, Any]) -> None:
+    here = {"device": "cpu", "gpu": None, "cpu": "Example CPU", "torch": "2.71"}
+    there = {"device": "cuda", "gpu": "Example GPU", "cpu": "Other CPU", "torch": "2.72"}
+    metrics["training"] = {"pq": [here], "pq_cad": [there, here]}
+    assert table_notes(metrics).splitlines()[-1] == (
+        "- Trained on Example GPU (torch 2.72), then Example CPU (torch 2.71), and measured as the others: PQ + CAD."
+    )
+    metrics["training"]["pq_cad"] = [here]
+    assert "Trained on" not in table_notes(metrics)
+
+
 def test_the_notes_say_how_it_was_measured(metrics: dict[str, Any]) -> None:
     notes = table_notes(metrics)
     facts = ["n = 1013 images, seed 43", "at 26 steps", "batch 19", "tiny classifier distance (d=16), lower is better"]
