@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from diffusers_pqcad import PQCADConfig, inspect, kernels, quantize_, requantize_
+from diffusers_pqcad.blocks import remove_blocks_
 from diffusers_pqcad.convert import finish_, mark_quantized_
 from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear, packed_layers
 from diffusers_pqcad.qparams import ActivationQParams, dynamic_activation_qparams
@@ -706,6 +707,19 @@ def test_other_resolution(family: str) -> None:
 # ---- offload
 
 
+def is_output(actual: Tensor, family: str) -> bool:
+    """Whether `actual` is what the model gives, its residual blocks at once or, where hooks watch, module by module.
+
+    The two round at other ties, and small random models make much of one code.
+    """
+    model = quantized(family)
+    outputs = [call(model, family)]
+    remove_blocks_(model)
+    outputs.append(call(model, family))
+    assert relative_error(*outputs) < 0.1
+    return any(torch.equal(actual, output) for output in outputs)
+
+
 @action("group offload (CPU to CPU)", ["DiT"], refused=True)
 def test_group_offload_is_refused_by_diffusers(family: str) -> None:
     for model in (build(family), quantized(family)):
@@ -721,35 +735,32 @@ def test_group_offload(family: str) -> None:
         pytest.skip("this diffusers (0.40) looks for an accelerator first, for any model")
     for offload_type in ("block_level", "leaf_level"):
         model = quantized(family)
-        expected = call(model, family)
         model.enable_group_offload(
             onload_device=torch.device("cpu"), offload_type=offload_type,
             num_blocks_per_group=1 if offload_type == "block_level" else None,
         )  # fmt: skip
-        assert torch.equal(call(model, family), expected)
+        assert is_output(call(model, family), family)
 
 
 @action("sequential offload: correct, but packed weights stay on the device (trap 21)")
 def test_trap_21_sequential_offload(family: str) -> None:
     model = quantized(family)
-    expected = call(model, family)
     accelerate.cpu_offload(model, torch.device("cpu"), offload_buffers=False)  # as a pipeline does
     layer = next(layer for layer in packed_layers(model).values() if layer.bias is not None)
     assert layer.bias.device.type == "meta"
     assert layer.qweight.device.type == "cpu"
-    assert torch.equal(call(model, family), expected)
+    assert is_output(call(model, family), family)
 
 
 @action("model offload, and buffers too with accelerate.cpu_offload(offload_buffers=True)")
 def test_offload_with_buffers(family: str) -> None:
     model = quantized(family)
-    expected = call(model, family)
     accelerate.cpu_offload(model, torch.device("cpu"), offload_buffers=True)
     assert {layer.qweight.device.type for layer in packed_layers(model).values()} == {"meta"}
-    assert torch.equal(call(model, family), expected)
+    assert is_output(call(model, family), family)
     model = quantized(family)
     _, hook = accelerate.cpu_offload_with_hook(model, torch.device("cpu"))
-    assert torch.equal(call(model, family), expected)
+    assert is_output(call(model, family), family)
     hook.offload()
 
 
