@@ -389,7 +389,10 @@ def run_block(
     }
     for name, (*found, wanted) in sizes.items():
         if any(tuple(size) != tuple(wanted) for size in found):
-            raise ValueError(f"{conv1.name}: {name} of its block: expected a size of {tuple(wanted)}, got {found}.")
+            raise ValueError(
+                f"{conv1.name}: {name} of its block: expected a size of {tuple(wanted)}, got {[*map(tuple, found)]}. "
+                "Parts of a residual block can only be replaced by others of their sizes."
+            )
     time = None if time is None else time.contiguous()
     calls = (others[0], first, second, others[1])
     addresses = (None if call is None else ctypes.addressof(call.layer) for call in calls)
