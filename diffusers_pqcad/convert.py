@@ -242,10 +242,12 @@ def finish_(model: nn.Module, config: PQCADConfig) -> None:
             install_channels_last_(model)  # without int8 convolutions, weights would be reordered in every call
         fusing: set[nn.Module] = {layer for layer in layers.values() if layer.kernel_name() == x86.NAME}
         if fusing:
-            from diffusers_pqcad.blocks import install_blocks_  # imports diffusers' models
+            from diffusers_pqcad.attention import install_attention_  # these import diffusers' models
+            from diffusers_pqcad.blocks import install_blocks_
 
             install_pending_(model, fusing)
             install_blocks_(model)
+            install_attention_(model, fusing)
         found = list(layers.values())
         log_once(type(model).__name__, kernels.summary(found), slow=kernels.lacks_fast_kernel(found))
 
@@ -282,12 +284,14 @@ def mark_quantized_(model: Any, config: PQCADConfig) -> None:
 
 def unmark_quantized_(model: Any) -> None:
     """Undo `mark_quantized_` and `finish_`."""
-    from diffusers_pqcad.blocks import remove_blocks_  # imports diffusers' models
+    from diffusers_pqcad.attention import remove_attention_  # these import diffusers' models
+    from diffusers_pqcad.blocks import remove_blocks_
 
     remove_timestep_groups(model)
     remove_channels_last_(model)
     remove_pending_(model)
     remove_blocks_(model)
+    remove_attention_(model)
     restore_methods_(model)
     if hasattr(model, "_internal_dict"):
         # diffusers leaves the entry, so that a saved float model would say that it is quantized.

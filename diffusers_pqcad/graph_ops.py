@@ -116,3 +116,16 @@ def residual_block(x: Tensor, temb: Tensor | None, group: Tensor, handle: Tensor
 def _(x: Tensor, temb: Tensor | None, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
     shape = (x.shape[0], out_channels, *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("pqcad::attention", mutates_args=())
+def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Return the attention of `kernels.attention`, (B, Q, heads channels)."""
+    from diffusers_pqcad.kernels import attention as kernel
+
+    return kernel.attention(query, key, value, heads)
+
+
+@attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    return torch.empty(query.shape, dtype=query.dtype, device=query.device)
