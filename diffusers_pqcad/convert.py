@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from diffusers_pqcad import kernels
 from diffusers_pqcad.allocation import allocate
 from diffusers_pqcad.config import PQCADConfig
+from diffusers_pqcad.fusion import install_fused_, remove_fused_
 from diffusers_pqcad.kernels import onednn, x86
 from diffusers_pqcad.layers import QUANTIZED_LAYERS, FloatLayer, QuantizedLayer, packed_layers
 from diffusers_pqcad.memory_format import install_channels_last_, remove_channels_last_
@@ -242,12 +243,11 @@ def finish_(model: nn.Module, config: PQCADConfig) -> None:
             install_channels_last_(model)  # without int8 convolutions, weights would be reordered in every call
         fusing: set[nn.Module] = {layer for layer in layers.values() if layer.kernel_name() == x86.NAME}
         if fusing:
-            from diffusers_pqcad.attention import install_attention_  # these import diffusers' models
-            from diffusers_pqcad.blocks import install_blocks_
+            from diffusers_pqcad.attention import FusedAttention  # these import diffusers' models
+            from diffusers_pqcad.blocks import FusedResnetBlock2D
 
             install_pending_(model, fusing)
-            install_blocks_(model)
-            install_attention_(model, fusing)
+            install_fused_(model, (FusedAttention, FusedResnetBlock2D))
         found = list(layers.values())
         log_once(type(model).__name__, kernels.summary(found), slow=kernels.lacks_fast_kernel(found))
 
@@ -284,14 +284,10 @@ def mark_quantized_(model: Any, config: PQCADConfig) -> None:
 
 def unmark_quantized_(model: Any) -> None:
     """Undo `mark_quantized_` and `finish_`."""
-    from diffusers_pqcad.attention import remove_attention_  # these import diffusers' models
-    from diffusers_pqcad.blocks import remove_blocks_
-
     remove_timestep_groups(model)
     remove_channels_last_(model)
     remove_pending_(model)
-    remove_blocks_(model)
-    remove_attention_(model)
+    remove_fused_(model)
     restore_methods_(model)
     if hasattr(model, "_internal_dict"):
         # diffusers leaves the entry, so that a saved float model would say that it is quantized.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from diffusers_pqcad.attention import FusedAttention
     from diffusers_pqcad.blocks import FusedResnetBlock2D
     from diffusers_pqcad.layers import QuantizedLayer
 
@@ -40,6 +41,11 @@ def call(layer: "QuantizedLayer", x: Tensor) -> Tensor:
 def call_block(block: "FusedResnetBlock2D", x: Tensor, temb: Tensor | None) -> Tensor:
     """Return what `block(x, temb)` returns, by an operator: a call that is common (`is_common`)."""
     return residual_block(x, temb, group_of(block.conv1), block.handle, block.out_channels)
+
+
+def call_attention(block: "FusedAttention", x: Tensor, context: Tensor | None) -> Tensor:
+    """Return what `block(x, context)` returns, by an operator: a call that is common (`is_common`)."""
+    return attention_block(x, context, group_of(block.to_q), block.handle, block.to_out[0].out_features)
 
 
 def group_of(layer: "QuantizedLayer") -> Tensor:
@@ -118,14 +124,18 @@ def _(x: Tensor, temb: Tensor | None, group: Tensor, handle: Tensor, out_channel
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-@torch.library.custom_op("pqcad::attention", mutates_args=())
-def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Return the attention of `kernels.attention`, (B, Q, heads channels)."""
-    from diffusers_pqcad.kernels import attention as kernel
+@torch.library.custom_op("pqcad::attention_block", mutates_args=())
+def attention_block(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
+    """Return the output of a `FusedAttention`: (B, L, out_channels), or as large as `x` (B, C, H, W)."""
+    block = MODULES[int(handle)]
+    if block.to_q.timestep_groups is not None:
+        block.to_q.timestep_groups.select(group)
+    output = block.compute(x, context)
+    return output.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
 
-    return kernel.attention(query, key, value, heads)
 
-
-@attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+@attention_block.register_fake
+def _(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
+    if x.dim() == 4:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return x.new_empty(*x.shape[:2], out_channels)

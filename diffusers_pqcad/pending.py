@@ -1,8 +1,8 @@
 """SiLU(GroupNorm(x)) that waits for its consumer: an int8 layer computes it while it rounds, in one pass.
 
 Norm, activation and rounding apart read and write the input of a convolution six times. In the residual blocks of a
-quantized model, and before its attention, the first two return a `PendingActivation`. A kernel that knows the class
-takes it apart; for all else it is a tensor, whose values are computed once they are asked for.
+quantized model the first two return a `PendingActivation`. A kernel that knows the class takes it apart; for all else
+it is a tensor, whose values are computed once they are asked for.
 """
 
 from typing import Any, NamedTuple
@@ -39,44 +39,33 @@ class Norm(NamedTuple):
 
 
 class PendingActivation(Tensor):
-    """The group norm of `source` fp32 (B, C, H, W) or (B, C, L) by `norm`; with `has_silu`, the SiLU of that.
+    """The group norm of `source` fp32 (B, C, H, W), channels_last, by `norm`; with `has_silu`, the SiLU of that.
 
-    The channels of a pixel lie side by side in memory. With `is_transposed`, it is (B, L, C). It shares the memory of
-    `source` until it is computed, so `source` must not be written to before. `gain_and_shift` fp32 (B, C) are the norm
-    as a map of each channel, where a kernel has computed them.
+    It shares the memory of `source` until it is computed, so `source` must not be written to before.
     """
 
     source: Tensor
     group_norm: Norm
     has_silu: bool
-    is_transposed: bool
     computed: Tensor | None
-    gain_and_shift: tuple[Tensor, Tensor] | None
 
     @classmethod
-    def of(
-        cls, source: Tensor, norm: Norm, *, has_silu: bool = False, is_transposed: bool = False
-    ) -> "PendingActivation":
+    def of(cls, source: Tensor, norm: Norm, *, has_silu: bool = False) -> "PendingActivation":
         """Return the pending activation of `source`."""
-        pending = (source.transpose(1, 2) if is_transposed else source).as_subclass(cls)
-        pending.source, pending.group_norm = source, norm
-        pending.has_silu, pending.is_transposed = has_silu, is_transposed
-        pending.computed = pending.gain_and_shift = None
+        pending = source.as_subclass(cls)
+        pending.source, pending.group_norm, pending.has_silu, pending.computed = source, norm, has_silu, None
         return pending
 
     def value(self) -> Tensor:
         """Return the activation, a plain tensor."""
         if self.computed is None:
             output = F.group_norm(self.source, *self.group_norm)
-            output = F.silu(output) if self.has_silu else output
-            self.computed = output.transpose(1, 2).contiguous() if self.is_transposed else output
+            self.computed = F.silu(output) if self.has_silu else output
         return self.computed
 
     def can_be_fused(self, layer: nn.Module) -> bool:
         """Return whether `layer` can compute this: nobody did, and the channels are where it looks for them."""
-        return self.computed is None and (
-            self.source.dim() == 4 if isinstance(layer, nn.Conv2d) else self.is_transposed
-        )
+        return self.computed is None and isinstance(layer, nn.Conv2d)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -90,8 +79,6 @@ class PendingActivation(Tensor):
         x = args[0] if args and isinstance(args[0], PendingActivation) and args[0].computed is None else None
         if func is Tensor.to and x is not None and moves_nothing(x, *args[1:], **kwargs):
             return x  # what hooks of offloaded models do with every input
-        if func is Tensor.transpose and x is not None and args[1:] == (1, 2) and x.source.dim() == 3:
-            return cls.of(x.source, x.group_norm, has_silu=x.has_silu, is_transposed=not x.is_transposed)
         args, kwargs = tree_map_only(PendingActivation, PendingActivation.value, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -115,7 +102,7 @@ class PendingGroupNorm(nn.GroupNorm):
 
     def can_wait(self, x: Tensor) -> bool:
         """Return whether a kernel could take the group norm of `x` apart: numbers in memory, and no gradient."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or x.dim() not in (3, 4):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or x.dim() != 4:
             return False
         if x.shape[1] != self.num_channels or self._forward_hooks:  # a hook may keep the output
             return False
@@ -124,9 +111,7 @@ class PendingGroupNorm(nn.GroupNorm):
         numbers = (x, self.weight, self.bias)
         if not x.numel() or any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in numbers):
             return False
-        return (
-            x.is_contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.transpose(1, 2).is_contiguous()
-        )
+        return x.is_contiguous(memory_format=torch.channels_last)
 
 
 class PendingSiLU(nn.SiLU):
@@ -135,7 +120,7 @@ class PendingSiLU(nn.SiLU):
     def forward(self, x: Tensor) -> Tensor:
         """Return the SiLU of `x`, pending where `x` is."""
         if isinstance(x, PendingActivation) and not x.has_silu and x.computed is None:
-            return PendingActivation.of(x.source, x.group_norm, has_silu=True, is_transposed=x.is_transposed)
+            return PendingActivation.of(x.source, x.group_norm, has_silu=True)
         return super().forward(x)
 
 
@@ -156,7 +141,6 @@ def install_pending_(model: nn.Module, consumers: set[nn.Module]) -> None:
 
 def waiting_modules(block: nn.Module, consumers: set[nn.Module]) -> list[nn.Module]:
     """Return the modules of `block` whose outputs go to one of `consumers` and nowhere else."""
-    from diffusers.models.attention_processor import Attention
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
@@ -165,8 +149,6 @@ def waiting_modules(block: nn.Module, consumers: set[nn.Module]) -> list[nn.Modu
         # "scale_shift" has a product and a sum between the norm and the activation.
         norms += [block.norm2] if block.conv2 in consumers and block.time_embedding_norm == "default" else []
         return [*norms, block.nonlinearity] if norms else []
-    if isinstance(block, Attention) and block.group_norm is not None and block.to_q in consumers:
-        return [block.group_norm]
     if isinstance(block, Transformer2DModel) and getattr(block, "proj_in", None) in consumers:
         return [] if block.use_linear_projection else [block.norm]
     return []

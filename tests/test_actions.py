@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from diffusers_pqcad import PQCADConfig, inspect, kernels, quantize_, requantize_
-from diffusers_pqcad.blocks import remove_blocks_
 from diffusers_pqcad.convert import finish_, mark_quantized_
+from diffusers_pqcad.fusion import remove_fused_
 from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear, packed_layers
 from diffusers_pqcad.qparams import ActivationQParams, dynamic_activation_qparams
 from diffusers_pqcad.timesteps import install_timestep_groups
@@ -714,7 +714,7 @@ def is_output(actual: Tensor, family: str) -> bool:
     """
     model = quantized(family)
     outputs = [call(model, family)]
-    remove_blocks_(model)
+    remove_fused_(model)
     outputs.append(call(model, family))
     assert relative_error(*outputs) < 0.1
     return any(torch.equal(actual, output) for output in outputs)

@@ -13,7 +13,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, graph_ops, kernels, quantize_
-from diffusers_pqcad.blocks import FusedResnetBlock2D, install_blocks_, remove_blocks_
+from diffusers_pqcad.blocks import FusedResnetBlock2D
+from diffusers_pqcad.fusion import install_fused_, remove_fused_
 from diffusers_pqcad.kernels import x86
 from diffusers_pqcad.layers import packed_layers
 from diffusers_pqcad.pending import remove_pending_
@@ -32,7 +33,7 @@ def block_of(*, bits: int = 8, **settings) -> ResnetBlock2D:
 def call_both(block: ResnetBlock2D, x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
     """Return what `block` returns, and what it returns as a plain `ResnetBlock2D`."""
     plain = copy.deepcopy(block)
-    remove_blocks_(plain)
+    remove_fused_(plain)
     assert type(plain) is ResnetBlock2D
     with torch.no_grad():
         return block(x, *args, **kwargs), plain(x, *args, **kwargs)
@@ -180,7 +181,7 @@ def test_whoever_changes_a_module_is_not_passed_by(block: ResnetBlock2D, name: s
     change(block.get_submodule(name))
     with torch.no_grad():
         actual = block(x, temb)
-        remove_blocks_(block)
+        remove_fused_(block)
         assert torch.equal(actual, block(x, temb))
     assert not torch.equal(actual, plain)
 
@@ -208,7 +209,7 @@ def test_another_activation_is_computed(block: ResnetBlock2D, replacement) -> No
 
 def test_errors_are_those_of_the_plain_block(block: ResnetBlock2D) -> None:
     plain = copy.deepcopy(block)
-    remove_blocks_(plain)
+    remove_fused_(plain)
     for x, temb in ((image(15), torch.randn(2, 12)), (image(), torch.randn(2, 11)), (image(), torch.randn(3, 12))):
         with torch.no_grad(), pytest.raises((ValueError, RuntimeError)) as expected:
             plain(x, temb)
@@ -252,7 +253,7 @@ def test_parts_that_do_not_fit_are_refused(block: ResnetBlock2D, change) -> None
     change(block)
     with torch.no_grad(), pytest.raises((ValueError, RuntimeError)):
         block(image(), torch.randn(2, 12))
-    remove_blocks_(block)
+    remove_fused_(block)
     with torch.no_grad(), pytest.raises((ValueError, RuntimeError)):
         block(image(), torch.randn(2, 12))
 
@@ -349,7 +350,7 @@ def test_a_block_changes_its_class_and_nothing_else(block: ResnetBlock2D, tiny_u
 
 
 def test_blocks_of_float_convolutions_stay(block: ResnetBlock2D, tiny_unet) -> None:
-    install_blocks_(tiny_unet)
+    install_fused_(tiny_unet, [FusedResnetBlock2D])
     assert not any(isinstance(module, FusedResnetBlock2D) for module in tiny_unet.modules())
     quantize_(tiny_unet, PQCADConfig(modules_to_not_convert=["mid_block"]))
     assert type(tiny_unet.mid_block.resnets[0]) is ResnetBlock2D

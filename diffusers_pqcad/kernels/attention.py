@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffusers_pqcad.kernels import native
@@ -37,24 +38,27 @@ def library() -> ctypes.CDLL | str:
 
 
 def available() -> bool:
-    """Return whether `attention` can be called on this computer."""
+    """Return whether `attention` multiplies in bf16 on this computer."""
     return not isinstance(library(), str)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """Return softmax(q k^T / sqrt(channels)) v of each head, fp32 (B, Q, heads channels).
 
-    `query` is fp32 (B, Q, heads channels), `key` and `value` (B, K, heads channels), on the CPU. Raises ValueError for
-    other shapes, and MemoryError where the scores of eight queries find no room.
+    `query` is fp32 (B, Q, heads channels), `key` and `value` (B, K, heads channels), on the CPU: in bf16 products
+    where the CPU has them, else as PyTorch does. Raises ValueError for other shapes, and MemoryError where the scores
+    of eight queries find no room.
     """
-    loaded = library()
-    assert not isinstance(loaded, str)  # asked for before
     batch, queries, width = query.shape
     if key.shape != value.shape or key.shape[::2] != (batch, width) or width % heads or not key.shape[1]:
         raise ValueError(
             f"attention: expected queries (B, Q, C), keys and values (B, K, C) with C divisible by {heads} heads; got "
             f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}."
         )
+    loaded = library()
+    if isinstance(loaded, str):
+        by_head = (tensor.unflatten(2, (heads, -1)).transpose(1, 2) for tensor in (query, key, value))
+        return F.scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2)
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     shape = Shape(batch, heads, queries, key.shape[1], width // heads)
     memory = torch.empty(loaded.attention_bytes(shape), dtype=torch.uint8, device="cpu")

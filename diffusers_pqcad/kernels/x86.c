@@ -25,6 +25,7 @@
 #define ROWS 6
 #define OUTPUTS 16
 #endif
+#define TILES 16 /* that follow each other in one block of outputs */
 #define MIN_SCALE 1e-12f /* of activations: as in qparams.py */
 #define SIGNED_OFFSET 128 /* what signed codes are less */
 #define DEPTH 4 /* inputs of a step: 4 codes are broadcast, and multiplied by 4 weights of each output */
@@ -171,6 +172,20 @@ INLINE Epilogue epilogue_of(int zero_point, const int32_t *level_sum, float inpu
     return epilogue;
 }
 
+#if VNNI
+INLINE void dequantize_row(const int32_t *sums, const Epilogue *epilogue, const float *addend, int64_t count, float *out)
+{
+    for (int j = 0; j < OUTPUTS; j += 16) {
+        __mmask16 real = count - j >= 16 ? 0xffff : count > j ? (__mmask16)((1u << (count - j)) - 1) : 0;
+        __m512i zero = _mm512_load_si512(epilogue->zero + j);
+        __m512 centred = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(sums + j), zero));
+        __m512 factor = _mm512_load_ps(epilogue->factor + j), bias = _mm512_load_ps(epilogue->bias + j);
+        __m512 value = _mm512_fmadd_ps(centred, factor, bias);
+        if (addend) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(real, addend + j));
+        _mm512_mask_storeu_ps(out + j, real, value);
+    }
+}
+#else
 INLINE void dequantize_row(const int32_t *sums, const Epilogue *epilogue, const float *addend, int64_t count, float *out)
 {
     float row[OUTPUTS], added[OUTPUTS], *target = count < OUTPUTS ? row : out;
@@ -185,6 +200,7 @@ INLINE void dequantize_row(const int32_t *sums, const Epilogue *epilogue, const 
     }
     if (count < OUTPUTS) memcpy(out, row, sizeof(float) * count);
 }
+#endif
 
 /* What does not change from call to call. Per block of OUTPUTS channels: `weight` (steps, OUTPUTS, DEPTH) and windows from
    window_starts[block] to window_starts[block + 1]; `level_sum` and `scale` hold a number for every output of every
@@ -226,14 +242,21 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
     int64_t row_bytes = (image.width + 2 * image.border_x) * image.padded_channels;
     int64_t image_bytes = (image.height + 2 * image.border_y) * row_bytes;
     int64_t pixels = image.images * output.out_height * output.out_width, tiles = (pixels + ROWS - 1) / ROWS;
-    int64_t blocks = (output.out_channels + OUTPUTS - 1) / OUTPUTS;
-#pragma omp parallel for collapse(2) schedule(static) if (blocks * tiles > 1)
-    for (int64_t block = 0; block < blocks; block++)
-        for (int64_t tile = 0; tile < tiles; tile++) {
+    int64_t blocks = (output.out_channels + OUTPUTS - 1) / OUTPUTS, runs = (tiles + TILES - 1) / TILES;
+#pragma omp parallel for schedule(static) if (blocks * runs > 1)
+    for (int64_t task = 0; task < blocks * runs; task++) {
+        int64_t block = task / runs, start = task % runs * TILES, stop = start + TILES < tiles ? start + TILES : tiles;
+        int64_t channel = block * OUTPUTS;
+        int64_t channels = output.out_channels - channel < OUTPUTS ? output.out_channels - channel : OUTPUTS;
+        const Window *window = weights->windows + weights->window_starts[block];
+        const Window *end = weights->windows + weights->window_starts[block + 1];
+        const Epilogue epilogue = epilogue_of(zero_point, weights->level_sum + channel, input_scale,
+                                              weights->scale + channel, bias ? bias + channel : NULL, channels);
+        for (int64_t tile = start; tile < stop; tile++) {
             int32_t sums[ROWS][OUTPUTS] __attribute__((aligned(64)));
             const uint8_t *rows[ROWS];
             int64_t images[ROWS];
-            int64_t first = tile * ROWS, channel = block * OUTPUTS;
+            int64_t first = tile * ROWS;
             int count = pixels - first < ROWS ? (int)(pixels - first) : ROWS;
             int64_t column = first % output.out_width, line = first / output.out_width;
             int64_t n = line / output.out_height, y = line % output.out_height;
@@ -245,19 +268,15 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
                 column = 0;
                 if (++y == output.out_height) y = 0, n++;
             }
-            const Window *window = weights->windows + weights->window_starts[block];
-            const Window *end = weights->windows + weights->window_starts[block + 1];
             multiply_tile(count, (int)weights->is_signed, rows, row_bytes,
                           weights->weight + block * weights->steps * DEPTH * OUTPUTS, window, end, sums);
-            int64_t channels = output.out_channels - channel < OUTPUTS ? output.out_channels - channel : OUTPUTS;
-            Epilogue epilogue = epilogue_of(zero_point, weights->level_sum + channel, input_scale,
-                                            weights->scale + channel, bias ? bias + channel : NULL, channels);
             for (int i = 0; i < count; i++) {
                 int64_t at = (first + i) * output.out_channels + channel;
                 int64_t added = addend.is_per_image ? images[i] * output.out_channels + channel : at;
                 dequantize_row(sums[i], &epilogue, addend.numbers ? addend.numbers + added : NULL, channels, out + at);
             }
         }
+    }
 }
 
 /* What is done to an input before it is rounded: x * gain + shift, then SiLU where `has_silu`. `gain` and `shift` are

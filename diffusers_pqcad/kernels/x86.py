@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusers_pqcad.kernels import native, onednn, ranges
+from diffusers_pqcad.kernels import attention, native, onednn, ranges
 from diffusers_pqcad.pending import Norm, PendingActivation
 from diffusers_pqcad.qparams import ScalarQParams, activation_qmax
 
@@ -324,14 +324,19 @@ def group_norm_of(norm: Norm) -> GroupNorm:
     return GroupNorm(norm.weight.data_ptr(), norm.bias.data_ptr(), norm.num_groups, norm.eps)
 
 
-def normalization(pending: PendingActivation, image: Image) -> tuple[Tensor, Tensor]:
-    """Return the gain and the shift fp32 (B, C) that are the group norm of `pending`, computed once."""
-    if pending.gain_and_shift is None:
-        gain, shift = torch.empty(2, image.images, image.channels, dtype=torch.float32, device="cpu")
-        norm = group_norm_of(pending.group_norm)
-        compiled().normalize(pending.source.data_ptr(), image, norm, gain.data_ptr(), shift.data_ptr())
-        pending.gain_and_shift = gain, shift
-    return pending.gain_and_shift
+def normalization(norm: Norm, source: Tensor, image: Image) -> tuple[Tensor, Tensor]:
+    """Return the gain and the shift fp32 (B, C) that are the group norm of `source`, an `image`."""
+    gain, shift = torch.empty(2, image.images, image.channels, dtype=torch.float32, device="cpu")
+    compiled().normalize(source.data_ptr(), image, group_norm_of(norm), gain.data_ptr(), shift.data_ptr())
+    return gain, shift
+
+
+def run_call(call: Call, x: Tensor, affine: Affine, addend: Addend, memory_format: torch.memory_format) -> Tensor:
+    """Return the output of `call` for `x`, fp32 numbers that lie as its image does."""
+    output = torch.empty(call.size, dtype=torch.float32, device="cpu", memory_format=memory_format)
+    codes = torch.empty(call.num_codes, dtype=torch.uint8, device="cpu")
+    compiled().run_layer(x.data_ptr(), affine, call.layer, addend, codes.data_ptr(), output.data_ptr())
+    return output
 
 
 def run(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor) -> Tensor:
@@ -350,13 +355,53 @@ def run(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor) -> Tensor:
     call = call_of(layer, packed, dense.shape if is_conv else x.shape)
     affine = Affine()
     if pending is not None:
-        gain, shift = normalization(pending, call.layer.image)
+        gain, shift = normalization(pending.group_norm, pending.source, call.layer.image)
         affine = Affine(gain.data_ptr(), shift.data_ptr(), pending.has_silu)
-    memory_format = torch.channels_last if is_conv else torch.contiguous_format
-    output = torch.empty(call.size, dtype=torch.float32, device="cpu", memory_format=memory_format)
-    codes = torch.empty(call.num_codes, dtype=torch.uint8, device="cpu")
-    compiled().run_layer(dense.data_ptr(), affine, call.layer, Addend(), codes.data_ptr(), output.data_ptr())
+    output = run_call(call, dense, affine, Addend(), torch.channels_last if is_conv else torch.contiguous_format)
     return (output if output.dim() == x.dim() else output.squeeze(0)).to(x.dtype)
+
+
+def run_attention(
+    x: Tensor,
+    context: Tensor | None,
+    norm: Norm | None,
+    layers: "tuple[QuantizedLayer, QuantizedLayer, QuantizedLayer, QuantizedLayer]",
+    heads: int,
+    *,
+    adds_input: bool,
+) -> Tensor:
+    """Return what an attention block makes of `x` fp32 (B, L, C), attending to `context` fp32 (B, K, D), or to itself.
+
+    `layers` are those of queries, keys, values and output; `norm` is a group norm before them, and `adds_input` adds
+    `x` to the output. Raises ValueError for parts whose sizes do not fit: C would read beyond them.
+    """
+    x = x.contiguous()
+    others = x if context is None else context.contiguous()
+    *projections, last = layers
+    calls = [
+        call_of(layer, layer.packed_for(NAME), source.shape)
+        for layer, source in zip(projections, (x, others, others), strict=True)
+    ]
+    affine = Affine()
+    if norm is not None:
+        if norm.weight.shape != x.shape[2:] or norm.bias.shape != x.shape[2:]:
+            raise ValueError(
+                f"{last.name}: group norm of its block: expected {x.shape[2]} channels, got a weight of "
+                f"{tuple(norm.weight.shape)} and a bias of {tuple(norm.bias.shape)}."
+            )
+        gain, shift = normalization(norm, x, calls[0].layer.image)
+        affine = Affine(gain.data_ptr(), shift.data_ptr(), 0)
+    maps = affine, affine if context is None else Affine(), affine if context is None else Affine()
+    query, key, value = (
+        run_call(call, source, source_map, Addend(), torch.contiguous_format)
+        for call, source, source_map in zip(calls, (x, others, others), maps, strict=True)
+    )
+    attended = attention.attention(query, key, value, heads)
+    call = call_of(last, last.packed_for(NAME), attended.shape)
+    if adds_input and call.size != x.shape:
+        raise ValueError(f"{last.name}: an input of {tuple(x.shape)} cannot be added to its output of {call.size}.")
+    addend = Addend(x.data_ptr() if adds_input else None, 0)
+    return run_call(call, attended, Affine(), addend, torch.contiguous_format)
 
 
 def run_block(
