@@ -1,5 +1,6 @@
 """Attention blocks in few calls of the int8 kernel, their softmax products in bf16 where the CPU has them."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from diffusers_pqcad import fusion, graph_ops, kernels
-from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.kernels import fused, x86
 from diffusers_pqcad.layers import PQCADLinear
 
 ABSENT = ("spatial_norm", "norm_cross", "norm_q", "norm_k", "add_k_proj")  # from the common kind
@@ -42,12 +43,16 @@ class FusedAttention(fusion.FusedBlock, Attention):
 
     def compute(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Return the output of a common call: at once, unless somebody looks at the modules or changed them."""
-        norm = None if self.group_norm is None else fusion.plain_norm(self.group_norm)
-        if (norm is None) != (self.group_norm is None) or not self.can_fuse(x, context):
+        inputs = [x] if context is None else [x, context]
+        plan = None
+        if not fusion.is_watched() and all(kernels.has_numbers(tensor) and tensor.numel() for tensor in inputs):
+            sequence = x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
+            sizes = sequence.shape, *(tensor.shape for tensor in inputs[1:])
+            key = (*sizes, self.heads, self.residual_connection)
+            plan = self.plan_of(self.to_q, key, partial(self.build_plan, *sizes))
+        if plan is None:
             return super().forward(x, context)
-        layers = self.to_q, self.to_k, self.to_v, self.to_out[0]
-        sequence = x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
-        y = x86.run_attention(sequence, context, norm, layers, self.heads, adds_input=self.residual_connection)
+        y = fused.run_attention(plan, sequence, context)
         y = y.transpose(1, 2).unflatten(2, x.shape[2:]) if x.dim() == 4 else y
         return y if self.rescale_output_factor == 1 else y / self.rescale_output_factor
 
@@ -63,11 +68,14 @@ class FusedAttention(fusion.FusedBlock, Attention):
             return False
         return fusion.is_inference(self, x, context)
 
-    def can_fuse(self, x: Tensor, context: Tensor | None) -> bool:
-        """Return whether all that a common call passes by is as it was built, and the kernel can take it."""
-        inputs = [tensor for tensor in (x, context) if tensor is not None]
-        if fusion.is_watched() or not all(kernels.has_numbers(tensor) and tensor.numel() for tensor in inputs):
-            return False
+    def build_plan(self, x_size: torch.Size, context_size: torch.Size | None = None) -> fused.AttentionPlan | None:
+        """Return the plan for these sizes; `None` where a module is not as it was built, or somebody looks at it."""
         if len(self.to_out) != 2 or type(self.to_out[1]) is not nn.Dropout or fusion.is_changed(self.to_out[1]):
-            return False
-        return all(map(fusion.takes_kernel, (self.to_q, self.to_k, self.to_v, self.to_out[0])))
+            return None
+        norm = None if self.group_norm is None else fusion.plain_norm(self.group_norm)
+        layers = self.to_q, self.to_k, self.to_v, self.to_out[0]
+        if (norm is None) != (self.group_norm is None) or not all(map(fusion.takes_kernel, layers)):
+            return None
+        return fused.plan_attention(
+            x_size, context_size, norm, layers, self.heads, adds_input=self.residual_connection
+        )

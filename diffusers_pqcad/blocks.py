@@ -1,5 +1,6 @@
 """Residual blocks as one call of the int8 kernel: norms, activations and sums are part of its convolutions."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,9 +8,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from diffusers_pqcad import fusion, graph_ops, kernels
-from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.kernels import fused, x86
 from diffusers_pqcad.layers import PQCADConv2d
-from diffusers_pqcad.pending import Norm, PendingSiLU
+from diffusers_pqcad.pending import PendingSiLU
 
 
 class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
@@ -33,11 +34,13 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
 
     def compute(self, x: Tensor, temb: Tensor | None) -> Tensor:
         """Return the output of a common call: at once, unless somebody looks at the modules or changed them."""
-        norms = self.norms_to_fuse(x, temb)
-        if norms is None:
-            return super().forward(x, temb)
-        layers = self.time_emb_proj, self.conv1, self.conv2, self.conv_shortcut
-        return x86.run_block(x, temb, norms, layers, embeds_silu=not self.skip_time_act)
+        inputs = [x] if temb is None else [x, temb]
+        plan = None
+        if not fusion.is_watched() and all(kernels.has_numbers(tensor) and tensor.numel() for tensor in inputs):
+            sizes = tuple(tensor.shape for tensor in inputs)
+            key = (*sizes, self.in_channels, self.skip_time_act)
+            plan = self.plan_of(self.conv1, key, partial(self.build_plan, *sizes))
+        return super().forward(x, temb) if plan is None else fused.run_block(plan, x, temb)
 
     def is_common(self, x: Tensor, temb: Tensor | None) -> bool:
         """Return whether this is a call of the common kind, for inference in fp32 on a CPU: no number is looked at."""
@@ -49,19 +52,19 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
             return False
         return fusion.is_inference(self, x, temb)
 
-    def norms_to_fuse(self, x: Tensor, temb: Tensor | None) -> tuple[Norm, Norm] | None:
-        """Return both norms; `None` where what a common call passes by is not as it was built, or no kernel has it."""
-        if fusion.is_watched() or not kernels.has_numbers(x) or not x.numel() or x.shape[1] != self.in_channels:
-            return None
+    def build_plan(self, x_size: torch.Size, time_size: torch.Size | None = None) -> fused.BlockPlan | None:
+        """Return the plan for these sizes; `None` where a module is not as it was built, or somebody looks at it."""
         layers = [self.conv1, self.conv2, *filter(None, (self.time_emb_proj, self.conv_shortcut))]
-        if not all(map(fusion.takes_kernel, layers)):
+        if x_size[1] != self.in_channels or not all(map(fusion.takes_kernel, layers)):
             return None
-        if temb is not None:
-            if not kernels.has_numbers(temb) or temb.shape != (len(x), self.time_emb_proj.in_features):
-                return None
+        if time_size is not None and time_size != (x_size[0], self.time_emb_proj.in_features):
+            return None
         if type(self.nonlinearity) not in (nn.SiLU, PendingSiLU) or type(self.dropout) is not nn.Dropout:
             return None
         if any(fusion.is_changed(module) for module in (self.nonlinearity, self.dropout)):
             return None
         first, second = fusion.plain_norm(self.norm1), fusion.plain_norm(self.norm2)
-        return None if first is None or second is None else (first, second)
+        if first is None or second is None:
+            return None
+        quantized = self.time_emb_proj, self.conv1, self.conv2, self.conv_shortcut
+        return fused.plan_block(x_size, time_size, (first, second), quantized, embeds_silu=not self.skip_time_act)

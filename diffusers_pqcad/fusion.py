@@ -1,6 +1,6 @@
 """Blocks of diffusers' models that the int8 kernel computes at once, where nobody looks at the modules in them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, cast
 
 import torch
@@ -30,6 +30,25 @@ class FusedBlock:
     def fits(cls, block: nn.Module) -> bool:
         """Return whether `block`, of class `plain`, holds layers for the kernel."""
         raise NotImplementedError
+
+    def plan_of(self, owner: QuantizedLayer, key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
+        """Return what `build` returns for `key` and the activation ranges of this call, as long as no module changes.
+
+        It is kept with the packed weights of `owner`, the first layer of this block. `None` where the kernel cannot
+        run that, or where images of the batch have ranges of their own, which no kernel takes.
+        """
+        if owner.kernel_name() != x86.NAME:
+            return None
+        modules = list(parts_of(cast(nn.Module, self)))
+        groups = [module.input_group() for module in modules if isinstance(module, QuantizedLayer)]
+        if any(isinstance(group, Tensor) for group in groups):
+            return None
+        plans, key = owner.packed_for(x86.NAME).plans, (*key, *groups)
+        known = plans.get(key)
+        if known is None or known[0] != [marks_of(module) for module in modules]:
+            plan = build()
+            known = plans[key] = ([marks_of(module) for module in modules], plan)  # layers are packed by now
+        return known[1]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]  # of the other base, a module
@@ -74,9 +93,34 @@ def is_changed(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
+def parts_of(block: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of `block`, and those in its lists."""
+    for module in block._modules.values():
+        if module is not None:
+            yield module
+            if isinstance(module, nn.ModuleList):
+                yield from module
+
+
+VALUES = ("num_groups", "eps", "affine", "stride", "padding", "packed", "activation_bits")  # that plans are built on
+
+
+def marks_of(module: nn.Module) -> tuple[Any, ...]:
+    """Return values that change with all of `module` that a plan is built on: a quarter of the time of a plan."""
+    state = module.__dict__
+    parameters = [
+        (tensor.data_ptr(), tensor.dtype, tensor.is_cpu, tensor.shape, tensor.is_contiguous())
+        for tensor in state["_parameters"].values()
+        if tensor is not None
+    ]
+    cache = state.get("_cache")  # plans hold it, so that its number is not given again
+    packed = None if cache is None else id(cache[1])
+    return (id(module), type(module), is_changed(module), packed, *map(state.get, VALUES), *parameters)
+
+
 def is_plain(tensor: Tensor) -> bool:
-    """Return whether the numbers of `tensor` are fp32 in the CPU's memory."""
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    """Return whether the numbers of `tensor` are fp32 in the CPU's memory, side by side."""
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def takes_kernel(layer: nn.Module) -> bool:

@@ -681,9 +681,10 @@ def test_attention_processors(family: str) -> None:
     model.set_attn_processor(AttnProcessor2_0())
     expected = call(model, family)
     model.set_attn_processor(AttnProcessor())
-    assert relative_error(call(model, family), expected) < 0.01  # the last bits of sums decide some roundings
+    # The last bits of sums decide some roundings, and products in bf16 those after the default processor's.
+    assert relative_error(call(model, family), expected) < 0.04
     model.set_attention_slice("max")
-    assert relative_error(call(model, family), expected) < 0.01
+    assert relative_error(call(model, family), expected) < 0.04
 
 
 @action("a batch of several timesteps, static ranges", DENOISERS)

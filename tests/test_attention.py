@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from diffusers_pqcad import PQCADConfig, graph_ops, kernels, quantize_
 from diffusers_pqcad.attention import FusedAttention
 from diffusers_pqcad.fusion import remove_fused_
-from diffusers_pqcad.kernels import attention, x86
+from diffusers_pqcad.kernels import attention, fused
 from diffusers_pqcad.layers import packed_layers
 from diffusers_pqcad.qparams import activation_qparams
 from diffusers_pqcad.timesteps import TimestepGroups
@@ -155,13 +155,13 @@ def call_both(block: Attention, *args, **kwargs) -> tuple[Tensor, Tensor]:
 def counted() -> Iterator[list[Tensor]]:
     """The inputs of the kernel's calls for whole blocks."""
     inputs: list[Tensor] = []
-    run_attention = x86.run_attention
+    run_attention = fused.run_attention
 
-    def run(x: Tensor, *args, **kwargs) -> Tensor:
+    def run(plan: fused.AttentionPlan, x: Tensor, other: Tensor | None) -> Tensor:
         inputs.append(x)
-        return run_attention(x, *args, **kwargs)
+        return run_attention(plan, x, other)
 
-    with mock.patch.object(x86, "run_attention", run):
+    with mock.patch.object(fused, "run_attention", run):
         yield inputs
 
 

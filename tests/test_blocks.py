@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffusers_pqcad import PQCADConfig, graph_ops, kernels, quantize_
 from diffusers_pqcad.blocks import FusedResnetBlock2D
 from diffusers_pqcad.fusion import install_fused_, remove_fused_
-from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.kernels import fused
 from diffusers_pqcad.layers import packed_layers
 from diffusers_pqcad.pending import remove_pending_
 from diffusers_pqcad.qparams import activation_qparams
@@ -55,13 +55,13 @@ def block() -> ResnetBlock2D:
 def counted() -> Iterator[list[Tensor]]:
     """The inputs of the kernel's calls for whole blocks."""
     inputs: list[Tensor] = []
-    run_block = x86.run_block
+    run_block = fused.run_block
 
-    def run(x: Tensor, *args, **kwargs) -> Tensor:
+    def run(plan: fused.BlockPlan, x: Tensor, other: Tensor | None) -> Tensor:
         inputs.append(x)
-        return run_block(x, *args, **kwargs)
+        return run_block(plan, x, other)
 
-    with mock.patch.object(x86, "run_block", run):
+    with mock.patch.object(fused, "run_block", run):
         yield inputs
 
 

@@ -80,27 +80,19 @@ def test_loading_and_calling_a_quantized_model_brings_only_our_loading_code(quan
     )
     assert [name for name in HEAVY + OUR_TRAINING_AND_MEASURING if name in added] == []
     ours = {name for name in added if name.partition(".")[0] == "diffusers_pqcad"}
-    assert ours - {"diffusers_pqcad.attention", "diffusers_pqcad.blocks"} == {  # where a kernel fuses
+    for_fused_blocks = {
+        f"diffusers_pqcad.{name}" for name in ("attention", "blocks", "kernels.fused", "kernels.attention")
+    }
+    assert ours - for_fused_blocks == {
         "diffusers_pqcad",
         *(f"diffusers_pqcad.{name}" for name in ("allocation", "config", "convert", "layers", "packing", "qparams")),
         *(
             f"diffusers_pqcad.{name}"
-            for name in (
-                "fusion",
-                "graph_ops",
-                "loading",
-                "memory_format",
-                "overrides",
-                "pending",
-                "quantizer",
-                "timesteps",
-            )
+            for name in ("fusion", "graph_ops", "loading", "memory_format", "overrides", "pending", "quantizer")
         ),
+        "diffusers_pqcad.timesteps",
         "diffusers_pqcad.transformers_quantizer",
-        *(
-            f"diffusers_pqcad.kernels{name}"
-            for name in ("", ".attention", ".native", ".onednn", ".ranges", ".reference", ".x86")
-        ),
+        *(f"diffusers_pqcad.kernels{name}" for name in ("", ".native", ".onednn", ".ranges", ".reference", ".x86")),
     }
 
 

@@ -239,7 +239,7 @@ def test_the_map_is_the_group_norm(seed, groups, size, height, width, mean) -> N
     nn.init.normal_(norm.bias)
     x = (torch.randn(2, channels, height, width) * 2 + mean).contiguous(memory_format=torch.channels_last)
     image = x86.Image(2, height, width, channels, 0, 0, x86.round_up(channels, 4))
-    gain, shift = x86.normalization(Norm.of(norm), x, image)
+    gain, shift = x86.normalization(x86.group_norm_of(Norm.of(norm)), x, image)
     actual = x.double() * gain.double()[:, :, None, None] + shift.double()[:, :, None, None]
     exact = F.group_norm(x.double(), groups, norm.weight.double(), norm.bias.double(), 1e-5)
     # A single pixel of a single channel: any deviation is a rounding error, and eps says how much it is magnified.

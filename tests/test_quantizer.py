@@ -28,7 +28,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from diffusers_pqcad import PQCADConfig, PQCADQuantizer, quantize_, requantize_
+from diffusers_pqcad import PQCADConfig, PQCADQuantizer, kernels, quantize_, requantize_
 from diffusers_pqcad.convert import finish_, mark_quantized_
 from diffusers_pqcad.layers import PQCADConv2d, QuantizedLayer, average_bits, packed_layers
 from diffusers_pqcad.loading import check_loaded
@@ -654,6 +654,8 @@ def call_cond(model):
 @pytest.mark.fast
 def test_trap_16_peft_builds_conv_lora_on_packed_layers(quantized_cond):
     expected = call_cond(quantized_cond)
+    with kernels.use("reference"):
+        exact = call_cond(quantized_cond)
     count = len(packed_layers(quantized_cond))
     quantized_cond.add_adapter(LoraConfig(r=2, target_modules=["conv1", "to_q"]))
     adapters = [module for name, module in quantized_cond.named_modules() if name.endswith(".lora_A.default")]
@@ -662,7 +664,8 @@ def test_trap_16_peft_builds_conv_lora_on_packed_layers(quantized_cond):
         assert module.weight.requires_grad
         assert not getattr(module, "packed", False)
     assert len(packed_layers(quantized_cond)) == count
-    assert torch.equal(call_cond(quantized_cond), expected)  # lora_B starts at zero
+    with kernels.use("reference"):  # others may take attention without adapters in bf16
+        assert torch.equal(call_cond(quantized_cond), exact)  # lora_B starts at zero
     for name, parameter in quantized_cond.named_parameters():
         if "lora_B" in name:
             nn.init.ones_(parameter)

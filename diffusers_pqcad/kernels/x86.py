@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusers_pqcad.kernels import attention, native, onednn, ranges
+from diffusers_pqcad.kernels import native, onednn, ranges
 from diffusers_pqcad.pending import Norm, PendingActivation
 from diffusers_pqcad.qparams import ScalarQParams, activation_qmax
 
@@ -108,6 +108,9 @@ class ResidualBlock(ctypes.Structure):
     ]
 
 
+NO_AFFINE, NO_ADDEND = Affine(), Addend()
+
+
 class Geometry(NamedTuple):
     """What follows from the shape of an input: its image, and the size of the output as C and as PyTorch know it."""
 
@@ -131,7 +134,7 @@ class PackedLayer(NamedTuple):
     `weight` int8 (B, S, O, 4); `windows` int32 (V, 3) and `window_starts` int32 (B + 1,); `level_sum` int32 and
     `scale` fp32, both (B O,); `weights` points to them, and says whether they take signed codes. `ranges` are the
     static activation ranges, `None` where each call chooses its own. `geometries` and `layers` remember the shapes of
-    inputs, and the ranges they came with.
+    inputs, and the ranges they came with; `plans`, those of a block that starts with this layer (fusion.py).
     """
 
     weight: Tensor
@@ -143,6 +146,7 @@ class PackedLayer(NamedTuple):
     ranges: list[ScalarQParams] | None
     geometries: dict[Any, Geometry]
     layers: dict[Any, Layer]
+    plans: dict[Any, Any]
 
 
 @cache
@@ -225,7 +229,7 @@ def pack(layer: "QuantizedLayer") -> PackedLayer:
     level_sum = rows.sum((1, 2, 3), dtype=torch.int32)
     tensors = (weight, windows, window_starts, level_sum, F.pad(scale, (0, surplus)))
     weights = Weights(*(tensor.data_ptr() for tensor in tensors), weight.shape[1], is_signed)
-    return PackedLayer(*tensors, weights, ranges.static_ranges(layer), {}, {})
+    return PackedLayer(*tensors, weights, ranges.static_ranges(layer), {}, {}, {})
 
 
 def segment_starts(shape: torch.Size, dilation: tuple[int, ...]) -> Tensor:
@@ -324,14 +328,20 @@ def group_norm_of(norm: Norm) -> GroupNorm:
     return GroupNorm(norm.weight.data_ptr(), norm.bias.data_ptr(), norm.num_groups, norm.eps)
 
 
-def normalization(norm: Norm, source: Tensor, image: Image) -> tuple[Tensor, Tensor]:
+def normalization(norm: GroupNorm, source: Tensor, image: Image) -> tuple[Tensor, Tensor]:
     """Return the gain and the shift fp32 (B, C) that are the group norm of `source`, an `image`."""
     gain, shift = torch.empty(2, image.images, image.channels, dtype=torch.float32, device="cpu")
-    compiled().normalize(source.data_ptr(), image, group_norm_of(norm), gain.data_ptr(), shift.data_ptr())
+    compiled().normalize(source.data_ptr(), image, norm, gain.data_ptr(), shift.data_ptr())
     return gain, shift
 
 
-def run_call(call: Call, x: Tensor, affine: Affine, addend: Addend, memory_format: torch.memory_format) -> Tensor:
+def run_call(
+    call: Call,
+    x: Tensor,
+    affine: Affine = NO_AFFINE,
+    addend: Addend = NO_ADDEND,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
     """Return the output of `call` for `x`, fp32 numbers that lie as its image does."""
     output = torch.empty(call.size, dtype=torch.float32, device="cpu", memory_format=memory_format)
     codes = torch.empty(call.num_codes, dtype=torch.uint8, device="cpu")
@@ -353,97 +363,11 @@ def run(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor) -> Tensor:
     elif pending is None:
         dense = dense.float().contiguous()
     call = call_of(layer, packed, dense.shape if is_conv else x.shape)
-    affine = Affine()
+    affine = NO_AFFINE
     if pending is not None:
-        gain, shift = normalization(pending.group_norm, pending.source, call.layer.image)
+        norm = group_norm_of(pending.group_norm)
+        gain, shift = normalization(norm, pending.source, call.layer.image)
         affine = Affine(gain.data_ptr(), shift.data_ptr(), pending.has_silu)
-    output = run_call(call, dense, affine, Addend(), torch.channels_last if is_conv else torch.contiguous_format)
+    memory_format = torch.channels_last if is_conv else torch.contiguous_format
+    output = run_call(call, dense, affine, memory_format=memory_format)
     return (output if output.dim() == x.dim() else output.squeeze(0)).to(x.dtype)
-
-
-def run_attention(
-    x: Tensor,
-    context: Tensor | None,
-    norm: Norm | None,
-    layers: "tuple[QuantizedLayer, QuantizedLayer, QuantizedLayer, QuantizedLayer]",
-    heads: int,
-    *,
-    adds_input: bool,
-) -> Tensor:
-    """Return what an attention block makes of `x` fp32 (B, L, C), attending to `context` fp32 (B, K, D), or to itself.
-
-    `layers` are those of queries, keys, values and output; `norm` is a group norm before them, and `adds_input` adds
-    `x` to the output. Raises ValueError for parts whose sizes do not fit: C would read beyond them.
-    """
-    x = x.contiguous()
-    others = x if context is None else context.contiguous()
-    *projections, last = layers
-    calls = [
-        call_of(layer, layer.packed_for(NAME), source.shape)
-        for layer, source in zip(projections, (x, others, others), strict=True)
-    ]
-    affine = Affine()
-    if norm is not None:
-        if norm.weight.shape != x.shape[2:] or norm.bias.shape != x.shape[2:]:
-            raise ValueError(
-                f"{last.name}: group norm of its block: expected {x.shape[2]} channels, got a weight of "
-                f"{tuple(norm.weight.shape)} and a bias of {tuple(norm.bias.shape)}."
-            )
-        gain, shift = normalization(norm, x, calls[0].layer.image)
-        affine = Affine(gain.data_ptr(), shift.data_ptr(), 0)
-    maps = affine, affine if context is None else Affine(), affine if context is None else Affine()
-    query, key, value = (
-        run_call(call, source, source_map, Addend(), torch.contiguous_format)
-        for call, source, source_map in zip(calls, (x, others, others), maps, strict=True)
-    )
-    attended = attention.attention(query, key, value, heads)
-    call = call_of(last, last.packed_for(NAME), attended.shape)
-    if adds_input and call.size != x.shape:
-        raise ValueError(f"{last.name}: an input of {tuple(x.shape)} cannot be added to its output of {call.size}.")
-    addend = Addend(x.data_ptr() if adds_input else None, 0)
-    return run_call(call, attended, Affine(), addend, torch.contiguous_format)
-
-
-def run_block(
-    x: Tensor,
-    time: Tensor | None,
-    norms: tuple[Norm, Norm],
-    layers: "tuple[QuantizedLayer | None, QuantizedLayer, QuantizedLayer, QuantizedLayer | None]",
-    *,
-    embeds_silu: bool,
-) -> Tensor:
-    """Return what a residual block makes of `x` fp32 (B, C, H, W) and `time` fp32 (B, E): channels_last.
-
-    `layers` are those of the time embedding, both convolutions, and the shortcut; `embeds_silu` says whether a SiLU
-    comes before the first. Raises ValueError for parts whose sizes do not fit: C would read beyond them.
-    """
-    embedding, conv1, conv2, shortcut = layers
-    x = x.contiguous(memory_format=torch.channels_last)
-    first = call_of(conv1, conv1.packed_for(NAME), x.shape)
-    hidden = torch.Size(first.size)
-    second = call_of(conv2, conv2.packed_for(NAME), hidden)
-    others = [
-        None if layer is None or data is None else call_of(layer, layer.packed_for(NAME), data.shape)
-        for layer, data in ((embedding, time), (shortcut, x))
-    ]
-    sizes = {
-        "norm1": (norms[0].weight.shape, norms[0].bias.shape, x.shape[1:2]),
-        "norm2": (norms[1].weight.shape, norms[1].bias.shape, hidden[1:2]),
-        "time embedding": (hidden[:2] if others[0] is None else others[0].size, hidden[:2]),
-        "residual": (x.shape if others[1] is None else others[1].size, second.size),
-    }
-    for name, (*found, wanted) in sizes.items():
-        if any(tuple(size) != tuple(wanted) for size in found):
-            raise ValueError(
-                f"{conv1.name}: {name} of its block: expected a size of {tuple(wanted)}, got {[*map(tuple, found)]}. "
-                "Parts of a residual block can only be replaced by others of their sizes."
-            )
-    time = None if time is None else time.contiguous()
-    calls = (others[0], first, second, others[1])
-    addresses = (None if call is None else ctypes.addressof(call.layer) for call in calls)
-    block = ResidualBlock(*map(group_norm_of, norms), *addresses, embeds_silu)
-    memory = torch.empty(compiled().block_bytes(block), dtype=torch.uint8, device="cpu")
-    output = torch.empty(second.size, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
-    time_at = None if time is None else time.data_ptr()
-    compiled().run_block(x.data_ptr(), time_at, block, memory.data_ptr(), output.data_ptr())
-    return output

@@ -1,0 +1,143 @@
+"""Blocks of several layers as the kernel x86 computes them: a plan for each size of input, then a few calls of C."""
+
+import ctypes
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusers_pqcad.kernels import attention, x86
+from diffusers_pqcad.kernels.x86 import NAME, NO_AFFINE, Addend, Affine, Call, GroupNorm, Layer, ResidualBlock
+from diffusers_pqcad.pending import Norm
+
+if TYPE_CHECKING:
+    from diffusers_pqcad.layers import QuantizedLayer
+
+
+class BlockPlan(NamedTuple):
+    """A residual block at one size of its input and one activation range of each layer; `keeps` lives as long.
+
+    Not in it are the packed weights of the first convolution, where plans are kept.
+    """
+
+    block: ResidualBlock
+    size: tuple[int, ...]
+    num_bytes: int
+    keeps: tuple[Any, ...]
+
+
+class AttentionPlan(NamedTuple):
+    """An attention block at one size of its inputs and one activation range of each layer; `keeps` lives as long.
+
+    `calls` are those of queries, keys, values and output. Not in it are the packed weights of the queries, where plans
+    are kept.
+    """
+
+    norm: GroupNorm | None
+    calls: tuple[Call, ...]
+    heads: int
+    adds_input: bool
+    keeps: tuple[Any, ...]
+
+
+def plan_call(layer: "QuantizedLayer", size: torch.Size) -> Call:
+    """Return the call of `layer` for an input of `size`, for a plan: other calls of the layer leave it as it is."""
+    call = x86.call_of(layer, layer.packed_for(NAME), size)
+    return call._replace(layer=Layer.from_buffer_copy(call.layer))
+
+
+def plan_block(
+    x_size: torch.Size,
+    time_size: torch.Size | None,
+    norms: tuple[Norm, Norm],
+    layers: "tuple[QuantizedLayer | None, QuantizedLayer, QuantizedLayer, QuantizedLayer | None]",
+    *,
+    embeds_silu: bool,
+) -> BlockPlan:
+    """Return the plan of a residual block for images of `x_size` (B, C, H, W) and time vectors of `time_size` (B, E).
+
+    `layers` are those of the time embedding, both convolutions, and the shortcut; `embeds_silu` says whether a SiLU
+    comes before the first. Raises ValueError for parts whose sizes do not fit: C would read beyond them.
+    """
+    embedding, conv1, conv2, shortcut = layers
+    first = plan_call(conv1, x_size)
+    hidden = torch.Size(first.size)
+    second = plan_call(conv2, hidden)
+    embedded = None if embedding is None or time_size is None else plan_call(embedding, time_size)
+    shortened = None if shortcut is None else plan_call(shortcut, x_size)
+    sizes = {
+        "norm1": (norms[0].weight.shape, norms[0].bias.shape, x_size[1:2]),
+        "norm2": (norms[1].weight.shape, norms[1].bias.shape, hidden[1:2]),
+        "time embedding": (hidden[:2] if embedded is None else embedded.size, hidden[:2]),
+        "residual": (x_size if shortened is None else shortened.size, second.size),
+    }
+    for name, (*found, wanted) in sizes.items():
+        if any(tuple(size) != tuple(wanted) for size in found):
+            raise ValueError(
+                f"{conv1.name}: {name} of its block: expected a size of {tuple(wanted)}, got {[*map(tuple, found)]}. "
+                "Parts of a residual block can only be replaced by others of their sizes."
+            )
+    calls = (embedded, first, second, shortened)
+    addresses = (None if call is None else ctypes.addressof(call.layer) for call in calls)
+    block = ResidualBlock(*map(x86.group_norm_of, norms), *addresses, embeds_silu)
+    others = [layer.packed_for(NAME) for layer in (embedding, conv2, shortcut) if layer is not None]
+    return BlockPlan(block, second.size, x86.compiled().block_bytes(block), (calls, norms, others))
+
+
+def run_block(plan: BlockPlan, x: Tensor, time: Tensor | None) -> Tensor:
+    """Return what the block makes of `x` fp32 (B, C, H, W) and `time` fp32 (B, E), both of the plan's sizes."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    time = None if time is None else time.contiguous()
+    memory = torch.empty(plan.num_bytes, dtype=torch.uint8, device="cpu")
+    output = torch.empty(plan.size, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+    time_at = None if time is None else time.data_ptr()
+    x86.compiled().run_block(x.data_ptr(), time_at, plan.block, memory.data_ptr(), output.data_ptr())
+    return output
+
+
+def plan_attention(
+    x_size: torch.Size,
+    context_size: torch.Size | None,
+    norm: Norm | None,
+    layers: "tuple[QuantizedLayer, QuantizedLayer, QuantizedLayer, QuantizedLayer]",
+    heads: int,
+    *,
+    adds_input: bool,
+) -> AttentionPlan:
+    """Return the plan of an attention block from `x_size` (B, L, C) to `context_size` (B, K, D), `None` for the same.
+
+    `layers` are those of queries, keys, values and output; `norm` is a group norm before them, and `adds_input` adds
+    the input to the output. Raises ValueError for parts whose sizes do not fit: C would read beyond them.
+    """
+    query, key, value, last = layers
+    others = x_size if context_size is None else context_size
+    calls = [plan_call(query, x_size), plan_call(key, others), plan_call(value, others)]
+    calls.append(plan_call(last, torch.Size(calls[0].size)))
+    if norm is not None and not norm.weight.shape == norm.bias.shape == x_size[2:]:
+        raise ValueError(
+            f"{last.name}: group norm of its block: expected {x_size[2]} channels, got a weight of "
+            f"{tuple(norm.weight.shape)} and a bias of {tuple(norm.bias.shape)}."
+        )
+    if adds_input and tuple(calls[3].size) != tuple(x_size):
+        raise ValueError(f"{last.name}: an input of {tuple(x_size)} cannot be added to its output of {calls[3].size}.")
+    keeps = norm, [layer.packed_for(NAME) for layer in (key, value, last)]
+    return AttentionPlan(None if norm is None else x86.group_norm_of(norm), tuple(calls), heads, adds_input, keeps)
+
+
+def run_attention(plan: AttentionPlan, x: Tensor, context: Tensor | None) -> Tensor:
+    """Return what the block makes of `x` fp32 (B, L, C) and `context` fp32 (B, K, D), of the plan's sizes."""
+    x = x.contiguous()
+    others = x if context is None else context.contiguous()
+    query, key, value, last = plan.calls
+    affine = NO_AFFINE
+    if plan.norm is not None:
+        gain, shift = x86.normalization(plan.norm, x, query.layer.image)
+        affine = Affine(gain.data_ptr(), shift.data_ptr(), 0)
+    mapped = affine if context is None else NO_AFFINE
+    attended = attention.attention(
+        x86.run_call(query, x, affine),
+        x86.run_call(key, others, mapped),
+        x86.run_call(value, others, mapped),
+        plan.heads,
+    )
+    return x86.run_call(last, attended, addend=Addend(x.data_ptr() if plan.adds_input else None, 0))
