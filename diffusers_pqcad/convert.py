@@ -14,16 +14,13 @@ from diffusers_pqcad import kernels
 from diffusers_pqcad.allocation import allocate
 from diffusers_pqcad.config import PQCADConfig
 from diffusers_pqcad.fusion import install_fused_, remove_fused_
-from diffusers_pqcad.kernels import onednn, x86
+from diffusers_pqcad.kernels import onednn, weights, x86
 from diffusers_pqcad.layers import QUANTIZED_LAYERS, FloatLayer, QuantizedLayer, packed_layers
 from diffusers_pqcad.memory_format import install_channels_last_, remove_channels_last_
 from diffusers_pqcad.overrides import override_methods_, restore_methods_
 from diffusers_pqcad.pending import install_pending_, remove_pending_
 from diffusers_pqcad.qparams import (
     WeightSpec,
-    min_max_weight_scale,
-    perturbation,
-    quantize_weight,
     relative,
     row_chunks,
 )
@@ -93,8 +90,7 @@ def relative_weight_error(weight: torch.Tensor, spec: WeightSpec) -> float:
     weight = weight.detach()[:: max(1, weight.numel() // SAMPLED_WEIGHTS)]
     errors = torch.zeros(2, device=weight.device)
     for rows in row_chunks(weight):
-        scale = min_max_weight_scale(weight[rows], spec)
-        errors += perturbation(weight[rows], quantize_weight(weight[rows], scale, spec), scale)
+        errors += weights.quantize_rows(weight[rows], weights.min_max_scale(weight[rows], spec), spec)[1]
     return relative(errors)
 
 
@@ -132,7 +128,7 @@ def decide_config(layers: Mapping[str, FloatLayer], config: PQCADConfig) -> PQCA
     Raises ValueError for weights that are not finite, or bits that do not cover the layers.
     """
     for name, layer in layers.items():
-        if not torch.isfinite(torch.linalg.vector_norm(layer.weight.detach(), torch.inf)):
+        if not weights.largest_magnitudes(layer.weight).isfinite().all():
             raise ValueError(f"{name}: the weights hold a NaN or an infinity, and cannot be quantized.")
     bits = decide_bits(layers, config) if layers else {}
     # Static activation ranges need data; without, a saved model must not ask for them.

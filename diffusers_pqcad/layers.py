@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusers_pqcad import graph_ops, kernels
-from diffusers_pqcad.packing import pack_levels, packed_row_bytes, unpack_levels
+from diffusers_pqcad.kernels import weights
+from diffusers_pqcad.packing import packed_row_bytes, unpack_levels
 from diffusers_pqcad.pending import PendingActivation
 from diffusers_pqcad.qparams import (
     ActivationQParams,
@@ -15,7 +16,6 @@ from diffusers_pqcad.qparams import (
     dequantize_weight,
     dynamic_activation_qparams,
     min_max_weight_scale,
-    perturbation,
     quantize_weight,
     relative,
     row_chunks,
@@ -183,7 +183,7 @@ class QuantizedLayer(nn.Module):
         """
         weight = self.weight
         try:
-            min_max = min_max_weight_scale(weight, spec)  # refuses weights that are not finite
+            min_max = weights.min_max_scale(weight, spec)  # refuses weights that are not finite
             scale = min_max if scale is None else scale.detach().float().clone()
             if not bool(((scale > 0) & scale.isfinite()).all()):
                 low, high = scale.aminmax()
@@ -194,9 +194,8 @@ class QuantizedLayer(nn.Module):
         self._buffers["weight_scale"] = scale
         errors = torch.zeros(2, device=weight.device)
         for rows in row_chunks(weight):
-            levels = quantize_weight(weight[rows], scale[rows], spec)
-            self.qweight[rows] = pack_levels(levels, spec)
-            errors += perturbation(weight[rows], levels, scale[rows])
+            self.qweight[rows], row_errors = weights.quantize_rows(weight[rows], scale[rows], spec)
+            errors += row_errors
         self.perturbation = relative(errors)
 
     @torch.no_grad()

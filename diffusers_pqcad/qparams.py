@@ -96,7 +96,11 @@ def min_max_weight_scale(weight: Tensor, spec: WeightSpec) -> Tensor:
     ValueError if `weight` (C_out, ...) holds a NaN or an infinity.
     """
     groups = as_groups(weight.detach().float(), spec.num_groups(weight[0].numel()))
-    absmax = torch.linalg.vector_norm(groups, torch.inf, dim=-1)  # one pass, and a NaN or an infinity shows
+    return scale_of_largest(torch.linalg.vector_norm(groups, torch.inf, dim=-1), spec)  # a NaN or an infinity shows
+
+
+def scale_of_largest(absmax: Tensor, spec: WeightSpec) -> Tensor:
+    """Return `min_max_weight_scale` of groups whose largest magnitudes are `absmax` fp32, in its shape."""
     if not torch.isfinite(absmax).all():
         raise ValueError("the weights hold a NaN or an infinity; a scale cannot be chosen for them.")
     scale_of_zeros = MIN_SCALE if spec.bits == 2 else 1.0  # the 2-bit grid rounds 0 to +-scale

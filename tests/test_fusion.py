@@ -1,9 +1,10 @@
-"""Specification of plans of fused blocks: made once, again when anything in the block changes, and never in the way."""
+"""Specification of plans of fused blocks: made once, anew when anything in the block changes, never in the way."""
 
 import copy
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -48,8 +49,8 @@ def inputs_of(kind: str, height: int = 5) -> tuple[Tensor, ...]:
 @torch.no_grad()
 def builds(block: nn.Module, *inputs: Tensor) -> int:
     """How many plans a call makes; its output is that of a block without memory."""
-    fresh = copy.deepcopy(block)
-    with mock.patch.object(type(block), "build_plan", autospec=True, side_effect=type(block).build_plan) as build:
+    fresh, kind = copy.deepcopy(block), cast(Any, type(block))
+    with mock.patch.object(kind, "build_plan", autospec=True, side_effect=kind.build_plan) as build:
         output = block(*inputs)
     expected = fresh(*inputs)
     # What is not fused in one of them (a copy lays numbers side by side) has another attention, in fp32.

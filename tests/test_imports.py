@@ -92,7 +92,10 @@ def test_loading_and_calling_a_quantized_model_brings_only_our_loading_code(quan
         ),
         "diffusers_pqcad.timesteps",
         "diffusers_pqcad.transformers_quantizer",
-        *(f"diffusers_pqcad.kernels{name}" for name in ("", ".native", ".onednn", ".ranges", ".reference", ".x86")),
+        *(
+            f"diffusers_pqcad.kernels{name}"
+            for name in ("", ".native", ".onednn", ".ranges", ".reference", ".weights", ".x86")
+        ),
     }
 
 

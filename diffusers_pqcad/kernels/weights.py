@@ -1,0 +1,81 @@
+"""Weights rounded onto their grid and packed, and what that costs, in one pass of C where there is a compiler.
+
+Apart, these are a dozen passes; a model of 860 M weights spends most of its loading in them.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_pqcad.kernels import native
+from diffusers_pqcad.packing import block_shape, pack_levels, packed_row_bytes
+from diffusers_pqcad.qparams import WeightSpec, as_groups, perturbation, quantize_weight, scale_of_largest
+
+SOURCE = Path(__file__).with_name("weights.c")
+
+
+@cache
+def library() -> ctypes.CDLL | str:
+    """Return the compiled C file, or why there is none on this computer."""
+    loaded = native.library(SOURCE)
+    if isinstance(loaded, str):
+        return loaded
+    address, long = ctypes.c_void_p, ctypes.c_int64
+    loaded.quantize_rows.argtypes = [address, address, long, long, long, ctypes.c_int, long, address, address, address]
+    loaded.largest_magnitudes.argtypes = [address, long, long, address]
+    loaded.quantize_rows.restype = loaded.largest_magnitudes.restype = None
+    return loaded
+
+
+def compiled_for(weight: Tensor) -> ctypes.CDLL | None:
+    """Return the compiled C file where it can read `weight`: numbers in the CPU's memory, and not of a subclass."""
+    loaded = library()
+    if isinstance(loaded, str) or weight.device.type != "cpu" or type(weight) not in (Tensor, nn.Parameter):
+        return None
+    return loaded
+
+
+def largest_magnitudes(weight: Tensor, num_groups: int = 1) -> Tensor:
+    """Return the largest magnitudes (R, G) of `weight` (R, ...), fp32; not finite where a weight is not."""
+    loaded = compiled_for(weight)
+    if loaded is None:
+        return torch.linalg.vector_norm(as_groups(weight.detach().float(), num_groups), torch.inf, dim=-1)
+    weight = weight.detach().float().contiguous()
+    largest = torch.empty(len(weight), num_groups, dtype=torch.float32, device="cpu")
+    length = weight[0].numel() // num_groups
+    loaded.largest_magnitudes(weight.data_ptr(), largest.numel(), length, largest.data_ptr())
+    return largest
+
+
+def min_max_scale(weight: Tensor, spec: WeightSpec) -> Tensor:
+    """Return `qparams.min_max_weight_scale`, to the last bit; it raises ValueError for what is not finite, too."""
+    return scale_of_largest(largest_magnitudes(weight, spec.num_groups(weight[0].numel())), spec)
+
+
+def quantize_rows(weight: Tensor, scale: Tensor, spec: WeightSpec) -> tuple[Tensor, Tensor]:
+    """Return the packed weights uint8 (R, packed_row_bytes) and their perturbation (2,) fp32, as qparams.py has it.
+
+    `weight` is (R, ...) in any floating dtype, `scale` fp32 (R, G), positive and finite, and so are the weights.
+    """
+    loaded = compiled_for(weight)
+    if loaded is None:
+        levels = quantize_weight(weight, scale, spec)
+        return pack_levels(levels, spec), perturbation(weight, levels, scale)
+    weight, scale = weight.detach().float().flatten(1).contiguous(), scale.contiguous()
+    (rows, length), groups = weight.shape, scale.shape[1]
+    block_codes, _ = block_shape(spec.bits)
+    row_codes = -(-length // block_codes) * block_codes
+    codes = torch.empty(rows, row_codes, dtype=torch.uint8, device="cpu")
+    codes[:, length:] = 0
+    packed = codes
+    if spec.bits < 8:
+        packed = torch.empty(rows, packed_row_bytes(length, spec.bits), dtype=torch.uint8, device="cpu")
+    errors = torch.empty(rows, 2, dtype=torch.float64, device="cpu")
+    loaded.quantize_rows(
+        weight.data_ptr(), scale.data_ptr(), rows, groups, length // groups, spec.bits, row_codes, codes.data_ptr(),
+        packed.data_ptr(), errors.data_ptr(),
+    )  # fmt: skip
+    return packed, errors.sum(0).float()

@@ -1,0 +1,113 @@
+"""Specification of the kernel for weights: what qparams.py and packing.py give, to the last bit."""
+
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diffusers_pqcad.kernels import weights
+from diffusers_pqcad.packing import pack_levels
+from diffusers_pqcad.qparams import WEIGHT_BITS, WeightSpec, as_groups, min_max_weight_scale, quantize_weight
+
+needs_compiler = pytest.mark.skipif(isinstance(weights.library(), str), reason=str(weights.library()))
+
+
+def expected(weight: Tensor, scale: Tensor, spec: WeightSpec) -> tuple[Tensor, Tensor]:
+    """The packed weights by PyTorch, and ||Q(W) - W||^2 and ||W||^2 in float64."""
+    levels, groups = quantize_weight(weight, scale, spec), as_groups(weight.double(), scale.shape[1])
+    rest = as_groups(levels.double(), scale.shape[1]) * scale.double().unsqueeze(-1) - groups
+    return pack_levels(levels, spec), torch.stack([rest.square().sum(), groups.square().sum()])
+
+
+@needs_compiler
+@given(
+    seed=st.integers(0, 2**31),
+    bits=st.sampled_from(WEIGHT_BITS),
+    rows=st.integers(1, 9),
+    groups=st.integers(1, 4),
+    size=st.integers(1, 50),
+    clip=st.sampled_from([0.3, 1.0, 1.7]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+@settings(max_examples=150)
+def test_codes_are_those_of_pytorch(seed, bits, rows, groups, size, clip, dtype) -> None:
+    torch.manual_seed(seed)
+    weight, spec = torch.randn(rows, groups * size).to(dtype), WeightSpec(bits, size if groups > 1 else None)
+    least = min_max_weight_scale(weight, spec)
+    assert torch.equal(weights.min_max_scale(weight, spec), least)
+    scale = (least * clip).clamp(min=1e-12)
+    packed, errors = weights.quantize_rows(weight, scale, spec)
+    exact_packed, exact_errors = expected(weight, scale, spec)
+    assert torch.equal(packed, exact_packed)
+    assert packed.dtype == torch.uint8
+    # Of a weight and its near level, fp32 knows the difference to 6e-8 of the weight.
+    torch.testing.assert_close(errors.double(), exact_errors, rtol=1e-5, atol=2e-7 * exact_errors[1].item())
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_ties_are_rounded_to_even_and_zeros_stay(bits: int) -> None:
+    spec = WeightSpec(bits)
+    weight = torch.arange(-300, 301).div(4).repeat(2, 1)  # quarters of a level, within and beyond
+    weight[1] = 0
+    scale = torch.tensor([[1.0], [0.5]])
+    packed, errors = weights.quantize_rows(weight, scale, spec)
+    exact_packed, exact_errors = expected(weight, scale, spec)
+    assert torch.equal(packed, exact_packed)
+    torch.testing.assert_close(errors.double(), exact_errors, rtol=1e-5, atol=0)
+
+
+def test_a_convolution_and_views_are_taken_as_they_are() -> None:
+    weight, spec = torch.randn(3, 3, 10, 12).permute(3, 2, 1, 0), WeightSpec(3)
+    scale = weights.min_max_scale(weight, spec)
+    assert torch.equal(scale, min_max_weight_scale(weight, spec))
+    packed, errors = weights.quantize_rows(weight, scale, spec)
+    assert torch.equal(packed, expected(weight, scale, spec)[0])
+    assert torch.equal(weights.quantize_rows(weight.contiguous(), scale, spec)[1], errors)
+    room = torch.rand(24, 1)
+    assert torch.equal(weights.quantize_rows(weight, room[::2], spec)[0], expected(weight, room[::2], spec)[0])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_refused(value: float) -> None:
+    weight = torch.randn(4, 40)
+    weight[2, 33] = value
+    assert weights.largest_magnitudes(weight).isfinite().flatten().tolist() == [True, True, False, True]
+    with pytest.raises(ValueError, match="hold a NaN or an infinity"):
+        weights.min_max_scale(weight, WeightSpec(4))
+
+
+@needs_compiler
+def test_threads_change_nothing() -> None:
+    weight, spec = torch.randn(50, 70), WeightSpec(4)
+    scale = weights.min_max_scale(weight, spec)
+    one = weights.quantize_rows(weight, scale, spec)
+    torch.set_num_threads(3)
+    try:
+        three = weights.quantize_rows(weight, scale, spec)
+        assert torch.equal(weights.min_max_scale(weight, spec), scale)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(one[0], three[0])
+    assert torch.equal(one[1], three[1])
+
+
+@pytest.fixture
+def no_compiler() -> Iterator[None]:
+    with mock.patch.object(weights, "library", return_value="no C compiler was found"):
+        yield
+
+
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_without_a_compiler_pytorch_computes_it(no_compiler: None, bits: int) -> None:
+    weight, spec = torch.randn(6, 40), WeightSpec(bits, 20)
+    scale = weights.min_max_scale(weight, spec)
+    assert torch.equal(scale, min_max_weight_scale(weight, spec))
+    packed, errors = weights.quantize_rows(weight, scale, spec)
+    exact_packed, exact_errors = expected(weight, scale, spec)
+    assert torch.equal(packed, exact_packed)
+    torch.testing.assert_close(errors.double(), exact_errors, rtol=1e-5, atol=0)
