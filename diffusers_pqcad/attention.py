@@ -1,9 +1,9 @@
 """Attention blocks in few calls of the int8 kernel, their softmax products in bf16 where the CPU has them."""
 
-from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
@@ -11,6 +11,8 @@ from diffusers_pqcad import fusion, graph_ops, kernels
 from diffusers_pqcad.kernels import fused, x86
 from diffusers_pqcad.layers import PQCADLinear
 
+# Who follows the maps of attention puts something in the place of these.
+PROCESS, PRODUCT = AttnProcessor2_0.__call__, F.scaled_dot_product_attention
 ABSENT = ("spatial_norm", "norm_cross", "norm_q", "norm_k", "add_k_proj")  # from the common kind
 
 
@@ -33,6 +35,8 @@ class FusedAttention(fusion.FusedBlock, Attention):
         **kwargs: Any,
     ) -> Tensor:
         """Return what `Attention` returns."""
+        if type(self) is not FusedAttention:  # somebody kept this method, as hooks do, longer than it was there
+            return Attention.forward(self, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         # Residual blocks of UNets name their time embedding, for a norm that the common kind does not have.
         others = attention_mask is not None or not set(kwargs) <= {"temb"}
         if others or not self.is_common(hidden_states, encoder_hidden_states):
@@ -44,13 +48,18 @@ class FusedAttention(fusion.FusedBlock, Attention):
     def compute(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Return the output of a common call: at once, unless somebody looks at the modules or changed them."""
         inputs = [x] if context is None else [x, context]
-        plan = None
-        if not fusion.is_watched() and all(kernels.has_numbers(tensor) and tensor.numel() for tensor in inputs):
+        packed = plan = None
+        is_stock = AttnProcessor2_0.__call__ is PROCESS and F.scaled_dot_product_attention is PRODUCT
+        if (
+            is_stock
+            and not fusion.is_watched()
+            and all(kernels.has_numbers(tensor) and tensor.numel() for tensor in inputs)
+        ):
             sequence = x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
             sizes = sequence.shape, *(tensor.shape for tensor in inputs[1:])
-            key = (*sizes, self.heads, self.residual_connection)
-            plan = self.plan_of(self.to_q, key, partial(self.build_plan, *sizes))
-        if plan is None:
+            key = (x.dim(), *sizes, self.heads, self.residual_connection)
+            packed, plan = self.plan_of(self.to_q, key, lambda packed: self.build_plan(packed, x.dim(), *sizes))
+        if packed is None or plan is None:
             return super().forward(x, context)
         y = fused.run_attention(plan, sequence, context)
         y = y.transpose(1, 2).unflatten(2, x.shape[2:]) if x.dim() == 4 else y
@@ -68,14 +77,18 @@ class FusedAttention(fusion.FusedBlock, Attention):
             return False
         return fusion.is_inference(self, x, context)
 
-    def build_plan(self, x_size: torch.Size, context_size: torch.Size | None = None) -> fused.AttentionPlan | None:
+    def build_plan(
+        self, packed: x86.PackedLayer, dim: int, x_size: torch.Size, context_size: torch.Size | None = None
+    ) -> fused.AttentionPlan | None:
         """Return the plan for these sizes; `None` where a module is not as it was built, or somebody looks at it."""
-        if len(self.to_out) != 2 or type(self.to_out[1]) is not nn.Dropout or fusion.is_changed(self.to_out[1]):
+        if len(self.to_out) != 2 or not fusion.drops_nothing(self.to_out[1]):
             return None
         norm = None if self.group_norm is None else fusion.plain_norm(self.group_norm)
         layers = self.to_q, self.to_k, self.to_v, self.to_out[0]
         if (norm is None) != (self.group_norm is None) or not all(map(fusion.takes_kernel, layers)):
             return None
+        if dim == 4 and self.to_out[0].out_features != x_size[2]:  # which cannot be an image of that size again
+            return None
         return fused.plan_attention(
-            x_size, context_size, norm, layers, self.heads, adds_input=self.residual_connection
+            x_size, context_size, norm, layers, packed, self.heads, adds_input=self.residual_connection
         )

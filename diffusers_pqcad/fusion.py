@@ -31,24 +31,27 @@ class FusedBlock:
         """Return whether `block`, of class `plain`, holds layers for the kernel."""
         raise NotImplementedError
 
-    def plan_of(self, owner: QuantizedLayer, key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
+    def plan_of(
+        self, owner: QuantizedLayer, key: tuple[Any, ...], build: Callable[[x86.PackedLayer], Any]
+    ) -> tuple[x86.PackedLayer | None, Any]:
         """Return what `build` returns for `key` and the activation ranges of this call, as long as no module changes.
 
-        It is kept with the packed weights of `owner`, the first layer of this block. `None` where the kernel cannot
-        run that, or where images of the batch have ranges of their own, which no kernel takes.
+        It is kept with the packed weights of `owner`, the first layer of this block, which are returned before it:
+        hold them while it runs, for another thread may move the layer. The plan is `None` where the kernel cannot run
+        `owner`, or where images of the batch have ranges of their own, which no kernel takes.
         """
         if owner.kernel_name() != x86.NAME:
-            return None
+            return None, None
         modules = list(parts_of(cast(nn.Module, self)))
         groups = [module.input_group() for module in modules if isinstance(module, QuantizedLayer)]
         if any(isinstance(group, Tensor) for group in groups):
-            return None
-        plans, key = owner.packed_for(x86.NAME).plans, (*key, *groups)
-        known = plans.get(key)
+            return None, None
+        packed, key = owner.packed_for(x86.NAME), (*key, *groups)
+        known = packed.plans.get(key)
         if known is None or known[0] != [marks_of(module) for module in modules]:
-            plan = build()
-            known = plans[key] = ([marks_of(module) for module in modules], plan)  # layers are packed by now
-        return known[1]
+            plan = build(packed)
+            known = packed.plans[key] = ([marks_of(module) for module in modules], plan)  # layers are packed by now
+        return packed, known[1]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]  # of the other base, a module
@@ -94,32 +97,44 @@ def is_changed(module: nn.Module) -> bool:
 
 
 def parts_of(block: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules of `block`, and those in its lists."""
+    """Yield the modules in `block`, on all levels; `modules()` takes as long as a small plan."""
     for module in block._modules.values():
         if module is not None:
             yield module
-            if isinstance(module, nn.ModuleList):
-                yield from module
+            if module._modules:
+                yield from parts_of(module)
 
 
-VALUES = ("num_groups", "eps", "affine", "stride", "padding", "packed", "activation_bits")  # that plans are built on
+VALUES = (  # of modules, that plans are built on
+    *("num_groups", "eps", "affine", "training", "p"),
+    *("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+    *("in_features", "out_features", "in_channels", "out_channels", "packed", "activation_bits"),
+)
 
 
 def marks_of(module: nn.Module) -> tuple[Any, ...]:
-    """Return values that change with all of `module` that a plan is built on: a quarter of the time of a plan."""
+    """Return values that change with what a plan is built on of `module`; they take a fifth of the time of a plan."""
     state = module.__dict__
     parameters = [
         (tensor.data_ptr(), tensor.dtype, tensor.is_cpu, tensor.shape, tensor.is_contiguous())
         for tensor in state["_parameters"].values()
         if tensor is not None
     ]
-    cache = state.get("_cache")  # plans hold it, so that its number is not given again
-    packed = None if cache is None else id(cache[1])
-    return (id(module), type(module), is_changed(module), packed, *map(state.get, VALUES), *parameters)
+    cache, codes = state.get("_cache"), state["_buffers"].get("qweight")
+    packed = None if cache is None else id(cache[1])  # a plan keeps it, so that its number is not given again
+    on_cpu = codes is None or codes.is_cpu
+    return (id(module), type(module), is_changed(module), packed, on_cpu, *map(state.get, VALUES), *parameters)
 
 
-def is_plain(tensor: Tensor) -> bool:
+def drops_nothing(module: nn.Module) -> bool:
+    """Return whether `module` is a dropout that passes on what it gets, and nobody looks at it."""
+    return type(module) is nn.Dropout and not is_changed(module) and not (module.training and module.p > 0)
+
+
+def is_plain(tensor: Tensor | None) -> bool:
     """Return whether the numbers of `tensor` are fp32 in the CPU's memory, side by side."""
+    if tensor is None:
+        return False
     return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
@@ -138,6 +153,6 @@ def plain_norm(module: nn.Module) -> Norm | None:
     if type(module) not in (nn.GroupNorm, PendingGroupNorm) or is_changed(module):
         return None
     assert isinstance(module, nn.GroupNorm)
-    if not module.affine or not is_plain(module.weight) or not is_plain(module.bias):
+    if not is_plain(module.weight) or not is_plain(module.bias) or module.num_channels % module.num_groups:
         return None
     return Norm.of(module)

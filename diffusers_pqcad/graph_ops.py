@@ -1,5 +1,5 @@
-"""Operators for the graphs of `torch.compile`, one for a packed layer or a residual block of such: nothing in them
-breaks a graph or asks to recompile.
+"""Operators for the graphs of `torch.compile`, one for a packed layer or a block of such: nothing in them breaks a
+graph or asks to recompile.
 
 An operator computes as the eager module does, so a compiled model takes the same kernels. The module is named by a
 tensor: a number would be a constant of the graph, and every block would be compiled anew.
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from diffusers_pqcad.attention import FusedAttention
     from diffusers_pqcad.blocks import FusedResnetBlock2D
+    from diffusers_pqcad.feed_forward import FusedFeedForward
     from diffusers_pqcad.layers import QuantizedLayer
 
 MODULES: WeakValueDictionary[int, Any] = WeakValueDictionary()
@@ -46,6 +47,12 @@ def call_block(block: "FusedResnetBlock2D", x: Tensor, temb: Tensor | None) -> T
 def call_attention(block: "FusedAttention", x: Tensor, context: Tensor | None) -> Tensor:
     """Return what `block(x, context)` returns, by an operator: a call that is common (`is_common`)."""
     return attention_block(x, context, group_of(block.to_q), block.handle, block.to_out[0].out_features)
+
+
+def call_feed_forward(block: "FusedFeedForward", x: Tensor) -> Tensor:
+    """Return what `block(x)` returns, by an operator: a call that is common (`is_common`)."""
+    first, last = block.net[0].proj, block.net[2]
+    return feed_forward(x, group_of(first), block.handle, last.out_features)
 
 
 def group_of(layer: "QuantizedLayer") -> Tensor:
@@ -139,3 +146,18 @@ def _(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor, out_chan
     if x.dim() == 4:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return x.new_empty(*x.shape[:2], out_channels)
+
+
+@torch.library.custom_op("pqcad::feed_forward", mutates_args=())
+def feed_forward(x: Tensor, group: Tensor, handle: Tensor, out_features: int) -> Tensor:
+    """Return the output (..., out_features) of a `FusedFeedForward`."""
+    block = MODULES[int(handle)]
+    first = block.net[0].proj
+    if first.timestep_groups is not None:
+        first.timestep_groups.select(group)
+    return block.compute(x).contiguous()
+
+
+@feed_forward.register_fake
+def _(x: Tensor, group: Tensor, handle: Tensor, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)

@@ -184,7 +184,9 @@ class QuantizedLayer(nn.Module):
         weight = self.weight
         try:
             min_max = weights.min_max_scale(weight, spec)  # refuses weights that are not finite
-            scale = min_max if scale is None else scale.detach().float().clone()
+            scale = min_max if scale is None else scale.detach().to(min_max).clone()
+            if scale.shape != min_max.shape:
+                raise ValueError(f"scale: expected a shape of {tuple(min_max.shape)}, got {tuple(scale.shape)}.")
             if not bool(((scale > 0) & scale.isfinite()).all()):
                 low, high = scale.aminmax()
                 raise ValueError(f"scale: expected positive and finite numbers, got {low.item()} to {high.item()}.")

@@ -106,6 +106,8 @@ class PendingGroupNorm(nn.GroupNorm):
             return False
         if x.shape[1] != self.num_channels or self._forward_hooks:  # a hook may keep the output
             return False
+        if self.weight is None or self.bias is None or self.num_channels % self.num_groups:
+            return False
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad or self.bias.requires_grad):
             return False
         numbers = (x, self.weight, self.bias)

@@ -45,7 +45,8 @@ class TimestepGroups:
         if index.numel() == 1:  # at once: compiled graphs ask for every operator
             self.current = int(index)
         else:
-            self.current = int(index[0]) if bool((index == index[0]).all()) else index
+            first = int(index.flatten()[0])
+            self.current = first if bool((index == first).all()) else index
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward-pre-hook: remember the group of the `timestep` argument."""

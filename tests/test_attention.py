@@ -10,7 +10,7 @@ import families
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
@@ -54,11 +54,11 @@ def test_it_is_attention(seed, batch, heads, queries, keys, channels) -> None:
     assert ((actual - exact(q, k, v, heads)).abs() <= 4e-2 * exact(q, k, v.abs(), heads)).all()
 
 
-@pytest.mark.parametrize("num_threads", [1, 3])
-def test_threads_share_the_work_and_change_nothing(num_threads: int) -> None:
+@needs_bf16
+def test_threads_share_the_work_and_change_nothing() -> None:
     q, k, v = (torch.randn(2, length, 160) for length in (100, 77, 77))
     expected = attention.attention(q, k, v, 4)
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(3)
     try:
         assert torch.equal(attention.attention(q, k, v, 4), expected)
     finally:
@@ -391,6 +391,42 @@ def test_a_compiled_block_is_one_operator(block: Attention, kind: str) -> None:
         block.to_q.timestep_groups.select(torch.tensor(0))
         assert torch.equal(torch.ops.pqcad.attention_block(*arguments), expected)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["processor", "product"])
+def test_who_follows_the_maps_of_attention_is_not_passed_by(block: Attention, image: Tensor, name: str) -> None:
+    seen: list[Tensor] = []
+
+    def follow(*args, **kwargs) -> Tensor:
+        seen.append(args[-1])
+        return original(*args, **kwargs)
+
+    call_both(block, image)
+    if name == "processor":
+        original = AttnProcessor2_0.__call__
+        patch = mock.patch.object(AttnProcessor2_0, "__call__", follow)
+    else:
+        original = F.scaled_dot_product_attention
+        patch = mock.patch.object(F, "scaled_dot_product_attention", follow)
+    with patch, torch.no_grad():
+        block(image)
+    assert len(seen) == 1
+
+
+def test_an_output_that_is_no_image_is_the_error_that_it_was(block: Attention, image: Tensor) -> None:
+    other = block_of(out_dim=32)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="invalid for input of size"):
+        other(image)
+    assert other(torch.randn(2, 9, 16)).shape == (2, 9, 32)
+
+
+def test_errors_name_the_layer(block: Attention) -> None:
+    block.heads = 3
+    with torch.no_grad(), pytest.raises(ValueError, match="to_out.0: attention of its block: expected queries"):
+        block(torch.randn(2, 16, 3, 3))
+    cross = block_of(**KINDS["cross"])
+    with torch.no_grad(), pytest.raises(ValueError, match="to_out.0: attention of its block: expected queries"):
+        cross(torch.randn(2, 9, 16), torch.randn(1, 7, 12))
 
 
 def test_its_name_is_the_one_that_libraries_look_for(block: Attention) -> None:

@@ -3,7 +3,7 @@
 A kernel is a module with `NAME`, `refusal(layer)` (why it cannot run this layer here, or `None`), `pack(layer)` (what
 it keeps beside the packed weights, until they or the activation ranges change) and `run(layer, packed, x)`. `KERNELS`
 lists them, fastest first; `reference` can run everything and is the oracle for the others. `x86` also computes what
-comes before a layer (`fuses`), and whole residual blocks (blocks.py).
+comes before a layer (`fuses`), and whole blocks (fused.py); weights.py is for all.
 """
 
 import os

@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 
 from diffusers_pqcad.kernels import attention, x86
-from diffusers_pqcad.kernels.x86 import NAME, NO_AFFINE, Addend, Affine, Call, GroupNorm, Layer, ResidualBlock
+from diffusers_pqcad.kernels.x86 import (
+    NAME,
+    NO_AFFINE,
+    Addend,
+    Affine,
+    Call,
+    GroupNorm,
+    Layer,
+    PackedLayer,
+    ResidualBlock,
+)
 from diffusers_pqcad.pending import Norm
 
 if TYPE_CHECKING:
@@ -17,7 +27,7 @@ if TYPE_CHECKING:
 class BlockPlan(NamedTuple):
     """A residual block at one size of its input and one activation range of each layer; `keeps` lives as long.
 
-    Not in it are the packed weights of the first convolution, where plans are kept.
+    The packed weights of the first convolution hold the plan, and not the plan them: whoever runs it does.
     """
 
     block: ResidualBlock
@@ -29,21 +39,35 @@ class BlockPlan(NamedTuple):
 class AttentionPlan(NamedTuple):
     """An attention block at one size of its inputs and one activation range of each layer; `keeps` lives as long.
 
-    `calls` are those of queries, keys, values and output. Not in it are the packed weights of the queries, where plans
-    are kept.
+    `calls` are those of queries, keys, values and output. The packed weights of the queries hold the plan, and not the
+    plan them: whoever runs it does.
     """
 
     norm: GroupNorm | None
     calls: tuple[Call, ...]
     heads: int
     adds_input: bool
-    keeps: tuple[Any, ...]
+    keeps: Norm | None
 
 
-def plan_call(layer: "QuantizedLayer", size: torch.Size) -> Call:
-    """Return the call of `layer` for an input of `size`, for a plan: other calls of the layer leave it as it is."""
-    call = x86.call_of(layer, layer.packed_for(NAME), size)
-    return call._replace(layer=Layer.from_buffer_copy(call.layer))
+class FeedForwardPlan(NamedTuple):
+    """A gated feed-forward block at one size of its input and one activation range of each layer.
+
+    The packed weights of the first layer hold the plan, and not the plan them: whoever runs it does.
+    """
+
+    gated: Call
+    last: Call
+
+
+def plan_call(layer: "QuantizedLayer", size: torch.Size, packed: PackedLayer | None = None) -> Call:
+    """Return the call of `layer` for an input of `size`, for a plan: other calls of the layer leave it as it is.
+
+    It keeps what the layer has packed, unless that is `packed`, which keeps the plan.
+    """
+    own = layer.packed_for(NAME) if packed is None else packed  # once: another thread may pack the layer anew
+    call = x86.call_of(layer, own, size)
+    return call._replace(layer=Layer.from_buffer_copy(call.layer), keeps=(call.keeps, own if packed is None else None))
 
 
 def plan_block(
@@ -51,16 +75,18 @@ def plan_block(
     time_size: torch.Size | None,
     norms: tuple[Norm, Norm],
     layers: "tuple[QuantizedLayer | None, QuantizedLayer, QuantizedLayer, QuantizedLayer | None]",
+    packed: PackedLayer,
     *,
     embeds_silu: bool,
 ) -> BlockPlan:
     """Return the plan of a residual block for images of `x_size` (B, C, H, W) and time vectors of `time_size` (B, E).
 
-    `layers` are those of the time embedding, both convolutions, and the shortcut; `embeds_silu` says whether a SiLU
-    comes before the first. Raises ValueError for parts whose sizes do not fit: C would read beyond them.
+    `layers` are those of the time embedding, both convolutions, and the shortcut; `packed` is the first convolution's;
+    `embeds_silu` says whether a SiLU comes before the first layer. Raises ValueError for parts whose sizes do not fit:
+    C would read beyond them.
     """
     embedding, conv1, conv2, shortcut = layers
-    first = plan_call(conv1, x_size)
+    first = plan_call(conv1, x_size, packed)
     hidden = torch.Size(first.size)
     second = plan_call(conv2, hidden)
     embedded = None if embedding is None or time_size is None else plan_call(embedding, time_size)
@@ -80,8 +106,7 @@ def plan_block(
     calls = (embedded, first, second, shortened)
     addresses = (None if call is None else ctypes.addressof(call.layer) for call in calls)
     block = ResidualBlock(*map(x86.group_norm_of, norms), *addresses, embeds_silu)
-    others = [layer.packed_for(NAME) for layer in (embedding, conv2, shortcut) if layer is not None]
-    return BlockPlan(block, second.size, x86.compiled().block_bytes(block), (calls, norms, others))
+    return BlockPlan(block, second.size, x86.compiled().block_bytes(block), (calls, norms))
 
 
 def run_block(plan: BlockPlan, x: Tensor, time: Tensor | None) -> Tensor:
@@ -100,28 +125,35 @@ def plan_attention(
     context_size: torch.Size | None,
     norm: Norm | None,
     layers: "tuple[QuantizedLayer, QuantizedLayer, QuantizedLayer, QuantizedLayer]",
+    packed: PackedLayer,
     heads: int,
     *,
     adds_input: bool,
 ) -> AttentionPlan:
     """Return the plan of an attention block from `x_size` (B, L, C) to `context_size` (B, K, D), `None` for the same.
 
-    `layers` are those of queries, keys, values and output; `norm` is a group norm before them, and `adds_input` adds
-    the input to the output. Raises ValueError for parts whose sizes do not fit: C would read beyond them.
+    `layers` are those of queries, keys, values and output; `packed` is the queries'; `norm` is a group norm before
+    them, and `adds_input` adds the input to the output. Raises ValueError for parts whose sizes do not fit: C would
+    read beyond them.
     """
     query, key, value, last = layers
     others = x_size if context_size is None else context_size
-    calls = [plan_call(query, x_size), plan_call(key, others), plan_call(value, others)]
+    calls = [plan_call(query, x_size, packed), plan_call(key, others), plan_call(value, others)]
     calls.append(plan_call(last, torch.Size(calls[0].size)))
     if norm is not None and not norm.weight.shape == norm.bias.shape == x_size[2:]:
         raise ValueError(
             f"{last.name}: group norm of its block: expected {x_size[2]} channels, got a weight of "
             f"{tuple(norm.weight.shape)} and a bias of {tuple(norm.bias.shape)}."
         )
+    sizes = [call.size for call in calls[:3]]
+    if sizes[0][::2] != sizes[1][::2] or sizes[1] != sizes[2] or sizes[0][2] % heads:
+        raise ValueError(
+            f"{last.name}: attention of its block: expected queries (B, Q, C), keys and values (B, K, C) with C "
+            f"divisible by {heads} heads, got {sizes}."
+        )
     if adds_input and tuple(calls[3].size) != tuple(x_size):
         raise ValueError(f"{last.name}: an input of {tuple(x_size)} cannot be added to its output of {calls[3].size}.")
-    keeps = norm, [layer.packed_for(NAME) for layer in (key, value, last)]
-    return AttentionPlan(None if norm is None else x86.group_norm_of(norm), tuple(calls), heads, adds_input, keeps)
+    return AttentionPlan(None if norm is None else x86.group_norm_of(norm), tuple(calls), heads, adds_input, norm)
 
 
 def run_attention(plan: AttentionPlan, x: Tensor, context: Tensor | None) -> Tensor:
@@ -141,3 +173,25 @@ def run_attention(plan: AttentionPlan, x: Tensor, context: Tensor | None) -> Ten
         plan.heads,
     )
     return x86.run_call(last, attended, addend=Addend(x.data_ptr() if plan.adds_input else None, 0))
+
+
+def plan_feed_forward(
+    size: torch.Size, first: "QuantizedLayer", second: "QuantizedLayer", packed: PackedLayer
+) -> FeedForwardPlan | None:
+    """Return the plan of `second` after a GEGLU (Shazeer 2020, arXiv:2002.05202) of `first`, for inputs of `size`.
+
+    `packed` is what `first` has packed. `None` where the kernel cannot gate outputs: they must fill its blocks. Raises
+    ValueError for layers that do not fit to each other: C would read beyond them.
+    """
+    call = plan_call(first, size, packed)
+    outputs = call.layer.output.out_channels
+    if outputs % (2 * x86.compiled().block_outputs()):
+        return None
+    call.layer.output.out_channels, call.layer.output.is_gated = outputs // 2, 1
+    gated = call._replace(size=(*call.size[:-1], outputs // 2))
+    return FeedForwardPlan(gated, plan_call(second, torch.Size(gated.size)))
+
+
+def run_feed_forward(plan: FeedForwardPlan, x: Tensor) -> Tensor:
+    """Return what the block makes of `x` fp32, of the plan's size."""
+    return x86.run_call(plan.last, x86.run_call(plan.gated, x.contiguous()))

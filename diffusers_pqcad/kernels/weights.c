@@ -1,5 +1,5 @@
-/* Weights rounded onto their grid, packed, and what that costs, in one pass. Compiled on first use, by native.py. The
-   arithmetic is that of qparams.py and packing.py, operation by operation. */
+/* Weights rounded onto their grid, packed, and what that costs, in one pass. Compiled on first use, by native.py. Codes
+   are those of qparams.py and packing.py, to the last; sums of errors are rounded otherwise. */
 #include <math.h>
 #include <stdint.h>
 

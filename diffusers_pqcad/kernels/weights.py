@@ -60,11 +60,13 @@ def quantize_rows(weight: Tensor, scale: Tensor, spec: WeightSpec) -> tuple[Tens
 
     `weight` is (R, ...) in any floating dtype, `scale` fp32 (R, G), positive and finite, and so are the weights.
     """
+    if len(scale) != len(weight) or scale.dim() != 2 or weight[0].numel() % scale.shape[1]:
+        raise ValueError(f"scale: expected (R, G) for weights of {tuple(weight.shape)}, got {tuple(scale.shape)}.")
     loaded = compiled_for(weight)
     if loaded is None:
         levels = quantize_weight(weight, scale, spec)
         return pack_levels(levels, spec), perturbation(weight, levels, scale)
-    weight, scale = weight.detach().float().flatten(1).contiguous(), scale.contiguous()
+    weight, scale = weight.detach().float().flatten(1).contiguous(), scale.to(weight.device).float().contiguous()
     (rows, length), groups = weight.shape, scale.shape[1]
     block_codes, _ = block_shape(spec.bits)
     row_codes = -(-length // block_codes) * block_codes

@@ -39,9 +39,10 @@ typedef struct {
     int64_t images, height, width, channels, border_y, border_x, padded_channels;
 } Image;
 
-/* `out_height` x `out_width` output pixels, whose first inputs are `stride_y`, `stride_x` pixels apart. */
+/* `out_height` x `out_width` output pixels, whose first inputs are `stride_y`, `stride_x` pixels apart. With `is_gated`,
+   the weights have twice as many outputs: the GELU of the second half multiplies the first. Blocks are whole then. */
 typedef struct {
-    int64_t out_height, out_width, out_channels, stride_y, stride_x;
+    int64_t out_height, out_width, out_channels, stride_y, stride_x, is_gated;
 } Output;
 
 /* `steps` inputs, times DEPTH, that are consecutive in memory, from row `y`, byte `x` of a pixel's receptive field on:
@@ -154,6 +155,38 @@ INLINE void multiply_tile(int count, int is_signed, const uint8_t *const *codes,
 }
 #endif
 
+/* 2^x, to 1e-6 of it for x of -64 to 64 and 1e-5 up to the ends of -126 and 126, whose values hold beyond: 2^n times a
+   minimax polynomial on [-1/2, 1/2]. Its terms are added up in pairs, for their latency is what takes time. */
+INLINE __m256 exp2_ps(__m256 x)
+{
+    x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-126.0f)), _mm256_set1_ps(126.0f));
+    __m256 n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 f = _mm256_sub_ps(x, n), square = _mm256_mul_ps(f, f);
+    __m256 low = _mm256_fmadd_ps(_mm256_set1_ps(6.93146967e-01f), f, _mm256_set1_ps(1.00000007e+00f));
+    __m256 middle = _mm256_fmadd_ps(_mm256_set1_ps(5.55071330e-02f), f, _mm256_set1_ps(2.40221197e-01f));
+    __m256 high = _mm256_fmadd_ps(_mm256_set1_ps(1.32764641e-03f), f, _mm256_set1_ps(9.67554127e-03f));
+    __m256 p = _mm256_fmadd_ps(_mm256_fmadd_ps(high, square, middle), square, low);
+    __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23); /* added to the exponent: p is 0.7 to 1.42 */
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
+}
+
+/* x times the normal distribution function (GELU, Hendrycks and Gimpel 2016), to 4e-7: erf is that of Abramowitz and
+   Stegun, 7.1.26. A NaN stays. */
+INLINE __m256 gelu_ps(__m256 x)
+{
+    const __m256 one = _mm256_set1_ps(1), sign = _mm256_set1_ps(-0.0f);
+    __m256 z = _mm256_mul_ps(x, _mm256_set1_ps(0.707106781f)), size = _mm256_andnot_ps(sign, z);
+    __m256 t = _mm256_div_ps(one, _mm256_fmadd_ps(_mm256_set1_ps(0.3275911f), size, one));
+    __m256 p = _mm256_fmadd_ps(_mm256_set1_ps(1.061405429f), t, _mm256_set1_ps(-1.453152027f));
+    p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(1.421413741f));
+    p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(-0.284496736f));
+    p = _mm256_mul_ps(_mm256_fmadd_ps(p, t, _mm256_set1_ps(0.254829592f)), t);
+    __m256 tail = exp2_ps(_mm256_mul_ps(_mm256_mul_ps(z, z), _mm256_set1_ps(-1.44269504f)));
+    __m256 erf = _mm256_or_ps(_mm256_fnmadd_ps(p, tail, one), _mm256_and_ps(sign, z));
+    __m256 half = _mm256_mul_ps(x, _mm256_set1_ps(0.5f));
+    return _mm256_fmadd_ps(half, erf, half);
+}
+
 /* What is added to `count` outputs and what they are multiplied by: out = (sum - zero) * factor + bias. */
 typedef struct {
     int32_t zero[OUTPUTS];
@@ -231,29 +264,53 @@ typedef struct {
     int32_t zero_point, qmax;
 } Layer;
 
+/* What a block of OUTPUTS channels is multiplied by, and what becomes of its sums. */
+typedef struct {
+    const int8_t *weight;
+    const Window *window, *end;
+    Epilogue epilogue;
+} Block;
+
+INLINE Block block_of(const Layer *layer, int64_t index, float input_scale, int zero_point)
+{
+    const Weights *weights = layer->weights;
+    int64_t channel = index * OUTPUTS, outputs = layer->output.out_channels * (layer->output.is_gated ? 2 : 1);
+    const float *bias = layer->bias ? layer->bias + channel : NULL;
+    return (Block){weights->weight + index * weights->steps * DEPTH * OUTPUTS,
+                   weights->windows + weights->window_starts[index], weights->windows + weights->window_starts[index + 1],
+                   epilogue_of(zero_point, weights->level_sum + channel, input_scale, weights->scale + channel, bias,
+                               outputs - channel)};
+}
+
+/* out *= GELU of a whole block of dequantized sums. */
+INLINE void gate_row(const int32_t *sums, const Epilogue *epilogue, float *out)
+{
+    float gates[OUTPUTS];
+    dequantize_row(sums, epilogue, NULL, OUTPUTS, gates);
+    for (int j = 0; j < OUTPUTS; j += 8)
+        _mm256_storeu_ps(out + j, _mm256_mul_ps(_mm256_loadu_ps(out + j), gelu_ps(_mm256_loadu_ps(gates + j))));
+}
+
 /* Convolution, or matrix product where an image is one row of pixels, of `codes`, which `quantize` wrote with `scale` and
    `zero_point`. `out` is channels_last. */
 static void multiply(const uint8_t *codes, const Layer *layer, float input_scale, int zero_point, Addend addend, float *out)
 {
     const Image image = layer->image;
     const Output output = layer->output;
-    const Weights *weights = layer->weights;
-    const float *bias = layer->bias;
+    const int is_signed = (int)layer->weights->is_signed;
     int64_t row_bytes = (image.width + 2 * image.border_x) * image.padded_channels;
     int64_t image_bytes = (image.height + 2 * image.border_y) * row_bytes;
     int64_t pixels = image.images * output.out_height * output.out_width, tiles = (pixels + ROWS - 1) / ROWS;
     int64_t blocks = (output.out_channels + OUTPUTS - 1) / OUTPUTS, runs = (tiles + TILES - 1) / TILES;
 #pragma omp parallel for schedule(static) if (blocks * runs > 1)
     for (int64_t task = 0; task < blocks * runs; task++) {
-        int64_t block = task / runs, start = task % runs * TILES, stop = start + TILES < tiles ? start + TILES : tiles;
-        int64_t channel = block * OUTPUTS;
+        int64_t index = task / runs, start = task % runs * TILES, stop = start + TILES < tiles ? start + TILES : tiles;
+        int64_t channel = index * OUTPUTS;
         int64_t channels = output.out_channels - channel < OUTPUTS ? output.out_channels - channel : OUTPUTS;
-        const Window *window = weights->windows + weights->window_starts[block];
-        const Window *end = weights->windows + weights->window_starts[block + 1];
-        const Epilogue epilogue = epilogue_of(zero_point, weights->level_sum + channel, input_scale,
-                                              weights->scale + channel, bias ? bias + channel : NULL, channels);
+        const Block block = block_of(layer, index, input_scale, zero_point);
+        const Block gates = output.is_gated ? block_of(layer, index + blocks, input_scale, zero_point) : block;
         for (int64_t tile = start; tile < stop; tile++) {
-            int32_t sums[ROWS][OUTPUTS] __attribute__((aligned(64)));
+            int32_t sums[2][ROWS][OUTPUTS] __attribute__((aligned(64)));
             const uint8_t *rows[ROWS];
             int64_t images[ROWS];
             int64_t first = tile * ROWS;
@@ -268,12 +325,15 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
                 column = 0;
                 if (++y == output.out_height) y = 0, n++;
             }
-            multiply_tile(count, (int)weights->is_signed, rows, row_bytes,
-                          weights->weight + block * weights->steps * DEPTH * OUTPUTS, window, end, sums);
+            multiply_tile(count, is_signed, rows, row_bytes, block.weight, block.window, block.end, sums[0]);
+            if (output.is_gated)
+                multiply_tile(count, is_signed, rows, row_bytes, gates.weight, gates.window, gates.end, sums[1]);
             for (int i = 0; i < count; i++) {
                 int64_t at = (first + i) * output.out_channels + channel;
                 int64_t added = addend.is_per_image ? images[i] * output.out_channels + channel : at;
-                dequantize_row(sums[i], &epilogue, addend.numbers ? addend.numbers + added : NULL, channels, out + at);
+                const float *numbers = addend.numbers ? addend.numbers + added : NULL;
+                dequantize_row(sums[0][i], &block.epilogue, numbers, channels, out + at);
+                if (output.is_gated) gate_row(sums[1][i], &gates.epilogue, out + at);
             }
         }
     }
@@ -291,21 +351,6 @@ INLINE Affine affine_at(Affine affine, int64_t offset)
 {
     if (affine.gain) affine.gain += offset, affine.shift += offset;
     return affine;
-}
-
-/* 2^x, to 1e-6 of it for x of -64 to 64 and 1e-5 up to the ends of -126 and 126, whose values hold beyond: 2^n times a
-   minimax polynomial on [-1/2, 1/2]. Its terms are added up in pairs, for their latency is what takes time. */
-INLINE __m256 exp2_ps(__m256 x)
-{
-    x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-126.0f)), _mm256_set1_ps(126.0f));
-    __m256 n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m256 f = _mm256_sub_ps(x, n), square = _mm256_mul_ps(f, f);
-    __m256 low = _mm256_fmadd_ps(_mm256_set1_ps(6.93146967e-01f), f, _mm256_set1_ps(1.00000007e+00f));
-    __m256 middle = _mm256_fmadd_ps(_mm256_set1_ps(5.55071330e-02f), f, _mm256_set1_ps(2.40221197e-01f));
-    __m256 high = _mm256_fmadd_ps(_mm256_set1_ps(1.32764641e-03f), f, _mm256_set1_ps(9.67554127e-03f));
-    __m256 p = _mm256_fmadd_ps(_mm256_fmadd_ps(high, square, middle), square, low);
-    __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23); /* added to the exponent: p is 0.7 to 1.42 */
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
 }
 
 /* Eight inputs from channel `c` on, after the affine map and SiLU where there are such. `count` of them are real, and zeros

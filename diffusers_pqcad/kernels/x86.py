@@ -51,7 +51,10 @@ class Image(ctypes.Structure):
 class Output(ctypes.Structure):
     """The output: as `Output` in the C file."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("out_height", "out_width", "out_channels", "stride_y", "stride_x")]
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("out_height", "out_width", "out_channels", "stride_y", "stride_x", "is_gated")
+    ]
 
 
 class Affine(ctypes.Structure):
@@ -125,7 +128,7 @@ class Call(NamedTuple):
     layer: Layer
     size: tuple[int, ...]
     num_codes: int
-    keeps: Tensor | None
+    keeps: Any
 
 
 class PackedLayer(NamedTuple):
@@ -284,7 +287,7 @@ def conv_geometry(layer: nn.Conv2d, size: torch.Size) -> Geometry:
         for axis in range(2)
     )
     image = Image(size[0], *size[2:], layer.in_channels, *layer.padding, round_up(layer.in_channels, DEPTH))
-    output = Output(height, width, layer.out_channels, *layer.stride)
+    output = Output(height, width, layer.out_channels, *layer.stride, 0)
     return Geometry(image, output, (size[0], layer.out_channels, height, width))
 
 
@@ -296,7 +299,9 @@ def linear_geometry(layer: nn.Linear, size: torch.Size) -> Geometry:
     images, pixels = (size[0], size[1:-1].numel()) if len(size) > 1 else (1, 1)
     width = math.gcd(pixels, MAX_LINE)
     image = Image(images, pixels // width, width, layer.in_features, 0, 0, round_up(layer.in_features, DEPTH))
-    return Geometry(image, Output(pixels // width, width, layer.out_features, 1, 1), (*size[:-1], layer.out_features))
+    return Geometry(
+        image, Output(pixels // width, width, layer.out_features, 1, 1, 0), (*size[:-1], layer.out_features)
+    )
 
 
 def call_of(layer: "QuantizedLayer", packed: PackedLayer, size: torch.Size) -> Call:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusers_pqcad.kernels import weights
+from diffusers_pqcad.layers import PQCADLinear
 from diffusers_pqcad.packing import pack_levels
 from diffusers_pqcad.qparams import WEIGHT_BITS, WeightSpec, as_groups, min_max_weight_scale, quantize_weight
 
@@ -111,3 +112,22 @@ def test_without_a_compiler_pytorch_computes_it(no_compiler: None, bits: int) ->
     exact_packed, exact_errors = expected(weight, scale, spec)
     assert torch.equal(packed, exact_packed)
     torch.testing.assert_close(errors.double(), exact_errors, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (6, 3), (1, 1), (6,)])
+def test_scales_of_other_shapes_are_refused(shape) -> None:
+    """C would read beyond them."""
+    with pytest.raises(ValueError, match="scale: expected"):
+        weights.quantize_rows(torch.randn(6, 40), torch.ones(shape), WeightSpec(8))
+    layer = PQCADLinear(40, 6)
+    layer.name = "proj"
+    with pytest.raises(ValueError, match="proj: scale: expected a shape of"):
+        layer.pack_(WeightSpec(8), activation_bits=8, scale=torch.ones(shape))
+    assert not layer.packed
+
+
+def test_scales_of_another_dtype_are_taken_as_numbers() -> None:
+    weight, spec = torch.randn(6, 40), WeightSpec(4)
+    scale = weights.min_max_scale(weight, spec).half()
+    expected_codes = weights.quantize_rows(weight, scale.float(), spec)[0]
+    assert torch.equal(weights.quantize_rows(weight, scale.double(), spec)[0], expected_codes)

@@ -1,0 +1,63 @@
+"""Feed-forward blocks with gated activations (GEGLU) at once: gates are applied as the first product is written."""
+
+from typing import Any
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import FeedForward
+from torch import Tensor, nn
+
+from diffusers_pqcad import fusion, graph_ops, kernels
+from diffusers_pqcad.kernels import fused, x86
+from diffusers_pqcad.layers import PQCADLinear
+
+
+class FusedFeedForward(fusion.FusedBlock, FeedForward):
+    """A `FeedForward` of GEGLU, dropout and a linear layer: it computes at once what its modules would."""
+
+    plain = FeedForward
+
+    @classmethod
+    def fits(cls, block: nn.Module) -> bool:
+        """Return whether `block` is of that kind, and its first layer one for the kernel."""
+        assert isinstance(block, FeedForward)
+        if [type(module) for module in block.net][:3] != [GEGLU, nn.Dropout, PQCADLinear]:
+            return False
+        layer = block.net[0].proj
+        return isinstance(layer, PQCADLinear) and layer.packed and layer.kernel_name() == x86.NAME
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what `FeedForward` returns."""
+        if type(self) is not FusedFeedForward:  # somebody kept this method, as hooks do, longer than it was there
+            return FeedForward.forward(self, hidden_states, *args, **kwargs)
+        if args or kwargs or not self.is_common(hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return graph_ops.call_feed_forward(self, hidden_states)
+        return self.compute(hidden_states)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Return the output of a common call: at once, unless somebody looks at the modules or changed them."""
+        packed = plan = None
+        if not fusion.is_watched() and kernels.has_numbers(x) and x.numel():
+            packed, plan = self.plan_of(self.net[0].proj, (x.shape,), lambda packed: self.build_plan(packed, x.shape))
+        return super().forward(x) if packed is None or plan is None else fused.run_feed_forward(plan, x)
+
+    def is_common(self, x: Tensor) -> bool:
+        """Return whether this is a call of the common kind, for inference in fp32 on a CPU: no number is looked at."""
+        if len(self.net) not in (3, 4) or type(self.net[0]) is not GEGLU:
+            return False
+        first, last = self.net[0].proj, self.net[2]
+        if type(first) is not PQCADLinear or not first.packed or type(last) is not PQCADLinear:
+            return False
+        return fusion.is_inference(self, x)
+
+    def build_plan(self, packed: x86.PackedLayer, size: torch.Size) -> fused.FeedForwardPlan | None:
+        """Return the plan for this size; `None` where a module is not as it was built, or somebody looks at it."""
+        gated, *others = self.net
+        layers, dropouts = (gated.proj, others[1]), (others[0], *others[2:])
+        if not all(map(fusion.drops_nothing, dropouts)):
+            return None
+        if fusion.is_changed(gated) or "gelu" in gated.__dict__ or not all(map(fusion.takes_kernel, layers)):
+            return None
+        return fused.plan_feed_forward(size, *layers, packed)
