@@ -19,9 +19,9 @@ from diffusers_pqcad.convert import (
     quantizable_layers,
     swap_,
 )
-from diffusers_pqcad.layers import SCALE_BUFFERS, FloatLayer, QuantizedLayer, packed_layers, quantized_layers
-from diffusers_pqcad.packing import unpack_codes
-from diffusers_pqcad.qparams import ACTIVATION_BITS, activation_qmax, row_chunks
+from diffusers_pqcad.kernels import weights
+from diffusers_pqcad.layers import SCALE_BUFFERS, FloatLayer, packed_layers, quantized_layers
+from diffusers_pqcad.qparams import ACTIVATION_BITS, activation_qmax
 from diffusers_pqcad.timesteps import TimestepGroups
 
 
@@ -107,7 +107,10 @@ def check_loaded(model: nn.Module) -> None:
         if layer.qweight.dtype != torch.uint8:
             raise ValueError(f"{name}.qweight: expected uint8, got {layer.qweight.dtype}. The file was edited.")
         if layer.qweight.device.type != "meta":
-            if highest_code(layer) > 2 * layer.spec.level_max // layer.spec.level_step:
+            if (
+                weights.highest_code(layer.qweight, layer.spec.bits)
+                > 2 * layer.spec.level_max // layer.spec.level_step
+            ):
                 raise ValueError(f"{name}.qweight: holds the code that no weight has. The file was edited.")
         for buffer in (*SCALE_BUFFERS, "input_zero_point"):
             values = layer._buffers[buffer]
@@ -118,15 +121,6 @@ def check_loaded(model: nn.Module) -> None:
             qmax = activation_qmax(layer.activation_bits or max(ACTIVATION_BITS))
             if buffer not in SCALE_BUFFERS and not bool(((values >= 0) & (values <= qmax)).all()):
                 raise ValueError(f"{name}.{buffer}: expected 0 to {qmax}. The file was edited.")
-
-
-def highest_code(layer: QuantizedLayer) -> int:
-    """Return the largest code of the packed weights of `layer`."""
-    row_length = layer.weight_shape[1:].numel()
-    return max(
-        int(unpack_codes(layer.qweight[rows], layer.spec.bits, row_length).amax())
-        for rows in row_chunks(layer.qweight)
-    )
 
 
 def refuse_missing(missing: list[str]) -> None:

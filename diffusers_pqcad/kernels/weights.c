@@ -111,3 +111,29 @@ void quantize_rows(const float *weight, const float *scale, int64_t rows, int64_
         }
     }
 }
+
+INLINE int highest(const uint8_t *packed, int64_t count, int bits, int block_codes, int block_bytes)
+{
+    uint32_t most = 0, mask = (1u << bits) - 1;
+    for (int64_t i = 0; i < count; i += block_bytes) {
+        uint32_t word = 0;
+        for (int k = 0; k < block_bytes; k++) word |= (uint32_t)packed[i + k] << 8 * k;
+        for (int k = 0; k < block_codes; k++) {
+            uint32_t code = word >> bits * k & mask;
+            most = code > most ? code : most;
+        }
+    }
+    return (int)most;
+}
+
+/* The largest code in `count` packed bytes, whole blocks. */
+int highest_code(const uint8_t *packed, int64_t count, int bits)
+{
+    switch (bits) {
+    case 2: return highest(packed, count, 2, 4, 1);
+    case 3: return highest(packed, count, 3, 8, 3);
+    case 4: return highest(packed, count, 4, 2, 1);
+    case 6: return highest(packed, count, 6, 4, 3);
+    default: return highest(packed, count, 8, 1, 1);
+    }
+}

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_pqcad.kernels import native
-from diffusers_pqcad.packing import block_shape, pack_levels, packed_row_bytes
-from diffusers_pqcad.qparams import WeightSpec, as_groups, perturbation, quantize_weight, scale_of_largest
+from diffusers_pqcad.packing import block_shape, pack_levels, packed_row_bytes, unpack_codes
+from diffusers_pqcad.qparams import (
+    WeightSpec,
+    as_groups,
+    perturbation,
+    quantize_weight,
+    row_chunks,
+    scale_of_largest,
+)
 
 SOURCE = Path(__file__).with_name("weights.c")
 
@@ -26,6 +33,7 @@ def library() -> ctypes.CDLL | str:
     address, long = ctypes.c_void_p, ctypes.c_int64
     loaded.quantize_rows.argtypes = [address, address, long, long, long, ctypes.c_int, long, address, address, address]
     loaded.largest_magnitudes.argtypes = [address, long, long, address]
+    loaded.highest_code.argtypes = [address, long, ctypes.c_int]
     loaded.quantize_rows.restype = loaded.largest_magnitudes.restype = None
     return loaded
 
@@ -81,3 +89,14 @@ def quantize_rows(weight: Tensor, scale: Tensor, spec: WeightSpec) -> tuple[Tens
         packed.data_ptr(), errors.data_ptr(),
     )  # fmt: skip
     return packed, errors.sum(0).float()
+
+
+def highest_code(packed: Tensor, bits: int) -> int:
+    """Return the largest code in `packed` (R, packed_row_bytes) uint8; what pads a row counts."""
+    loaded = compiled_for(packed)
+    if loaded is None:
+        codes, num_bytes = block_shape(bits)
+        length = packed.shape[1] // num_bytes * codes
+        return max(int(unpack_codes(packed[rows], bits, length).amax()) for rows in row_chunks(packed))
+    packed = packed.contiguous()
+    return loaded.highest_code(packed.data_ptr(), packed.numel(), bits)

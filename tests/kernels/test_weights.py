@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusers_pqcad.kernels import weights
 from diffusers_pqcad.layers import PQCADLinear
-from diffusers_pqcad.packing import pack_levels
+from diffusers_pqcad.packing import pack_codes, pack_levels
 from diffusers_pqcad.qparams import WEIGHT_BITS, WeightSpec, as_groups, min_max_weight_scale, quantize_weight
 
 needs_compiler = pytest.mark.skipif(isinstance(weights.library(), str), reason=str(weights.library()))
@@ -131,3 +131,24 @@ def test_scales_of_another_dtype_are_taken_as_numbers() -> None:
     scale = weights.min_max_scale(weight, spec).half()
     expected_codes = weights.quantize_rows(weight, scale.float(), spec)[0]
     assert torch.equal(weights.quantize_rows(weight, scale.double(), spec)[0], expected_codes)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+@pytest.mark.parametrize("row_length", [1, 7, 24])
+def test_the_highest_code_is_found_anywhere(bits: int, row_length: int, compiled: bool) -> None:
+    if not compiled:
+        with mock.patch.object(weights, "library", return_value="no C compiler was found"):
+            find_highest(bits, row_length)
+    else:
+        find_highest(bits, row_length)
+
+
+def find_highest(bits: int, row_length: int) -> None:
+    for place in range(row_length):
+        codes = torch.randint(0, 2**bits - 1, (3, row_length))
+        packed = pack_codes(codes, bits)
+        assert weights.highest_code(packed, bits) == codes.max()
+        codes[1, place] = 2**bits - 1
+        assert weights.highest_code(pack_codes(codes, bits), bits) == 2**bits - 1
+        assert weights.highest_code(packed[::2], bits) == codes[::2].max()
