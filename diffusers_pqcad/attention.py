@@ -5,11 +5,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusers_pqcad import fusion, graph_ops, kernels
+from diffusers_pqcad import fusion, graph_ops
 from diffusers_pqcad.kernels import fused, x86
-from diffusers_pqcad.layers import PQCADLinear
 
 # Who follows the maps of attention puts something in the place of these.
 PROCESS, PRODUCT = AttnProcessor2_0.__call__, F.scaled_dot_product_attention
@@ -21,11 +20,10 @@ class FusedAttention(fusion.FusedBlock, Attention):
 
     plain = Attention
 
-    @classmethod
-    def fits(cls, block: nn.Module) -> bool:
-        """Return whether the layer of the queries is one for the kernel."""
-        layer = block.to_q
-        return isinstance(layer, PQCADLinear) and layer.packed and layer.kernel_name() == x86.NAME
+    @staticmethod
+    def first_layer(block: Any) -> Any:
+        """Return the layer of the queries."""
+        return block.to_q
 
     def forward(
         self,
@@ -49,16 +47,11 @@ class FusedAttention(fusion.FusedBlock, Attention):
         """Return the output of a common call: at once, unless somebody looks at the modules or changed them."""
         inputs = [x] if context is None else [x, context]
         packed = plan = None
-        is_stock = AttnProcessor2_0.__call__ is PROCESS and F.scaled_dot_product_attention is PRODUCT
-        if (
-            is_stock
-            and not fusion.is_watched()
-            and all(kernels.has_numbers(tensor) and tensor.numel() for tensor in inputs)
-        ):
-            sequence = x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
+        sequence = x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
+        if AttnProcessor2_0.__call__ is PROCESS and F.scaled_dot_product_attention is PRODUCT:
             sizes = sequence.shape, *(tensor.shape for tensor in inputs[1:])
             key = (x.dim(), *sizes, self.heads, self.residual_connection)
-            packed, plan = self.plan_of(self.to_q, key, lambda packed: self.build_plan(packed, x.dim(), *sizes))
+            packed, plan = self.plan_of(inputs, key, lambda packed: self.build_plan(packed, x.dim(), *sizes))
         if packed is None or plan is None:
             return super().forward(x, context)
         y = fused.run_attention(plan, sequence, context)
@@ -71,9 +64,7 @@ class FusedAttention(fusion.FusedBlock, Attention):
             return False
         if any(getattr(self, name, None) is not None for name in ABSENT):
             return False
-        if type(self.to_q) is not PQCADLinear or not self.to_q.packed or x.dim() not in (3, 4):
-            return False
-        if context is not None and context.dim() != 3:
+        if not fusion.is_packed(self.to_q) or x.dim() not in (3, 4) or (context is not None and context.dim() != 3):
             return False
         return fusion.is_inference(self, x, context)
 

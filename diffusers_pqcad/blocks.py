@@ -6,9 +6,8 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from diffusers_pqcad import fusion, graph_ops, kernels
+from diffusers_pqcad import fusion, graph_ops
 from diffusers_pqcad.kernels import fused, x86
-from diffusers_pqcad.layers import PQCADConv2d
 from diffusers_pqcad.pending import PendingSiLU
 
 
@@ -17,11 +16,10 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
 
     plain = ResnetBlock2D
 
-    @classmethod
-    def fits(cls, block: nn.Module) -> bool:
-        """Return whether the first convolution is one for the kernel."""
-        conv = block.conv1
-        return isinstance(conv, PQCADConv2d) and conv.packed and conv.kernel_name() == x86.NAME
+    @staticmethod
+    def first_layer(block: Any) -> Any:
+        """Return the first convolution."""
+        return block.conv1
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """Return what `ResnetBlock2D` returns."""
@@ -36,11 +34,9 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
     def compute(self, x: Tensor, temb: Tensor | None) -> Tensor:
         """Return the output of a common call: at once, unless somebody looks at the modules or changed them."""
         inputs = [x] if temb is None else [x, temb]
-        packed = plan = None
-        if not fusion.is_watched() and all(kernels.has_numbers(tensor) and tensor.numel() for tensor in inputs):
-            sizes = tuple(tensor.shape for tensor in inputs)
-            key = (*sizes, self.in_channels, self.skip_time_act)
-            packed, plan = self.plan_of(self.conv1, key, lambda packed: self.build_plan(packed, *sizes))
+        sizes = tuple(tensor.shape for tensor in inputs)
+        key = (*sizes, self.in_channels, self.skip_time_act)
+        packed, plan = self.plan_of(inputs, key, lambda packed: self.build_plan(packed, *sizes))
         return super().forward(x, temb) if packed is None or plan is None else fused.run_block(plan, x, temb)
 
     def is_common(self, x: Tensor, temb: Tensor | None) -> bool:
@@ -49,7 +45,7 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
             return False
         if self.time_embedding_norm != "default" or (temb is None) != (self.time_emb_proj is None):
             return False
-        if type(self.conv1) is not PQCADConv2d or not self.conv1.packed:
+        if not fusion.is_packed(self.conv1):
             return False
         return fusion.is_inference(self, x, temb)
 

@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import FeedForward
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusers_pqcad import fusion, graph_ops, kernels
+from diffusers_pqcad import fusion, graph_ops
 from diffusers_pqcad.kernels import fused, x86
-from diffusers_pqcad.layers import PQCADLinear
 
 
 class FusedFeedForward(fusion.FusedBlock, FeedForward):
@@ -17,14 +16,10 @@ class FusedFeedForward(fusion.FusedBlock, FeedForward):
 
     plain = FeedForward
 
-    @classmethod
-    def fits(cls, block: nn.Module) -> bool:
-        """Return whether `block` is of that kind, and its first layer one for the kernel."""
-        assert isinstance(block, FeedForward)
-        if [type(module) for module in block.net][:3] != [GEGLU, nn.Dropout, PQCADLinear]:
-            return False
-        layer = block.net[0].proj
-        return isinstance(layer, PQCADLinear) and layer.packed and layer.kernel_name() == x86.NAME
+    @staticmethod
+    def first_layer(block: Any) -> Any:
+        """Return the layer of the gates and of what they are applied to."""
+        return block.net[0].proj if type(block.net[0]) is GEGLU else None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what `FeedForward` returns."""
@@ -38,17 +33,14 @@ class FusedFeedForward(fusion.FusedBlock, FeedForward):
 
     def compute(self, x: Tensor) -> Tensor:
         """Return the output of a common call: at once, unless somebody looks at the modules or changed them."""
-        packed = plan = None
-        if not fusion.is_watched() and kernels.has_numbers(x) and x.numel():
-            packed, plan = self.plan_of(self.net[0].proj, (x.shape,), lambda packed: self.build_plan(packed, x.shape))
+        packed, plan = self.plan_of([x], (x.shape,), lambda packed: self.build_plan(packed, x.shape))
         return super().forward(x) if packed is None or plan is None else fused.run_feed_forward(plan, x)
 
     def is_common(self, x: Tensor) -> bool:
         """Return whether this is a call of the common kind, for inference in fp32 on a CPU: no number is looked at."""
-        if len(self.net) not in (3, 4) or type(self.net[0]) is not GEGLU:
+        if len(self.net) not in (3, 4) or not fusion.is_packed(self.first_layer(self)):
             return False
-        first, last = self.net[0].proj, self.net[2]
-        if type(first) is not PQCADLinear or not first.packed or type(last) is not PQCADLinear:
+        if not fusion.is_packed(self.net[2]):
             return False
         return fusion.is_inference(self, x)
 

@@ -26,21 +26,24 @@ class FusedBlock:
     def __init_subclass__(cls) -> None:
         cls.__name__ = cls.plain.__name__  # what libraries look for: blocks that must stay on one device, for instance
 
-    @classmethod
-    def fits(cls, block: nn.Module) -> bool:
-        """Return whether `block`, of class `plain`, holds layers for the kernel."""
+    @staticmethod
+    def first_layer(block: Any) -> Any:
+        """Return the layer of `block` that is computed first; `None` where a block is not of the common kind."""
         raise NotImplementedError
 
     def plan_of(
-        self, owner: QuantizedLayer, key: tuple[Any, ...], build: Callable[[x86.PackedLayer], Any]
+        self, inputs: list[Tensor], key: tuple[Any, ...], build: Callable[[x86.PackedLayer], Any]
     ) -> tuple[x86.PackedLayer | None, Any]:
         """Return what `build` returns for `key` and the activation ranges of this call, as long as no module changes.
 
-        It is kept with the packed weights of `owner`, the first layer of this block, which are returned before it:
-        hold them while it runs, for another thread may move the layer. The plan is `None` where the kernel cannot run
-        `owner`, or where images of the batch have ranges of their own, which no kernel takes.
+        It is kept with the packed weights of the first layer, which are returned before it: hold them while it runs,
+        for another thread may move the layer. The plan is `None` where no kernel can run that layer on `inputs`, where
+        somebody looks on, or where images of the batch have ranges of their own, which no kernel takes.
         """
-        if owner.kernel_name() != x86.NAME:
+        owner = self.first_layer(self)
+        if is_watched() or owner.kernel_name() != x86.NAME:
+            return None, None
+        if not all(kernels.has_numbers(tensor) and tensor.numel() for tensor in inputs):
             return None, None
         modules = list(parts_of(cast(nn.Module, self)))
         groups = [module.input_group() for module in modules if isinstance(module, QuantizedLayer)]
@@ -63,7 +66,8 @@ def install_fused_(model: nn.Module, kinds: Iterable[type[FusedBlock]]) -> None:
     by_class = {kind.plain: kind for kind in kinds}
     for block in model.modules():
         kind = by_class.get(type(block))
-        if kind is not None and kind.fits(block):
+        layer: Any = None if kind is None else kind.first_layer(block)
+        if kind is not None and is_packed(layer) and layer.kernel_name() == x86.NAME:
             block.__class__ = kind  # type: ignore[assignment]
             block.handle = graph_ops.register(block)
 
@@ -74,6 +78,11 @@ def remove_fused_(model: nn.Module) -> None:
         if isinstance(block, FusedBlock):
             block.__class__ = block.plain  # type: ignore[assignment]
             del block.handle
+
+
+def is_packed(layer: Any) -> bool:
+    """Return whether `layer` is a packed one, and of no other class than the package's: no adapter around it."""
+    return type(layer) in (PQCADConv2d, PQCADLinear) and layer.packed
 
 
 def is_inference(block: nn.Module, *inputs: Tensor | None) -> bool:
@@ -97,7 +106,7 @@ def is_changed(module: nn.Module) -> bool:
 
 
 def parts_of(block: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules in `block`, on all levels; `modules()` takes as long as a small plan."""
+    """Yield the modules in `block`, on all levels, as `modules()` does, which keeps books on them."""
     for module in block._modules.values():
         if module is not None:
             yield module
@@ -113,7 +122,7 @@ VALUES = (  # of modules, that plans are built on
 
 
 def marks_of(module: nn.Module) -> tuple[Any, ...]:
-    """Return values that change with what a plan is built on of `module`; they take a fifth of the time of a plan."""
+    """Return values that change with what a plan is built on of `module`."""
     state = module.__dict__
     parameters = [
         (tensor.data_ptr(), tensor.dtype, tensor.is_cpu, tensor.shape, tensor.is_contiguous())
@@ -140,10 +149,10 @@ def is_plain(tensor: Tensor | None) -> bool:
 
 def takes_kernel(layer: nn.Module) -> bool:
     """Return whether this call of `layer` is one for the kernel x86, and nobody looks at it."""
-    if type(layer) not in (PQCADConv2d, PQCADLinear) or is_changed(layer):
+    if not is_packed(layer) or is_changed(layer):
         return False
     assert isinstance(layer, QuantizedLayer)
-    if not layer.packed or layer.kernel_name() != x86.NAME or isinstance(layer.input_group(), Tensor):
+    if layer.kernel_name() != x86.NAME or isinstance(layer.input_group(), Tensor):
         return False
     return layer.bias is None or is_plain(layer.bias)
 

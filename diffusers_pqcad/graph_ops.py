@@ -41,18 +41,17 @@ def call(layer: "QuantizedLayer", x: Tensor) -> Tensor:
 
 def call_block(block: "FusedResnetBlock2D", x: Tensor, temb: Tensor | None) -> Tensor:
     """Return what `block(x, temb)` returns, by an operator: a call that is common (`is_common`)."""
-    return residual_block(x, temb, group_of(block.conv1), block.handle, block.out_channels)
+    return residual_block(x, temb, group_of(block.first_layer(block)), block.handle, block.out_channels)
 
 
 def call_attention(block: "FusedAttention", x: Tensor, context: Tensor | None) -> Tensor:
     """Return what `block(x, context)` returns, by an operator: a call that is common (`is_common`)."""
-    return attention_block(x, context, group_of(block.to_q), block.handle, block.to_out[0].out_features)
+    return attention_block(x, context, group_of(block.first_layer(block)), block.handle, block.to_out[0].out_features)
 
 
 def call_feed_forward(block: "FusedFeedForward", x: Tensor) -> Tensor:
     """Return what `block(x)` returns, by an operator: a call that is common (`is_common`)."""
-    first, last = block.net[0].proj, block.net[2]
-    return feed_forward(x, group_of(first), block.handle, last.out_features)
+    return feed_forward(x, group_of(block.first_layer(block)), block.handle, block.net[2].out_features)
 
 
 def group_of(layer: "QuantizedLayer") -> Tensor:
@@ -61,18 +60,19 @@ def group_of(layer: "QuantizedLayer") -> Tensor:
     return group if isinstance(group, Tensor) else torch.zeros((), dtype=torch.int64)
 
 
-def run(x: Tensor, group: Tensor, handle: Tensor) -> Tensor:
-    """Return the output of the layer named by `handle`, at the activation ranges of `group` () or (B,) int64."""
-    layer = MODULES[int(handle)]
+def module_of(handle: Tensor, group: Tensor) -> Any:
+    """Return the layer or block named by `handle`, at the activation ranges of `group` () or (B,) int64."""
+    module = MODULES[int(handle)]
+    layer: Any = module if isinstance(module, (nn.Linear, nn.Conv2d)) else module.first_layer(module)
     if layer.timestep_groups is not None:
         layer.timestep_groups.select(group)
-    return layer.compute(x)  # hooks were traced before
+    return module
 
 
 @torch.library.custom_op("pqcad::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, group: Tensor, handle: Tensor, out_features: int) -> Tensor:
     """Return the output (..., out_features) of a `PQCADLinear`."""
-    return run(x, group, handle).contiguous()
+    return module_of(handle, group).compute(x).contiguous()  # hooks were traced before
 
 
 @packed_linear.register_fake
@@ -92,7 +92,7 @@ def packed_conv2d(
     stride: list[int],
 ) -> Tensor:
     """Return the output of a `PQCADConv2d`, channels_last; `padding` is the sum of both sides, (height, width)."""
-    output = run(x, group, handle)
+    output = module_of(handle, group).compute(x)  # hooks were traced before
     return output.contiguous(memory_format=torch.channels_last if output.dim() == 4 else torch.contiguous_format)
 
 
@@ -119,10 +119,7 @@ def _(
 @torch.library.custom_op("pqcad::residual_block", mutates_args=())
 def residual_block(x: Tensor, temb: Tensor | None, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
     """Return the output (B, out_channels, H, W) of a `FusedResnetBlock2D`, channels_last."""
-    block = MODULES[int(handle)]
-    if block.conv1.timestep_groups is not None:
-        block.conv1.timestep_groups.select(group)
-    return block.compute(x, temb).contiguous(memory_format=torch.channels_last)
+    return module_of(handle, group).compute(x, temb).contiguous(memory_format=torch.channels_last)
 
 
 @residual_block.register_fake
@@ -134,10 +131,7 @@ def _(x: Tensor, temb: Tensor | None, group: Tensor, handle: Tensor, out_channel
 @torch.library.custom_op("pqcad::attention_block", mutates_args=())
 def attention_block(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
     """Return the output of a `FusedAttention`: (B, L, out_channels), or as large as `x` (B, C, H, W)."""
-    block = MODULES[int(handle)]
-    if block.to_q.timestep_groups is not None:
-        block.to_q.timestep_groups.select(group)
-    output = block.compute(x, context)
+    output = module_of(handle, group).compute(x, context)
     return output.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
 
 
@@ -151,11 +145,7 @@ def _(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor, out_chan
 @torch.library.custom_op("pqcad::feed_forward", mutates_args=())
 def feed_forward(x: Tensor, group: Tensor, handle: Tensor, out_features: int) -> Tensor:
     """Return the output (..., out_features) of a `FusedFeedForward`."""
-    block = MODULES[int(handle)]
-    first = block.net[0].proj
-    if first.timestep_groups is not None:
-        first.timestep_groups.select(group)
-    return block.compute(x).contiguous()
+    return module_of(handle, group).compute(x).contiguous()
 
 
 @feed_forward.register_fake

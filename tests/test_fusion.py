@@ -274,8 +274,7 @@ def test_a_plan_holds_what_it_points_to(model: nn.ModuleList, kind: str) -> None
         return packed
 
     with mock.patch.object(QuantizedLayer, "packed_for", pack_and_forget):
-        first = model[0].get_submodule(FIRST[kind])
-        packed, plan = model[0].plan_of(first, ("a key",), lambda packed: planned(model[0], packed, inputs))
+        packed, plan = model[0].plan_of(list(inputs), ("a key",), lambda packed: planned(model[0], packed, inputs))
     gc.collect()
     assert packed is not None
     assert plan is not None

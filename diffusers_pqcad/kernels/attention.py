@@ -1,6 +1,6 @@
 """Attention in bf16 products and fp32 sums on x86 CPUs, in C (attention.c), compiled on first use.
 
-Twice as fast as PyTorch's in fp32, and no less exact than 8-bit rounding around it asks: bf16 has 8 bits itself.
+No less exact than 8-bit rounding around it asks: bf16 has 8 bits itself.
 """
 
 import ctypes

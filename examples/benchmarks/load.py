@@ -59,7 +59,7 @@ def load(settings: Settings, name: str, directory: Path) -> dict[str, Any]:
     start = time.perf_counter()
     model = UNet2DConditionModel.from_pretrained(source, **options)
     # Files are mapped into memory: reading every byte once is part of loading them. Bytes of all alike: PyTorch sums
-    # small integers 30 times slower than floats, by way of large ones.
+    # small integers by way of large ones, much slower than floats.
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.numel():
             tensor.detach().flatten().view(torch.uint8).max()
