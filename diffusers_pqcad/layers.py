@@ -81,7 +81,7 @@ class QuantizedLayer(nn.Module):
     timestep_groups: TimestepGroups | None = None
     name: str = ""
     perturbation: float | None = None  # ||Q(W) - W||^2 / ||W||^2 when it was packed; not saved
-    _cache: tuple[str, Any] | None = None
+    _cache: tuple[tuple[Any, ...], Any] | None = None  # what it is for, and what a kernel has packed
     handle: Tensor  # names this layer in a graph
     qweight: Tensor
     weight_scale: Tensor
@@ -278,9 +278,21 @@ class QuantizedLayer(nn.Module):
     def packed_for(self, name: str) -> Any:
         """Return what the kernel `name` keeps of this layer: made once, and again when it is lost."""
         cache = self._cache  # read once: another thread may move the layer
-        if cache is None or cache[0] != name:
-            cache = self._cache = (name, kernels.KERNELS[name].pack(self))
+        key = (name, *self.packed_arguments())
+        if cache is None or cache[0] != key:
+            cache = self._cache = (key, kernels.KERNELS[name].pack(self))
         return cache[1]
+
+    def packed_arguments(self) -> tuple[Any, ...]:
+        """Return what kernels pack the weights for, beside the weights, that somebody may set on this layer."""
+        return ()
+
+    def cached_bytes(self) -> int:
+        """Return the bytes of a kernel's int8 copy: one a weight, and 4/3 where pixels are computed in pairs."""
+        if self._cache is None:
+            return 0
+        paired = self._cache[0][0] == kernels.x86.NAME and kernels.x86.takes_pairs(self)
+        return self.weight_shape.numel() * (kernels.x86.TERMS if paired else 3) // 3
 
     def to_float(self) -> nn.Module:
         """Return the plain float layer with this layer's dequantized weight, and the same bias and hooks."""
@@ -385,6 +397,10 @@ class PQCADConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc,override]
         """Return the convolution of `nn.Conv2d`, any padding mode."""
         return self._conv_forward(x, weight, bias)
 
+    def packed_arguments(self) -> tuple[Any, ...]:
+        """Return stride and dilation."""
+        return self.stride, self.dilation
+
     @staticmethod
     def arguments(layer: Any) -> dict[str, Any]:
         """Return the constructor arguments of a convolution."""
@@ -442,4 +458,4 @@ def kernel_cache_bytes(model: nn.Module) -> int:
 
     What they pad, and some numbers for each output, are not counted.
     """
-    return sum(layer.weight_shape.numel() for layer in packed_layers(model).values() if layer._cache is not None)
+    return sum(layer.cached_bytes() for layer in packed_layers(model).values())

@@ -28,16 +28,28 @@
 #define TILES 16 /* that follow each other in one block of outputs */
 #define MIN_SCALE 1e-12f /* of activations: as in qparams.py */
 #define SIGNED_OFFSET 128 /* what signed codes are less */
+#define TERM_OFFSET 128 /* what differences of codes are more */
 #define DEPTH 4 /* inputs of a step: 4 codes are broadcast, and multiplied by 4 weights of each output */
+#define TERMS 4 /* products that make a pair of pixels */
 
 /* For x86.py: what this code was compiled for. */
 int has_vnni(void) { return VNNI; }
 int block_outputs(void) { return OUTPUTS; }
 
-/* A dense channels_last image, and the same in codes, with a border and with channels up to a multiple of DEPTH. */
+/* A dense channels_last image, and the same in codes, with a border and with channels up to a multiple of DEPTH.
+
+   With `pairs`, a row of codes is kept for as many pairs of neighbouring output pixels of a kernel three pixels wide, in
+   the form of Winograd's minimal filtering F(2, 3) (Lavin and Gray 2016, arXiv:1509.09308): TERMS pixels a pair, for which
+   TERMS products make both outputs, where there would be six. Codes have 7 bits then, so that these have 8. */
 typedef struct {
-    int64_t images, height, width, channels, border_y, border_x, padded_channels;
+    int64_t images, height, width, channels, border_y, border_x, padded_channels, pairs;
 } Image;
+
+/* Bytes of a row of codes. */
+static inline int64_t bytes_of_row(const Image *image)
+{
+    return image->padded_channels * (image->pairs ? TERMS * image->pairs : image->width + 2 * image->border_x);
+}
 
 /* `out_height` x `out_width` output pixels, whose first inputs are `stride_y`, `stride_x` pixels apart. With `is_gated`,
    the weights have twice as many outputs: the GELU of the second half multiplies the first. Blocks are whole then. */
@@ -237,7 +249,7 @@ INLINE void dequantize_row(const int32_t *sums, const Epilogue *epilogue, const 
 
 /* What does not change from call to call. Per block of OUTPUTS channels: `weight` (steps, OUTPUTS, DEPTH) and windows from
    window_starts[block] to window_starts[block + 1]; `level_sum` and `scale` hold a number for every output of every
-   block. With `is_signed`, codes are signed. */
+   block. With `is_signed`, codes are signed. For codes in pairs, TERMS blocks follow each other for the same channels. */
 typedef struct {
     const int8_t *weight;
     const Window *windows;
@@ -271,15 +283,32 @@ typedef struct {
     Epilogue epilogue;
 } Block;
 
-INLINE Block block_of(const Layer *layer, int64_t index, float input_scale, int zero_point)
+INLINE Block block_of(const Weights *weights, int64_t index, float input_scale, int zero_point, const float *bias,
+                      int64_t count)
 {
-    const Weights *weights = layer->weights;
-    int64_t channel = index * OUTPUTS, outputs = layer->output.out_channels * (layer->output.is_gated ? 2 : 1);
-    const float *bias = layer->bias ? layer->bias + channel : NULL;
     return (Block){weights->weight + index * weights->steps * DEPTH * OUTPUTS,
                    weights->windows + weights->window_starts[index], weights->windows + weights->window_starts[index + 1],
-                   epilogue_of(zero_point, weights->level_sum + channel, input_scale, weights->scale + channel, bias,
-                               outputs - channel)};
+                   epilogue_of(zero_point, weights->level_sum + index * OUTPUTS, input_scale,
+                               weights->scale + index * OUTPUTS, bias, count)};
+}
+
+/* Write the blocks whose products make OUTPUTS channels from `channel` on, and return how many there are: one; with gates
+   two; for codes in pairs TERMS, of which the second has the bias: it is added to both pixels (`join_terms`). */
+INLINE int blocks_of(const Layer *layer, int64_t channel, float input_scale, int zero_point, Block *blocks)
+{
+    const Weights *weights = layer->weights;
+    const float *bias = layer->bias ? layer->bias + channel : NULL;
+    int64_t index = channel / OUTPUTS, outputs = layer->output.out_channels, count = outputs - channel;
+    if (layer->image.pairs) {
+        for (int k = 0; k < TERMS; k++)
+            blocks[k] = block_of(weights, index * TERMS + k, input_scale, k == 1 ? 2 * zero_point : TERM_OFFSET,
+                                 k == 1 ? bias : NULL, count);
+        return TERMS;
+    }
+    blocks[0] = block_of(weights, index, input_scale, zero_point, bias, count);
+    if (!layer->output.is_gated) return 1;
+    blocks[1] = block_of(weights, index + outputs / OUTPUTS, input_scale, zero_point, bias ? bias + outputs : NULL, count);
+    return 2;
 }
 
 /* out *= GELU of a whole block of dequantized sums. */
@@ -291,6 +320,26 @@ INLINE void gate_row(const int32_t *sums, const Epilogue *epilogue, float *out)
         _mm256_storeu_ps(out + j, _mm256_mul_ps(_mm256_loadu_ps(out + j), gelu_ps(_mm256_loadu_ps(gates + j))));
 }
 
+/* Write the first `count` of OUTPUTS numbers, plus the addend's where there are such; a constant count is vectorized. */
+INLINE void write_row(const float *row, const float *addend, int64_t count, float *out)
+{
+    if (count < OUTPUTS)
+        for (int64_t j = 0; j < count; j++) out[j] = addend ? row[j] + addend[j] : row[j];
+    else if (addend)
+        for (int j = 0; j < OUTPUTS; j++) out[j] = row[j] + addend[j];
+    else
+        memcpy(out, row, sizeof(float) * OUTPUTS);
+}
+
+/* Both pixels of a pair from the sums of its terms, in place: the first two rows of `values`. */
+INLINE void join_terms(float values[TERMS][OUTPUTS])
+{
+    for (int j = 0; j < OUTPUTS; j++) {
+        float first = values[0][j] + values[1][j] + values[2][j], second = values[1][j] - values[2][j] - values[3][j];
+        values[0][j] = first, values[1][j] = second;
+    }
+}
+
 /* Convolution, or matrix product where an image is one row of pixels, of `codes`, which `quantize` wrote with `scale` and
    `zero_point`. `out` is channels_last. */
 static void multiply(const uint8_t *codes, const Layer *layer, float input_scale, int zero_point, Addend addend, float *out)
@@ -298,42 +347,52 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
     const Image image = layer->image;
     const Output output = layer->output;
     const int is_signed = (int)layer->weights->is_signed;
-    int64_t row_bytes = (image.width + 2 * image.border_x) * image.padded_channels;
-    int64_t image_bytes = (image.height + 2 * image.border_y) * row_bytes;
-    int64_t pixels = image.images * output.out_height * output.out_width, tiles = (pixels + ROWS - 1) / ROWS;
+    int64_t row_bytes = bytes_of_row(&image), image_bytes = (image.height + 2 * image.border_y) * row_bytes;
+    int64_t columns = image.pairs ? image.pairs : output.out_width, pixels_of_column = image.pairs ? 2 : 1;
+    int64_t column_bytes = image.padded_channels * (image.pairs ? TERMS : output.stride_x);
+    int64_t rows = image.images * output.out_height * columns, tiles = (rows + ROWS - 1) / ROWS;
     int64_t blocks = (output.out_channels + OUTPUTS - 1) / OUTPUTS, runs = (tiles + TILES - 1) / TILES;
 #pragma omp parallel for schedule(static) if (blocks * runs > 1)
     for (int64_t task = 0; task < blocks * runs; task++) {
-        int64_t index = task / runs, start = task % runs * TILES, stop = start + TILES < tiles ? start + TILES : tiles;
-        int64_t channel = index * OUTPUTS;
+        int64_t start = task % runs * TILES, stop = start + TILES < tiles ? start + TILES : tiles;
+        int64_t channel = task / runs * OUTPUTS;
         int64_t channels = output.out_channels - channel < OUTPUTS ? output.out_channels - channel : OUTPUTS;
-        const Block block = block_of(layer, index, input_scale, zero_point);
-        const Block gates = output.is_gated ? block_of(layer, index + blocks, input_scale, zero_point) : block;
+        Block block[TERMS];
+        const int products = blocks_of(layer, channel, input_scale, zero_point, block);
         for (int64_t tile = start; tile < stop; tile++) {
-            int32_t sums[2][ROWS][OUTPUTS] __attribute__((aligned(64)));
-            const uint8_t *rows[ROWS];
-            int64_t images[ROWS];
+            int32_t sums[TERMS][ROWS][OUTPUTS] __attribute__((aligned(64)));
+            const uint8_t *sources[ROWS];
+            int64_t images[ROWS], pixels[ROWS]; /* of each row: its image, its first output pixel */
             int64_t first = tile * ROWS;
-            int count = pixels - first < ROWS ? (int)(pixels - first) : ROWS;
-            int64_t column = first % output.out_width, line = first / output.out_width;
+            int count = rows - first < ROWS ? (int)(rows - first) : ROWS;
+            int64_t column = first % columns, line = first / columns;
             int64_t n = line / output.out_height, y = line % output.out_height;
             for (int i = 0; i < ROWS; i++) { /* counted on: divisions for each row would take as long as a short product */
-                rows[i] = codes + n * image_bytes + y * output.stride_y * row_bytes
-                          + column * output.stride_x * image.padded_channels;
-                images[i] = n;
-                if (i + 1 >= count || ++column < output.out_width) continue;
-                column = 0;
+                sources[i] = codes + n * image_bytes + y * output.stride_y * row_bytes + column * column_bytes;
+                images[i] = n, pixels[i] = line * output.out_width + column * pixels_of_column;
+                if (i + 1 >= count || ++column < columns) continue;
+                column = 0, line++;
                 if (++y == output.out_height) y = 0, n++;
             }
-            multiply_tile(count, is_signed, rows, row_bytes, block.weight, block.window, block.end, sums[0]);
-            if (output.is_gated)
-                multiply_tile(count, is_signed, rows, row_bytes, gates.weight, gates.window, gates.end, sums[1]);
+            for (int k = 0; k < products; k++)
+                multiply_tile(count, is_signed, sources, row_bytes, block[k].weight, block[k].window, block[k].end, sums[k]);
             for (int i = 0; i < count; i++) {
-                int64_t at = (first + i) * output.out_channels + channel;
+                int64_t at = pixels[i] * output.out_channels + channel;
                 int64_t added = addend.is_per_image ? images[i] * output.out_channels + channel : at;
                 const float *numbers = addend.numbers ? addend.numbers + added : NULL;
-                dequantize_row(sums[0][i], &block.epilogue, numbers, channels, out + at);
-                if (output.is_gated) gate_row(sums[1][i], &gates.epilogue, out + at);
+                if (image.pairs) {
+                    float values[TERMS][OUTPUTS] __attribute__((aligned(64)));
+                    for (int k = 0; k < TERMS; k++)
+                        dequantize_row(sums[k][i], &block[k].epilogue, NULL, OUTPUTS, values[k]);
+                    join_terms(values);
+                    write_row(values[0], numbers, channels, out + at);
+                    if (pixels[i] % output.out_width + 1 == output.out_width) continue; /* the last column is a single one */
+                    if (numbers && !addend.is_per_image) numbers += output.out_channels;
+                    write_row(values[1], numbers, channels, out + at + output.out_channels);
+                    continue;
+                }
+                dequantize_row(sums[0][i], &block[0].epilogue, numbers, channels, out + at);
+                if (output.is_gated) gate_row(sums[1][i], &block[1].epilogue, out + at);
             }
         }
     }
@@ -400,6 +459,34 @@ INLINE void quantize_pixel(const float *x, Affine affine, int64_t channels, floa
     }
 }
 
+/* Put the differences and the sum of four neighbouring codes, for each of `pairs` in a row, in place of the codes: these
+   lie at the end of the row, and are read before anything is written there. Differences are TERM_OFFSET more. */
+INLINE void transform_row(uint8_t *row, int64_t pairs, int64_t channels)
+{
+    const __m256i offset = _mm256_set1_epi8((char)TERM_OFFSET);
+    const uint8_t *codes = row + (2 * pairs - 2) * channels;
+    for (int64_t pair = 0; pair < pairs; pair++, codes += 2 * channels, row += TERMS * channels) {
+        int64_t c = 0;
+        for (; c + 32 <= channels; c += 32) {
+            __m256i code[TERMS];
+            for (int k = 0; k < TERMS; k++) code[k] = _mm256_loadu_si256((const __m256i *)(codes + k * channels + c));
+            __m256i term[TERMS] = {_mm256_add_epi8(_mm256_sub_epi8(code[0], code[2]), offset),
+                                   _mm256_add_epi8(code[1], code[2]),
+                                   _mm256_add_epi8(_mm256_sub_epi8(code[2], code[1]), offset),
+                                   _mm256_add_epi8(_mm256_sub_epi8(code[1], code[3]), offset)};
+            for (int k = 0; k < TERMS; k++) _mm256_storeu_si256((__m256i *)(row + k * channels + c), term[k]);
+        }
+        for (; c < channels; c++) {
+            int code[TERMS];
+            for (int k = 0; k < TERMS; k++) code[k] = codes[k * channels + c];
+            row[c] = (uint8_t)(code[0] - code[2] + TERM_OFFSET);
+            row[channels + c] = (uint8_t)(code[1] + code[2]);
+            row[2 * channels + c] = (uint8_t)(code[2] - code[1] + TERM_OFFSET);
+            row[3 * channels + c] = (uint8_t)(code[1] - code[3] + TERM_OFFSET);
+        }
+    }
+}
+
 /* Write `x`, after `affine` and SiLU where there is one, in codes, its border in the code of zero; surplus channels have
    no weight, so any code will do. Codes that are to be signed are written less 128: a flip of the first bit. */
 void quantize(const float *x, Image image, Affine affine, float inverse_scale, int zero_point, int qmax, int is_signed,
@@ -407,25 +494,26 @@ void quantize(const float *x, Image image, Affine affine, float inverse_scale, i
 {
     const uint8_t flip = is_signed ? SIGNED_OFFSET : 0;
     const int code_of_zero = zero_point ^ flip;
-    int64_t width = image.width + 2 * image.border_x, height = image.height + 2 * image.border_y;
-    int64_t border = image.border_x * image.padded_channels;
+    int64_t height = image.height + 2 * image.border_y, row_bytes = bytes_of_row(&image), channels = image.padded_channels;
+    int64_t width = image.pairs ? 2 * image.pairs + 2 : image.width + 2 * image.border_x; /* as the kernel reads it */
 #pragma omp parallel for schedule(static) if (image.images * height > 1)
     for (int64_t line = 0; line < image.images * height; line++) {
-        int64_t y = line % height - image.border_y;
+        int64_t y = line % height - image.border_y, before = image.border_x;
         Affine local = affine_at(affine, line / height * image.channels);
-        uint8_t *row = codes + line * width * image.padded_channels;
+        uint8_t *start = codes + line * row_bytes, *row = start + row_bytes - width * channels;
         if (y < 0 || y >= image.height) {
-            memset(row, code_of_zero, width * image.padded_channels);
-            continue;
+            memset(row, code_of_zero, width * channels);
+        } else {
+            const float *source = x + (line / height * image.height + y) * image.width * image.channels;
+            memset(row, code_of_zero, before * channels);
+            row += before * channels;
+            for (int64_t i = 0; i < image.width; i++, row += channels, source += image.channels) {
+                quantize_pixel(source, local, image.channels, inverse_scale, zero_point, qmax, flip, row);
+                memset(row + image.channels, 0, channels - image.channels);
+            }
+            memset(row, code_of_zero, (width - before - image.width) * channels);
         }
-        const float *source = x + (line / height * image.height + y) * image.width * image.channels;
-        memset(row, code_of_zero, border);
-        row += border;
-        for (int64_t i = 0; i < image.width; i++, row += image.padded_channels, source += image.channels) {
-            quantize_pixel(source, local, image.channels, inverse_scale, zero_point, qmax, flip, row);
-            memset(row + image.channels, 0, image.padded_channels - image.channels);
-        }
-        memset(row, code_of_zero, border);
+        if (image.pairs) transform_row(start, image.pairs, channels);
     }
 }
 
@@ -567,8 +655,7 @@ typedef struct {
 INLINE int64_t num_codes(const Layer *layer)
 {
     const Image *image = &layer->image;
-    int64_t height = image->height + 2 * image->border_y, width = image->width + 2 * image->border_x;
-    return image->images * height * width * image->padded_channels;
+    return image->images * (image->height + 2 * image->border_y) * bytes_of_row(image);
 }
 
 INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -5,6 +5,9 @@ multiplies 32 and adds neighbours in 16 bits, another widens the sums. There lev
 products add up in 16 bits before they are widened: 9 where all are as large as 4 bits allow, and more for the levels
 that layers have. The windows are cut from the levels themselves, so that no input can overflow them. Levels of 8 bits
 take signed codes, which fit as single products.
+
+Codes of 7 bits leave one bit for Winograd's minimal filtering (Lavin and Gray 2016, arXiv:1509.09308): with VNNI, 3x3
+convolutions take two thirds of the products then. This is exact for levels of up to 6 bits.
 """
 
 import ctypes
@@ -27,7 +30,10 @@ if TYPE_CHECKING:
 NAME = "x86"
 SOURCE = Path(__file__).with_name("x86.c")
 DEPTH = 4  # inputs of a step, as in the C file
-MAX_NARROW_BITS = 6  # two steps of the largest levels still fit 16 bits
+TERMS = 4  # products that make a pair of pixels, as in the C file
+MAX_NARROW_BITS = 6  # two steps of the largest levels still fit 16 bits, and sums of three 8
+MAX_PAIRED_BITS = 7  # of codes: sums and differences of two fit 8
+LEVEL_MAX = 2**7 - 1  # of 8 bits
 SUM_MAX = 2**15 - 1  # of 16 bits
 MAX_LINE = 32  # pixels
 NO_RANGE = ScalarQParams(0.0, 0)  # asks for the range of each input
@@ -39,13 +45,13 @@ class Image(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ("images", "height", "width", "channels", "border_y", "border_x", "padded_channels")
+        for name in ("images", "height", "width", "channels", "border_y", "border_x", "padded_channels", "pairs")
     ]
 
     def num_codes(self) -> int:
         """Return the number of codes, with the border and the padded channels."""
-        height, width = self.height + 2 * self.border_y, self.width + 2 * self.border_x
-        return self.images * height * width * self.padded_channels
+        columns = TERMS * self.pairs if self.pairs else self.width + 2 * self.border_x
+        return self.images * (self.height + 2 * self.border_y) * columns * self.padded_channels
 
 
 class Output(ctypes.Structure):
@@ -135,9 +141,10 @@ class PackedLayer(NamedTuple):
     """What does not change from call to call; B blocks of O outputs, S steps of 4 inputs, V windows.
 
     `weight` int8 (B, S, O, 4); `windows` int32 (V, 3) and `window_starts` int32 (B + 1,); `level_sum` int32 and
-    `scale` fp32, both (B O,); `weights` points to them, and says whether they take signed codes. `ranges` are the
-    static activation ranges, `None` where each call chooses its own. `geometries` and `layers` remember the shapes of
-    inputs, and the ranges they came with; `plans`, those of a block that starts with this layer (fusion.py).
+    `scale` fp32, both (B O,); `weights` points to them, and says whether they take signed codes. Layers that compute
+    pixels in pairs have four blocks for the same outputs. `ranges` are the static activation ranges, `None` where each
+    call chooses its own. `geometries` and `layers` remember the shapes of inputs, and the ranges they came with;
+    `plans`, those of a block that starts with this layer (fusion.py).
     """
 
     weight: Tensor
@@ -211,6 +218,28 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def takes_pairs(layer: nn.Module) -> bool:
+    """Return whether the quantized `layer` computes pairs of neighbouring pixels from four products, not six."""
+    if not isinstance(layer, nn.Conv2d) or layer.kernel_size[1] != 3 or layer.stride[1] != 1 or layer.dilation[1] != 1:
+        return False
+    return layer.activation_bits in range(MAX_PAIRED_BITS + 1) and bool(compiled().has_vnni())
+
+
+def pair_filters(rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the filters int8 (4, O, H, 1, C) of F(2, 3) for `rows` int8 (O, H, 3, C), and their scales (4, O).
+
+    With the inputs d and a filter g, m = (d0 - d2) g0, (d1 + d2) (g0 + g1 + g2) / 2, (d2 - d1) (g0 - g1 + g2) / 2 and
+    (d1 - d3) g2 make the outputs m0 + m1 + m2 and m1 - m2 - m3 (Lavin and Gray 2016, 4.1). The scales have the halves.
+    A filter whose sums exceed 8 bits is rounded to them, an error of at most 0.75 of a level.
+    """
+    first, middle, last = rows.to(torch.int16).unbind(2)
+    sums = torch.stack([first + middle + last, first - middle + last])
+    step = (sums.abs().amax((2, 3)) / LEVEL_MAX).clamp(min=1)
+    rounded = (sums / step[..., None, None]).round()
+    filters = torch.stack([first, *rounded, last]).to(torch.int8)
+    return filters.unsqueeze(3), torch.stack([scale, *(scale * step / 2), scale])
+
+
 def pack(layer: "QuantizedLayer") -> PackedLayer:
     """Return the weights in blocks and their windows, and the static activation ranges as plain numbers."""
     assert layer.activation_bits is not None  # refused
@@ -218,20 +247,29 @@ def pack(layer: "QuantizedLayer") -> PackedLayer:
     dilation = layer.dilation if isinstance(layer, nn.Conv2d) else (1, 1)
     rows = levels.view(*levels.shape, 1, 1) if levels.dim() == 2 else levels
     rows = rows.permute(0, 2, 3, 1)  # as the inputs lie: height, width, C
-    channels = round_up(rows.shape[-1], DEPTH)
     outputs = compiled().block_outputs()
-    surplus = round_up(len(rows), outputs) - len(rows)
+    channels, surplus = round_up(rows.shape[-1], DEPTH), round_up(len(rows), outputs) - len(rows)
     rows = F.pad(rows, (0, channels - rows.shape[-1], 0, 0, 0, 0, 0, surplus))
-    weight = rows.reshape(-1, outputs, rows[0].numel() // DEPTH, DEPTH).transpose(1, 2).contiguous()
+    filters, scale = rows.unsqueeze(0), F.pad(scale, (0, surplus)).unsqueeze(0)
+    if takes_pairs(layer):
+        filters, scale = pair_filters(rows, scale[0])
+    terms, steps = len(filters), filters[0, 0].numel() // DEPTH
+    blocks = filters.reshape(terms, -1, outputs, steps, DEPTH).permute(1, 0, 3, 2, 4)
+    weight = blocks.reshape(-1, steps, outputs, DEPTH).contiguous()
+    level_sum, scale = (
+        each.view(terms, -1, outputs).transpose(0, 1).flatten().contiguous()
+        for each in (filters.sum((2, 3, 4), dtype=torch.int32), scale)
+    )
     has_vnni = bool(compiled().has_vnni())
     is_signed = is_wide(layer) and not has_vnni
     fits = has_vnni or is_signed
     limit = torch.iinfo(torch.int32).max if fits else SUM_MAX // activation_qmax(layer.activation_bits)
-    segments = segment_starts(rows.shape[1:], dilation)
+    segments = segment_starts(filters.shape[2:], dilation)
     windows, window_starts = plan_windows(weight, segments, limit)
-    level_sum = rows.sum((1, 2, 3), dtype=torch.int32)
-    tensors = (weight, windows, window_starts, level_sum, F.pad(scale, (0, surplus)))
-    weights = Weights(*(tensor.data_ptr() for tensor in tensors), weight.shape[1], is_signed)
+    term = torch.arange(len(weight), dtype=torch.int32, device="cpu") % terms
+    windows[:, 1] += (term * channels).repeat_interleave(window_starts.diff())  # its codes follow those of the others
+    tensors = (weight, windows, window_starts, level_sum, scale)
+    weights = Weights(*(tensor.data_ptr() for tensor in tensors), steps, is_signed)
     return PackedLayer(*tensors, weights, ranges.static_ranges(layer), {}, {}, {})
 
 
@@ -286,7 +324,8 @@ def conv_geometry(layer: nn.Conv2d, size: torch.Size) -> Geometry:
         + 1
         for axis in range(2)
     )
-    image = Image(size[0], *size[2:], layer.in_channels, *layer.padding, round_up(layer.in_channels, DEPTH))
+    pairs = round_up(width, 2) // 2 if takes_pairs(layer) else 0
+    image = Image(size[0], *size[2:], layer.in_channels, *layer.padding, round_up(layer.in_channels, DEPTH), pairs)
     output = Output(height, width, layer.out_channels, *layer.stride, 0)
     return Geometry(image, output, (size[0], layer.out_channels, height, width))
 

@@ -222,12 +222,14 @@ QUICK: dict[str, Builder] = {
     "W8A8": partial(pqcad, weight_bits=8),
     "W8A7": partial(pqcad, weight_bits=8, activation_bits=7),
     "W4A8": partial(pqcad, weight_bits=4),
+    "W4A7": partial(pqcad, weight_bits=4, activation_bits=7),
     "W4A8, dynamic ranges": partial(pqcad, weight_bits=4, static=False),
     "W4A8, no int8 copies": partial(pqcad, weight_bits=4, kernel="reference"),
 }
 CONTESTANTS: dict[str, Builder] = QUICK | {
     "bf16, channels_last": partial(floating, dtype=torch.bfloat16),
     "fp32, torch.compile": partial(floating, compiled=True),
+    "W8A8, torch.compile": partial(pqcad, weight_bits=8, compiled=True),
     "W8A7, torch.compile": partial(pqcad, weight_bits=8, activation_bits=7, compiled=True),
     "W4A8, torch.compile": partial(pqcad, weight_bits=4, compiled=True),
     "torchao W8A8 (Linear only)": torchao_int8,

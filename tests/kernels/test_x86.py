@@ -70,11 +70,11 @@ def test_inputs_that_are_made_to_overflow_are_exact(seed, bits, activation_bits,
         assert torch.equal(layer(codes.float()).double(), codes @ levels.T)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "activation_bits"), [(4, 8), (8, 8), (4, 7)])
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
-def test_threads_share_the_work_and_change_nothing(bits: int, num_threads: int) -> None:
+def test_threads_share_the_work_and_change_nothing(bits: int, activation_bits: int, num_threads: int) -> None:
     layer = PQCADConv2d(20, 37, 3, padding=1).requires_grad_(False)
-    layer.pack_(WeightSpec(bits), activation_bits=8)
+    layer.pack_(WeightSpec(bits), activation_bits=activation_bits)
     x, before = torch.randn(3, 20, 9, 7), torch.get_num_threads()
     with torch.no_grad(), kernels.use("x86"):
         expected = layer(x)
@@ -120,12 +120,13 @@ def test_the_default_dtype_and_device_are_not_ours(dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def test_a_bias_may_lie_anywhere_and_a_stride_may_change() -> None:
+@pytest.mark.parametrize("activation_bits", ACTIVATION_BITS)
+def test_a_bias_may_lie_anywhere_and_stride_and_dilation_may_change(activation_bits: int) -> None:
     layer, x = PQCADConv2d(8, 8, 3), torch.randn(1, 8, 9, 9)
-    layer.requires_grad_(False).pack_(WeightSpec(4), activation_bits=8)
+    layer.requires_grad_(False).pack_(WeightSpec(4), activation_bits=activation_bits)
     layer.bias = torch.nn.Parameter(torch.randn(16)[::2], requires_grad=False)
-    for stride in ((1, 1), (2, 2)):
-        layer.stride = stride
+    for stride, dilation in ((1, 1), (2, 1), (1, 2), (1, 1)):
+        layer.stride, layer.dilation = (stride, stride), (dilation, dilation)
         with kernels.use("reference"):
             expected = layer(x)
         with kernels.use("x86"):

@@ -1,0 +1,115 @@
+"""Specification of F(2, 3): pairs of pixels from four products, exact up to 6 bits, and close to that with 8."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diffusers_pqcad import PQCADConfig, kernels, quantize_
+from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.layers import PQCADConv2d, kernel_cache_bytes, packed_layers
+from diffusers_pqcad.qparams import WEIGHT_BITS, WeightSpec
+
+HAS_VNNI = not isinstance(x86.library(), str) and bool(x86.compiled().has_vnni())
+needs_vnni = pytest.mark.skipif(not HAS_VNNI, reason="pairs are for AVX-512 VNNI")
+NARROW_BITS = [bits for bits in WEIGHT_BITS if bits <= 6]
+
+
+def draw_levels(generator: np.random.Generator, bits: int, shape: tuple[int, ...]) -> np.ndarray:
+    largest = WeightSpec(bits).level_max
+    return generator.integers(-largest, largest + 1, shape)
+
+
+def outputs_of(codes: np.ndarray, filters: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Both outputs (2, O) of `codes` (H, 4, C), by the formula in the docstring of `pair_filters`, in float64."""
+    d0, d1, d2, d3 = codes.transpose(1, 0, 2)
+    terms = [d0 - d2, d1 + d2, d2 - d1, d1 - d3]
+    products = [
+        np.einsum("hc,ohc->o", term, each[:, :, 0].astype(np.int64)) * factor
+        for term, each, factor in zip(terms, filters, scale.astype(np.float64), strict=True)
+    ]
+    return np.stack([products[0] + products[1] + products[2], products[1] - products[2] - products[3]])
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    bits=st.sampled_from(WEIGHT_BITS),
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 9)),
+)
+@settings(max_examples=50)
+def test_four_products_make_the_outputs_of_six(seed: int, bits: int, shape: tuple[int, int, int]) -> None:
+    generator = np.random.default_rng(seed)
+    outputs, height, channels = shape
+    levels = draw_levels(generator, bits, (outputs, height, 3, channels))
+    codes = generator.integers(0, 128, (height, 4, channels))
+    filters, scale = x86.pair_filters(torch.from_numpy(levels).to(torch.int8), torch.ones(outputs))
+    found = outputs_of(codes, filters.numpy(), scale.numpy())
+    wanted = np.stack([np.einsum("hkc,ohkc->o", codes[:, k : k + 3], levels) for k in (0, 1)])
+    if bits in NARROW_BITS:
+        assert np.array_equal(found, wanted)
+    else:  # each of two filters is off by up to 0.75 of a level, and meets two codes
+        assert np.all(np.abs(found - wanted) <= 1.5 * 2 * 127 * height * channels)
+
+
+def test_filters_of_8_bits_are_rounded_only_where_their_sums_are_larger() -> None:
+    rows = torch.tensor([[[[40], [40], [47]]], [[[100], [100], [54]]]], dtype=torch.int8)  # (2, 1, 3, 1)
+    filters, scale = x86.pair_filters(rows, torch.tensor([1.0, 10.0]))
+    assert filters.flatten(1).tolist() == [[40, 100], [127, 127], [47, 54], [47, 54]]  # 254 = 127 * 2 in the second
+    assert scale.tolist() == [[1, 10], [0.5, 10], [0.5, 5], [1, 10]]
+
+
+def error_of(bits: int, x: Tensor) -> float:
+    """Relative error of a layer in pairs to the reference kernel's output for `x`."""
+    torch.manual_seed(0)
+    layer = PQCADConv2d(64, 48, 3, padding=1).requires_grad_(False)
+    layer.pack_(WeightSpec(bits), activation_bits=7)
+    with kernels.use("x86"):
+        found = layer(x)
+    with kernels.use("reference"):
+        wanted = layer(x)
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+@needs_vnni
+@torch.no_grad()
+def test_the_error_beside_the_reference_is_that_of_8_bits_or_none() -> None:
+    x = torch.nn.functional.silu(torch.randn(2, 64, 12, 12))
+    for bits in NARROW_BITS:
+        assert error_of(bits, x) < 2e-6
+    assert 1e-3 < error_of(8, x) < 1.2e-2  # as rounding weights to 8 bits: 1/127 of a row's largest, over sqrt(12)
+
+
+@needs_vnni
+@torch.no_grad()
+def test_only_rows_of_three_pixels_side_by_side_are_in_pairs_and_cost_a_third_more_memory() -> None:
+    sizes = {3: 4 * 32 * 3, (1, 3): 4 * 32, (3, 1): 3 * 32, 1: 32}  # for 4 inputs, and OUTPUTS at a time
+    for kernel_size, size in sizes.items():
+        layer = PQCADConv2d(4, 32, kernel_size).requires_grad_(False)
+        layer.pack_(WeightSpec(4), activation_bits=7)
+        with kernels.use("x86"):
+            layer(torch.randn(1, 4, 6, 6))
+        assert layer.packed_for("x86").weight.numel() == kernel_cache_bytes(layer) == 4 * size
+    for settings_ in ({"stride": (1, 2)}, {"dilation": (1, 2)}):
+        layer = PQCADConv2d(4, 8, 3, **settings_).requires_grad_(False)
+        layer.pack_(WeightSpec(4), activation_bits=7)
+        assert not x86.takes_pairs(layer)
+    layer = PQCADConv2d(4, 8, 3).requires_grad_(False)
+    layer.pack_(WeightSpec(4), activation_bits=8)
+    assert not x86.takes_pairs(layer)  # sums of two codes have 9 bits
+
+
+@needs_vnni
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_in_pairs_is_as_near_to_the_float_model_as_by_the_reference(tiny_unet, bits: int) -> None:
+    """Blocks at once, their norms, their time embeddings and residuals among them."""
+    size = tiny_unet.config.sample_size
+    inputs = torch.randn(4, tiny_unet.config.in_channels, size, size), torch.tensor(7)
+    wanted = tiny_unet(*inputs).sample
+    quantize_(tiny_unet, PQCADConfig(method="fixed", weight_bits=bits, activation_bits=7))
+    assert sum(map(x86.takes_pairs, packed_layers(tiny_unet).values())) > 5
+    error = (tiny_unet(*inputs).sample - wanted).norm().item()
+    with kernels.use("reference"):
+        assert error == pytest.approx((tiny_unet(*inputs).sample - wanted).norm().item(), rel=0.15)
