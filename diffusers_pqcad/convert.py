@@ -122,14 +122,19 @@ def decide_bits(layers: Mapping[str, FloatLayer], config: PQCADConfig) -> dict[s
     return allocate(num_weights, error_of, budget=config.weight_bits, bit_choices=config.bit_choices)
 
 
-def decide_config(layers: Mapping[str, FloatLayer], config: PQCADConfig) -> PQCADConfig:
-    """Return a copy of `config` that says what quantizing the float `layers` without data gives; changes nothing.
-
-    Raises ValueError for weights that are not finite, or bits that do not cover the layers.
-    """
+def refuse_not_finite(layers: Mapping[str, FloatLayer]) -> None:
+    """Raise ValueError for weights that are not finite."""
     for name, layer in layers.items():
         if not weights.largest_magnitudes(layer.weight).isfinite().all():
             raise ValueError(f"{name}: the weights hold a NaN or an infinity, and cannot be quantized.")
+
+
+def decide_config(layers: Mapping[str, FloatLayer], config: PQCADConfig) -> PQCADConfig:
+    """Return a copy of `config` that says what quantizing the float `layers` without data gives; changes nothing.
+
+    Raises ValueError for bits that do not cover the layers. Weights that are not finite are found here or, some of
+    them, when their layer is packed; `refuse_not_finite` finds all of them before anything changes.
+    """
     bits = decide_bits(layers, config) if layers else {}
     # Static activation ranges need data; without, a saved model must not ask for them.
     decisions = {"weight_bits_by_module": {} if config.method == "fixed" else bits, "timestep_boundaries": None}
@@ -159,6 +164,7 @@ def quantize_(model: nn.Module, config: PQCADConfig) -> nn.Module:
         )
     refuse_adapters(model)
     searched = match_modules(model, config)
+    refuse_not_finite(searched)
     decided = decide_config(searched, config)
     layers = swap_(model, searched)
     del searched  # or it would keep all float weights alive while the layers are packed
@@ -215,6 +221,7 @@ def requantize_(model: Any, config: PQCADConfig) -> nn.Module:
     }
     config = PQCADConfig(**config.to_dict() | kept)
     check_group_size(layers, config.group_size)
+    refuse_not_finite(layers)
     decided = decide_config(layers, config)
     remove_timestep_groups(model)
     for name, layer in layers.items():

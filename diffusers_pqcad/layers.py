@@ -18,7 +18,6 @@ from diffusers_pqcad.qparams import (
     min_max_weight_scale,
     quantize_weight,
     relative,
-    row_chunks,
 )
 from diffusers_pqcad.timesteps import TimestepGroups
 
@@ -181,23 +180,12 @@ class QuantizedLayer(nn.Module):
         Raises ValueError, naming the layer, for weights that are not finite or groups that do not fit; the layer is
         unchanged then.
         """
-        weight = self.weight
         try:
-            min_max = weights.min_max_scale(weight, spec)  # refuses weights that are not finite
-            scale = min_max if scale is None else scale.detach().to(min_max).clone()
-            if scale.shape != min_max.shape:
-                raise ValueError(f"scale: expected a shape of {tuple(min_max.shape)}, got {tuple(scale.shape)}.")
-            if not bool(((scale > 0) & scale.isfinite()).all()):
-                low, high = scale.aminmax()
-                raise ValueError(f"scale: expected positive and finite numbers, got {low.item()} to {high.item()}.")
+            qweight, scale, errors = weights.quantize(self.weight, spec, scale)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
         self.allocate_packed_(spec, activation_bits=activation_bits, timestep_groups=None)
-        self._buffers["weight_scale"] = scale
-        errors = torch.zeros(2, device=weight.device)
-        for rows in row_chunks(weight):
-            self.qweight[rows], row_errors = weights.quantize_rows(weight[rows], scale[rows], spec)
-            errors += row_errors
+        self._buffers |= {"qweight": qweight, "weight_scale": scale}
         self.perturbation = relative(errors)
 
     @torch.no_grad()

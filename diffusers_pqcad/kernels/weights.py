@@ -22,6 +22,7 @@ from diffusers_pqcad.qparams import (
 )
 
 SOURCE = Path(__file__).with_name("weights.c")
+CACHED_WEIGHTS = 2**20  # that a CPU still has in its cache when it reads them again
 
 
 @cache
@@ -63,26 +64,56 @@ def min_max_scale(weight: Tensor, spec: WeightSpec) -> Tensor:
     return scale_of_largest(largest_magnitudes(weight, spec.num_groups(weight[0].numel())), spec)
 
 
-def quantize_rows(weight: Tensor, scale: Tensor, spec: WeightSpec) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, spec: WeightSpec, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `quantize_rows` does, the scale (R, G) fp32 between them, by default min-max.
+
+    A large weight is read once: the rows that a scale was found for are in the cache when they are rounded. Raises
+    ValueError for weights that are not finite, and for scales of another shape, or not positive and finite.
+    """
+    num_groups = spec.num_groups(weight[0].numel())
+    if scale is not None:
+        if scale.shape != (len(weight), num_groups):
+            raise ValueError(f"scale: expected a shape of {(len(weight), num_groups)}, got {tuple(scale.shape)}.")
+        if not bool(((scale > 0) & scale.isfinite()).all()):
+            low, high = scale.aminmax()
+            raise ValueError(f"scale: expected positive and finite numbers, got {low.item()} to {high.item()}.")
+    row_bytes, device = packed_row_bytes(weight[0].numel(), spec.bits), weight.device
+    packed = torch.empty(len(weight), row_bytes, dtype=torch.uint8, device=device)
+    scales = torch.empty(len(weight), num_groups, dtype=torch.float32, device=device)
+    errors = torch.zeros(2, device=device)
+    for rows in row_chunks(weight, CACHED_WEIGHTS):
+        min_max = min_max_scale(weight[rows], spec)  # refuses weights that are not finite
+        scales[rows] = min_max if scale is None else scale.detach()[rows]
+        errors += quantize_rows(weight[rows], scales[rows], spec, packed[rows])[1]
+    return packed, scales, errors
+
+
+def quantize_rows(
+    weight: Tensor, scale: Tensor, spec: WeightSpec, packed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the packed weights uint8 (R, packed_row_bytes) and their perturbation (2,) fp32, as qparams.py has it.
 
-    `weight` is (R, ...) in any floating dtype, `scale` fp32 (R, G), positive and finite, and so are the weights.
+    `weight` is (R, ...) in any floating dtype, `scale` fp32 (R, G), positive and finite, and so are the weights. They
+    are written to `packed` where it is given, dense rows.
     """
     if len(scale) != len(weight) or scale.dim() != 2 or weight[0].numel() % scale.shape[1]:
         raise ValueError(f"scale: expected (R, G) for weights of {tuple(weight.shape)}, got {tuple(scale.shape)}.")
     loaded = compiled_for(weight)
     if loaded is None:
         levels = quantize_weight(weight, scale, spec)
-        return pack_levels(levels, spec), perturbation(weight, levels, scale)
+        codes = pack_levels(levels, spec)
+        return codes if packed is None else packed.copy_(codes), perturbation(weight, levels, scale)
     weight, scale = weight.detach().float().flatten(1).contiguous(), scale.to(weight.device).float().contiguous()
     (rows, length), groups = weight.shape, scale.shape[1]
     block_codes, _ = block_shape(spec.bits)
     row_codes = -(-length // block_codes) * block_codes
-    codes = torch.empty(rows, row_codes, dtype=torch.uint8, device="cpu")
-    codes[:, length:] = 0
-    packed = codes
+    size = (rows, packed_row_bytes(length, spec.bits))
+    packed = torch.empty(size, dtype=torch.uint8, device="cpu") if packed is None else packed
+    assert packed.shape == size and packed.is_contiguous() and packed.dtype == torch.uint8  # C writes there
+    codes = packed
     if spec.bits < 8:
-        packed = torch.empty(rows, packed_row_bytes(length, spec.bits), dtype=torch.uint8, device="cpu")
+        codes = torch.empty(rows, row_codes, dtype=torch.uint8, device="cpu")
+        codes[:, length:] = 0
     errors = torch.empty(rows, 2, dtype=torch.float64, device="cpu")
     loaded.quantize_rows(
         weight.data_ptr(), scale.data_ptr(), rows, groups, length // groups, spec.bits, row_codes, codes.data_ptr(),

@@ -73,6 +73,26 @@ def test_a_convolution_and_views_are_taken_as_they_are() -> None:
     assert torch.equal(weights.quantize_rows(weight, room[::2], spec)[0], expected(weight, room[::2], spec)[0])
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_a_weight_in_pieces_is_the_whole_one(bits: int, compiled: bool, monkeypatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(weights, "library", lambda: "no C compiler was found")
+    weight, spec = torch.randn(11, 40), WeightSpec(bits, 20)
+    monkeypatch.setattr(weights, "CACHED_WEIGHTS", 130)  # three rows, and two at the end
+    least = min_max_weight_scale(weight, spec)
+    for scale in (None, least * 0.7):
+        packed, used, errors = weights.quantize(weight, spec, scale)
+        assert torch.equal(used, least if scale is None else scale)
+        exact_packed, exact_errors = expected(weight, used, spec)
+        assert torch.equal(packed, exact_packed)
+        torch.testing.assert_close(errors.double(), exact_errors, rtol=1e-5, atol=0)
+    weight[10, 39] = torch.nan
+    for scale in (None, least):
+        with pytest.raises(ValueError, match="hold a NaN or an infinity"):
+            weights.quantize(weight, spec, scale)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_is_refused(value: float) -> None:
     weight = torch.randn(4, 40)
