@@ -273,14 +273,15 @@ class QuantizedLayer(nn.Module):
 
     def packed_arguments(self) -> tuple[Any, ...]:
         """Return what kernels pack the weights for, beside the weights, that somebody may set on this layer."""
-        return ()
+        return (self.activation_bits,)
 
     def cached_bytes(self) -> int:
         """Return the bytes of a kernel's int8 copy: one a weight, and 4/3 where pixels are computed in pairs."""
-        if self._cache is None:
+        cache = self._cache  # read once: another thread may move the layer
+        if cache is None:
             return 0
-        paired = self._cache[0][0] == kernels.x86.NAME and kernels.x86.takes_pairs(self)
-        return self.weight_shape.numel() * (kernels.x86.TERMS if paired else 3) // 3
+        in_pairs = isinstance(cache[1], kernels.x86.PackedLayer) and cache[1].in_pairs
+        return self.weight_shape.numel() * (kernels.x86.TERMS if in_pairs else 3) // 3
 
     def to_float(self) -> nn.Module:
         """Return the plain float layer with this layer's dequantized weight, and the same bias and hooks."""
@@ -386,8 +387,8 @@ class PQCADConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc,override]
         return self._conv_forward(x, weight, bias)
 
     def packed_arguments(self) -> tuple[Any, ...]:
-        """Return stride and dilation."""
-        return self.stride, self.dilation
+        """Return also how the kernel moves over the image."""
+        return self.activation_bits, self.stride, self.padding, self.dilation
 
     @staticmethod
     def arguments(layer: Any) -> dict[str, Any]:

@@ -109,7 +109,9 @@ def quantize_rows(
     row_codes = -(-length // block_codes) * block_codes
     size = (rows, packed_row_bytes(length, spec.bits))
     packed = torch.empty(size, dtype=torch.uint8, device="cpu") if packed is None else packed
-    assert packed.shape == size and packed.is_contiguous() and packed.dtype == torch.uint8  # C writes there
+    assert packed.shape == size
+    assert packed.is_contiguous()
+    assert packed.dtype == torch.uint8  # C writes there
     codes = packed
     if spec.bits < 8:
         codes = torch.empty(rows, row_codes, dtype=torch.uint8, device="cpu")

@@ -363,6 +363,7 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
             int32_t sums[TERMS][ROWS][OUTPUTS] __attribute__((aligned(64)));
             const uint8_t *sources[ROWS];
             int64_t images[ROWS], pixels[ROWS]; /* of each row: its image, its first output pixel */
+            int is_single[ROWS]; /* the last column of an odd number is */
             int64_t first = tile * ROWS;
             int count = rows - first < ROWS ? (int)(rows - first) : ROWS;
             int64_t column = first % columns, line = first / columns;
@@ -370,6 +371,7 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
             for (int i = 0; i < ROWS; i++) { /* counted on: divisions for each row would take as long as a short product */
                 sources[i] = codes + n * image_bytes + y * output.stride_y * row_bytes + column * column_bytes;
                 images[i] = n, pixels[i] = line * output.out_width + column * pixels_of_column;
+                is_single[i] = column * pixels_of_column + 1 == output.out_width;
                 if (i + 1 >= count || ++column < columns) continue;
                 column = 0, line++;
                 if (++y == output.out_height) y = 0, n++;
@@ -386,7 +388,7 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
                         dequantize_row(sums[k][i], &block[k].epilogue, NULL, OUTPUTS, values[k]);
                     join_terms(values);
                     write_row(values[0], numbers, channels, out + at);
-                    if (pixels[i] % output.out_width + 1 == output.out_width) continue; /* the last column is a single one */
+                    if (is_single[i]) continue;
                     if (numbers && !addend.is_per_image) numbers += output.out_channels;
                     write_row(values[1], numbers, channels, out + at + output.out_channels);
                     continue;

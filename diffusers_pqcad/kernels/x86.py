@@ -1,4 +1,4 @@
-"""int8 convolution and linear on x86 CPUs, in C (x86.c), compiled on first use: exact, and faster than oneDNN.
+"""int8 convolution and linear on x86 CPUs, in C (x86.c), compiled on first use: exact sums, faster than oneDNN's.
 
 With AVX-512 VNNI, one instruction multiplies 64 codes by 64 levels and adds them up in 32 bits. With AVX2 alone, one
 multiplies 32 and adds neighbours in 16 bits, another widens the sums. There levels of up to 6 bits let several
@@ -6,8 +6,9 @@ products add up in 16 bits before they are widened: 9 where all are as large as 
 that layers have. The windows are cut from the levels themselves, so that no input can overflow them. Levels of 8 bits
 take signed codes, which fit as single products.
 
-Codes of 7 bits leave one bit for Winograd's minimal filtering (Lavin and Gray 2016, arXiv:1509.09308): with VNNI, 3x3
-convolutions take two thirds of the products then. This is exact for levels of up to 6 bits.
+Codes of 7 bits leave one bit for Winograd's minimal filtering (Lavin and Gray 2016, arXiv:1509.09308): with VNNI,
+convolutions three pixels wide take two thirds of the products then. This is exact for levels of up to 6 bits with a
+scale for each output; filters of 8 bits are rounded once more.
 """
 
 import ctypes
@@ -33,6 +34,7 @@ DEPTH = 4  # inputs of a step, as in the C file
 TERMS = 4  # products that make a pair of pixels, as in the C file
 MAX_NARROW_BITS = 6  # two steps of the largest levels still fit 16 bits, and sums of three 8
 MAX_PAIRED_BITS = 7  # of codes: sums and differences of two fit 8
+MIN_PAIRED_INPUTS = 48  # of a column: with fewer, pairs cost more than the products that they save
 LEVEL_MAX = 2**7 - 1  # of 8 bits
 SUM_MAX = 2**15 - 1  # of 16 bits
 MAX_LINE = 32  # pixels
@@ -141,8 +143,8 @@ class PackedLayer(NamedTuple):
     """What does not change from call to call; B blocks of O outputs, S steps of 4 inputs, V windows.
 
     `weight` int8 (B, S, O, 4); `windows` int32 (V, 3) and `window_starts` int32 (B + 1,); `level_sum` int32 and
-    `scale` fp32, both (B O,); `weights` points to them, and says whether they take signed codes. Layers that compute
-    pixels in pairs have four blocks for the same outputs. `ranges` are the static activation ranges, `None` where each
+    `scale` fp32, both (B O,); `weights` points to them, and says whether they take signed codes. With `in_pairs`, four
+    blocks are for the same outputs. `ranges` are the static activation ranges, `None` where each
     call chooses its own. `geometries` and `layers` remember the shapes of inputs, and the ranges they came with;
     `plans`, those of a block that starts with this layer (fusion.py).
     """
@@ -153,6 +155,7 @@ class PackedLayer(NamedTuple):
     level_sum: Tensor
     scale: Tensor
     weights: Weights
+    in_pairs: bool
     ranges: list[ScalarQParams] | None
     geometries: dict[Any, Geometry]
     layers: dict[Any, Layer]
@@ -222,6 +225,8 @@ def takes_pairs(layer: nn.Module) -> bool:
     """Return whether the quantized `layer` computes pairs of neighbouring pixels from four products, not six."""
     if not isinstance(layer, nn.Conv2d) or layer.kernel_size[1] != 3 or layer.stride[1] != 1 or layer.dilation[1] != 1:
         return False
+    if layer.in_channels * layer.kernel_size[0] < MIN_PAIRED_INPUTS:
+        return False
     return layer.activation_bits in range(MAX_PAIRED_BITS + 1) and bool(compiled().has_vnni())
 
 
@@ -251,7 +256,8 @@ def pack(layer: "QuantizedLayer") -> PackedLayer:
     channels, surplus = round_up(rows.shape[-1], DEPTH), round_up(len(rows), outputs) - len(rows)
     rows = F.pad(rows, (0, channels - rows.shape[-1], 0, 0, 0, 0, 0, surplus))
     filters, scale = rows.unsqueeze(0), F.pad(scale, (0, surplus)).unsqueeze(0)
-    if takes_pairs(layer):
+    in_pairs = takes_pairs(layer)
+    if in_pairs:
         filters, scale = pair_filters(rows, scale[0])
     terms, steps = len(filters), filters[0, 0].numel() // DEPTH
     blocks = filters.reshape(terms, -1, outputs, steps, DEPTH).permute(1, 0, 3, 2, 4)
@@ -270,7 +276,7 @@ def pack(layer: "QuantizedLayer") -> PackedLayer:
     windows[:, 1] += (term * channels).repeat_interleave(window_starts.diff())  # its codes follow those of the others
     tensors = (weight, windows, window_starts, level_sum, scale)
     weights = Weights(*(tensor.data_ptr() for tensor in tensors), steps, is_signed)
-    return PackedLayer(*tensors, weights, ranges.static_ranges(layer), {}, {}, {})
+    return PackedLayer(*tensors, weights, in_pairs, ranges.static_ranges(layer), {}, {}, {})
 
 
 def segment_starts(shape: torch.Size, dilation: tuple[int, ...]) -> Tensor:
@@ -297,15 +303,15 @@ def plan_windows(weight: Tensor, segments: Tensor, limit: int) -> tuple[Tensor, 
     return windows[:count].clone(), starts
 
 
-def geometry_of(layer: "QuantizedLayer", size: torch.Size) -> Geometry:
-    """Return the geometry of `layer` for an input of `size`, of a convolution with a batch.
+def geometry_of(layer: "QuantizedLayer", size: torch.Size, *, in_pairs: bool) -> Geometry:
+    """Return the geometry of `layer`, packed `in_pairs` or not, for an input of `size`, of a convolution with a batch.
 
     Raises ValueError for a size that the layer cannot take: C would read beyond the input.
     """
     if isinstance(layer, nn.Conv2d):
         if len(size) != 4 or size[1] != layer.in_channels:
             raise ValueError(f"{layer.name}: expected (N, {layer.in_channels}, H, W), got an input of {tuple(size)}.")
-        geometry = conv_geometry(layer, size)
+        geometry = conv_geometry(layer, size, in_pairs=in_pairs)
         if min(geometry.size) < 1:
             raise ValueError(f"{layer.name}: an input of {tuple(size)}, padded, is smaller than the kernel.")
         return geometry
@@ -315,7 +321,7 @@ def geometry_of(layer: "QuantizedLayer", size: torch.Size) -> Geometry:
     return linear_geometry(layer, size)
 
 
-def conv_geometry(layer: nn.Conv2d, size: torch.Size) -> Geometry:
+def conv_geometry(layer: nn.Conv2d, size: torch.Size, *, in_pairs: bool) -> Geometry:
     """Return the geometry of a convolution of an input of `size` (N, C, H, W)."""
     assert not isinstance(layer.padding, str)  # refused
     height, width = (
@@ -324,7 +330,7 @@ def conv_geometry(layer: nn.Conv2d, size: torch.Size) -> Geometry:
         + 1
         for axis in range(2)
     )
-    pairs = round_up(width, 2) // 2 if takes_pairs(layer) else 0
+    pairs = round_up(width, 2) // 2 if in_pairs else 0
     image = Image(size[0], *size[2:], layer.in_channels, *layer.padding, round_up(layer.in_channels, DEPTH), pairs)
     output = Output(height, width, layer.out_channels, *layer.stride, 0)
     return Geometry(image, output, (size[0], layer.out_channels, height, width))
@@ -347,14 +353,13 @@ def call_of(layer: "QuantizedLayer", packed: PackedLayer, size: torch.Size) -> C
     """Return the call of `layer` for an input of `size` at this call's activation range."""
     assert layer.activation_bits is not None  # refused
     group = None if packed.ranges is None else layer.input_group()
-    key = (size, layer.stride, layer.padding) if isinstance(layer, nn.Conv2d) else size
-    geometry = packed.geometries.get(key)
+    geometry = packed.geometries.get(size)
     if geometry is None:
-        geometry = packed.geometries[key] = geometry_of(layer, size)
-    known = packed.layers.get((key, group))
+        geometry = packed.geometries[size] = geometry_of(layer, size, in_pairs=packed.in_pairs)
+    known = packed.layers.get((size, group))
     if known is None:
         qparams = NO_RANGE if packed.ranges is None else ranges.current_range(layer, packed.ranges)
-        known = packed.layers[key, group] = Layer(
+        known = packed.layers[size, group] = Layer(
             ctypes.addressof(packed.weights),
             None,
             geometry.image,

@@ -121,12 +121,12 @@ def test_the_default_dtype_and_device_are_not_ours(dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("activation_bits", ACTIVATION_BITS)
-def test_a_bias_may_lie_anywhere_and_stride_and_dilation_may_change(activation_bits: int) -> None:
-    layer, x = PQCADConv2d(8, 8, 3), torch.randn(1, 8, 9, 9)
+def test_a_bias_may_lie_anywhere_and_how_the_kernel_moves_may_change(activation_bits: int) -> None:
+    layer, x = PQCADConv2d(16, 8, 3), torch.randn(1, 16, 9, 9)
     layer.requires_grad_(False).pack_(WeightSpec(4), activation_bits=activation_bits)
     layer.bias = torch.nn.Parameter(torch.randn(16)[::2], requires_grad=False)
-    for stride, dilation in ((1, 1), (2, 1), (1, 2), (1, 1)):
-        layer.stride, layer.dilation = (stride, stride), (dilation, dilation)
+    for stride, padding, dilation in ((1, 0, 1), (2, 0, 1), (1, 2, 2), (1, 0, 1)):
+        layer.stride, layer.padding, layer.dilation = (stride, stride), (0, padding), (dilation, dilation)
         with kernels.use("reference"):
             expected = layer(x)
         with kernels.use("x86"):
