@@ -65,10 +65,11 @@ def min_max_scale(weight: Tensor, spec: WeightSpec) -> Tensor:
 
 
 def quantize(weight: Tensor, spec: WeightSpec, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `quantize_rows` does, the scale (R, G) fp32 between them, by default min-max.
+    """Return packed weights uint8 (R, packed_row_bytes), the scale fp32 (R, G), and the perturbation (2,) fp32.
 
-    A large weight is read once: the rows that a scale was found for are in the cache when they are rounded. Raises
-    ValueError for weights that are not finite, and for scales of another shape, or not positive and finite.
+    The scale is min-max unless given. A large weight is read once: rows are in the cache when they are rounded, as
+    their scale was just found. Raises ValueError for weights that are not finite, and for scales of another shape, or
+    not positive and finite.
     """
     num_groups = spec.num_groups(weight[0].numel())
     if scale is not None:

@@ -144,9 +144,9 @@ class PackedLayer(NamedTuple):
 
     `weight` int8 (B, S, O, 4); `windows` int32 (V, 3) and `window_starts` int32 (B + 1,); `level_sum` int32 and
     `scale` fp32, both (B O,); `weights` points to them, and says whether they take signed codes. With `in_pairs`, four
-    blocks are for the same outputs. `ranges` are the static activation ranges, `None` where each
-    call chooses its own. `geometries` and `layers` remember the shapes of inputs, and the ranges they came with;
-    `plans`, those of a block that starts with this layer (fusion.py).
+    blocks are for the same outputs. `ranges` are the static activation ranges, `None` where each call chooses its own.
+    `geometries` and `layers` remember the shapes of inputs, and the ranges they came with; `plans`, those of a block
+    that starts with this layer (fusion.py).
     """
 
     weight: Tensor
