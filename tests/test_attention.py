@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from unittest import mock
 
 import families
@@ -11,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from fused_blocks import counted, static
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
@@ -19,10 +18,7 @@ from torch import Tensor, nn
 from diffusers_pqcad import PQCADConfig, graph_ops, kernels, quantize_
 from diffusers_pqcad.attention import FusedAttention
 from diffusers_pqcad.fusion import remove_fused_
-from diffusers_pqcad.kernels import attention, fused
-from diffusers_pqcad.layers import packed_layers
-from diffusers_pqcad.qparams import activation_qparams
-from diffusers_pqcad.timesteps import TimestepGroups
+from diffusers_pqcad.kernels import attention
 
 needs_bf16 = pytest.mark.skipif(not attention.available(), reason=str(attention.library()))
 
@@ -151,36 +147,13 @@ def call_both(block: Attention, *args, **kwargs) -> tuple[Tensor, Tensor]:
     return block(*args, **kwargs), plain(*args, **kwargs)
 
 
-@contextmanager
-def counted() -> Iterator[list[Tensor]]:
-    """The inputs of the kernel's calls for whole blocks."""
-    inputs: list[Tensor] = []
-    run_attention = fused.run_attention
-
-    def run(plan: fused.AttentionPlan, x: Tensor, other: Tensor | None) -> Tensor:
-        inputs.append(x)
-        return run_attention(plan, x, other)
-
-    with mock.patch.object(fused, "run_attention", run):
-        yield inputs
-
-
-def static(block: Attention, boundaries: list[int]) -> Attention:
-    """Give the layers of `block` static ranges, of another size in each group."""
-    groups = TimestepGroups(boundaries)
-    for layer in packed_layers(block).values():
-        ends = 2.0 + torch.arange(len(groups))
-        layer.set_input_qparams_(activation_qparams(-ends, 2 * ends, 8), groups)
-    return block
-
-
 @pytest.mark.parametrize("ranges", ["dynamic", "static"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_block_at_once_is_the_plain_block(block: Attention, kind: str, ranges: str) -> None:
     block = block_of(**KINDS[kind])
     if ranges == "static":
         static(block, [500]).to_q.timestep_groups.select(torch.tensor(1))
-    with counted() as calls:
+    with counted("run_attention") as calls:
         actual, expected = call_both(block, *inputs_of(kind))
     assert len(calls) == 1
     assert actual.shape == expected.shape
@@ -205,7 +178,7 @@ def test_a_block_takes_the_range_of_the_timestep(block: Attention, image: Tensor
         assert relative_error(*outputs[-1]) < 1.5e-2
     assert not torch.equal(outputs[0][0], outputs[1][0])
     block.to_q.timestep_groups.select(torch.tensor([0, 1]))  # no kernel takes two ranges in a call
-    with counted() as calls:
+    with counted("run_attention") as calls:
         actual, expected = call_both(block, image)
     assert torch.equal(actual, expected)
     assert not calls
@@ -223,7 +196,7 @@ def test_a_replaced_parameter_is_seen(block: Attention, image: Tensor) -> None:
     before, _ = call_both(block, image)
     block.group_norm.bias = nn.Parameter(block.group_norm.bias + 1, requires_grad=False)
     block.to_out[0].bias = nn.Parameter(block.to_out[0].bias + 5, requires_grad=False)
-    with counted() as calls:
+    with counted("run_attention") as calls:
         actual, expected = call_both(block, image)
     assert len(calls) == 1
     assert relative_error(actual, expected) < 1.5e-2
@@ -271,7 +244,7 @@ def test_an_adapter_is_not_passed_by(block: Attention, image: Tensor) -> None:
         other = copy.deepcopy(block)
         config = LoraConfig(r=2, target_modules=[name], init_lora_weights=False)
         inject_adapter_in_model(config, nn.ModuleList([other]))
-        with counted() as calls:
+        with counted("run_attention") as calls:
             actual, expected = call_both(other, image)
         assert torch.equal(actual, expected)
         assert not calls
@@ -300,20 +273,20 @@ def norm_of_queries(block: Attention) -> dict[str, Tensor]:
 def test_other_calls_do_as_before(block: Attention, change) -> None:
     other = block_of()
     kwargs = change(other)
-    with counted() as calls:
+    with counted("run_attention") as calls:
         actual, expected = call_both(other, torch.randn(2, 9, 16), **kwargs)
     assert torch.equal(actual, expected)
     assert not calls
 
 
 def test_the_time_embedding_that_blocks_name_is_no_other_call(block: Attention, image: Tensor) -> None:
-    with counted() as calls:
+    with counted("run_attention") as calls:
         call_both(block, image, temb=torch.randn(2, 4))
     assert len(calls) == 1
 
 
 def test_a_forced_kernel_is_taken(block: Attention, image: Tensor) -> None:
-    with kernels.use("reference"), counted() as calls:
+    with kernels.use("reference"), counted("run_attention") as calls:
         actual, expected = call_both(block, image)
     assert torch.equal(actual, expected)
     assert not calls
@@ -337,7 +310,7 @@ def test_gradients_of_the_inputs_are_kept(block: Attention) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_take_the_plain_path(block: Attention, image: Tensor, dtype: torch.dtype) -> None:
     block.to(dtype)
-    with counted() as calls:
+    with counted("run_attention") as calls:
         actual, expected = call_both(block, image.to(dtype))
     assert torch.equal(actual, expected)
     assert not calls
@@ -443,7 +416,7 @@ def test_a_whole_model_changes_by_less_than_its_rounding(block: Attention) -> No
     args = (families.noise(2, 4, families.SIZE, families.SIZE), 5, families.noise(2, 3, 8))
     stock = model(*args).sample
     quantize_(model, PQCADConfig(method="fixed", weight_bits=8))
-    with counted() as calls:
+    with counted("run_attention") as calls:
         ours = model(*args).sample
     assert len(calls) == sum(isinstance(module, FusedAttention) for module in model.modules()) > 0
     remove_fused_(model)

@@ -2,24 +2,19 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest import mock
 
 import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
+from fused_blocks import counted, static
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, graph_ops, kernels, quantize_
 from diffusers_pqcad.blocks import FusedResnetBlock2D
 from diffusers_pqcad.fusion import install_fused_, remove_fused_
-from diffusers_pqcad.kernels import fused
 from diffusers_pqcad.layers import packed_layers
 from diffusers_pqcad.pending import remove_pending_
-from diffusers_pqcad.qparams import activation_qparams
-from diffusers_pqcad.timesteps import TimestepGroups
 
 
 def block_of(*, bits: int = 8, **settings) -> ResnetBlock2D:
@@ -51,29 +46,6 @@ def block() -> ResnetBlock2D:
     return block
 
 
-@contextmanager
-def counted() -> Iterator[list[Tensor]]:
-    """The inputs of the kernel's calls for whole blocks."""
-    inputs: list[Tensor] = []
-    run_block = fused.run_block
-
-    def run(plan: fused.BlockPlan, x: Tensor, other: Tensor | None) -> Tensor:
-        inputs.append(x)
-        return run_block(plan, x, other)
-
-    with mock.patch.object(fused, "run_block", run):
-        yield inputs
-
-
-def static(block: ResnetBlock2D, boundaries: list[int]) -> ResnetBlock2D:
-    """Give the layers of `block` static ranges, of another size in each group."""
-    groups = TimestepGroups(boundaries)
-    for layer in packed_layers(block).values():
-        ends = 2.0 + torch.arange(len(groups))
-        layer.set_input_qparams_(activation_qparams(-ends, 2 * ends, 8), groups)
-    return block
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("ranges", ["dynamic", "static"])
 @pytest.mark.parametrize(
@@ -86,7 +58,7 @@ def test_a_block_at_once_is_the_plain_block(block: ResnetBlock2D, settings, rang
     if ranges == "static":
         static(block, [500]).conv1.timestep_groups.select(torch.tensor(1))
     temb = None if settings.get("temb_channels", 12) is None else torch.randn(2, 12)
-    with counted() as calls:
+    with counted("run_block") as calls:
         actual, expected = call_both(block, image(), temb)
     assert len(calls) == 1
     assert actual.is_contiguous(memory_format=torch.channels_last)
@@ -104,7 +76,7 @@ def test_a_block_takes_the_range_of_the_timestep(block: ResnetBlock2D) -> None:
         assert (outputs[-1][0] - outputs[-1][1]).abs().mean() <= 1e-3 * outputs[-1][1].abs().mean()
     assert not torch.equal(outputs[0][0], outputs[1][0])
     block.conv1.timestep_groups.select(torch.tensor([0, 1]))  # no kernel takes two ranges in a call
-    with counted() as calls:
+    with counted("run_block") as calls:
         actual, expected = call_both(block, x, temb)
     assert torch.equal(actual, expected)
     assert not calls
@@ -121,7 +93,7 @@ def test_a_replaced_parameter_is_seen(block: ResnetBlock2D) -> None:
     before, _ = call_both(block, x, temb)
     block.norm2.weight = nn.Parameter(block.norm2.weight * 3, requires_grad=False)
     block.conv2.bias = nn.Parameter(block.conv2.bias + 5, requires_grad=False)
-    with counted() as calls:
+    with counted("run_block") as calls:
         actual, expected = call_both(block, x, temb)
     assert len(calls) == 1
     assert (actual - expected).abs().max() <= 2e-2 * expected.abs().max()
@@ -153,7 +125,7 @@ def test_other_blocks_do_as_before(block: ResnetBlock2D, settings) -> None:
     other = block_of(**settings)
     temb = None if settings.get("temb_channels", 12) is None else torch.randn(2, 12)
     x = torch.randn(2, 16, 6, 6).contiguous(memory_format=torch.channels_last)
-    with counted() as calls:
+    with counted("run_block") as calls:
         actual, expected = call_both(other, x, temb)
     assert torch.equal(actual, expected)
     assert not calls
@@ -201,7 +173,7 @@ def test_a_hook_on_all_modules_sees_them_all(block: ResnetBlock2D, name: str) ->
 @pytest.mark.parametrize("replacement", [nn.ReLU, lambda: nn.Sequential(nn.SiLU())])
 def test_another_activation_is_computed(block: ResnetBlock2D, replacement) -> None:
     block.nonlinearity = replacement()
-    with counted() as calls:
+    with counted("run_block") as calls:
         actual, expected = call_both(block, image(), torch.randn(2, 12))
     assert torch.equal(actual, expected)
     assert not calls
@@ -261,7 +233,7 @@ def test_parts_that_do_not_fit_are_refused(block: ResnetBlock2D, change) -> None
 def test_training_keeps_its_dropout_and_gradients(block: ResnetBlock2D) -> None:
     block.train()
     x = image().requires_grad_()
-    with counted() as calls:
+    with counted("run_block") as calls:
         block(x, torch.randn(2, 12)).sum().backward()
     assert x.grad is not None
     assert not calls
@@ -283,7 +255,7 @@ def test_the_gradient_of_the_time_embedding_is_kept(block: ResnetBlock2D) -> Non
 
 
 def test_a_forced_kernel_is_taken(block: ResnetBlock2D) -> None:
-    with kernels.use("reference"), counted() as calls:
+    with kernels.use("reference"), counted("run_block") as calls:
         actual, expected = call_both(block, image(), torch.randn(2, 12))
     torch.testing.assert_close(actual, expected)
     assert not calls
@@ -292,7 +264,7 @@ def test_a_forced_kernel_is_taken(block: ResnetBlock2D) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_take_the_plain_path(block: ResnetBlock2D, dtype: torch.dtype) -> None:
     block.to(dtype)
-    with counted() as calls:
+    with counted("run_block") as calls:
         actual, expected = call_both(block, image().to(dtype), torch.randn(2, 12).to(dtype))
     assert torch.equal(actual, expected)
     assert actual.dtype == dtype

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
+from fused_blocks import static
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
@@ -17,8 +18,6 @@ from diffusers_pqcad.feed_forward import FusedFeedForward
 from diffusers_pqcad.fusion import remove_fused_
 from diffusers_pqcad.kernels import fused, x86
 from diffusers_pqcad.layers import packed_layers
-from diffusers_pqcad.qparams import activation_qparams
-from diffusers_pqcad.timesteps import TimestepGroups
 
 
 def block_of(width: int = 16, inner_dim: int = 64, **arguments) -> FeedForward:
@@ -44,13 +43,9 @@ def call_both(block: FeedForward, x: Tensor) -> tuple[Tensor, Tensor, int]:
         return block(x), plain(x), run.call_count
 
 
-def static(block: FeedForward) -> FeedForward:
+def in_second_group(block: FeedForward) -> FeedForward:
     """Give the layers of `block` static ranges, of another size in each of two groups; the second is chosen."""
-    groups = TimestepGroups([500])
-    for layer in packed_layers(block).values():
-        ends = 2.0 + torch.arange(2)
-        layer.set_input_qparams_(activation_qparams(-ends, 2 * ends, 8), groups)
-    groups.select(torch.tensor(1))
+    static(block, [500]).net[2].timestep_groups.select(torch.tensor(1))
     return block
 
 
@@ -66,7 +61,7 @@ def test_a_block_at_once_is_the_plain_block(seed, shape, width, blocks, bias) ->
     if isinstance(x86.library(), str):
         pytest.skip("no kernel takes blocks on this computer")
     torch.manual_seed(seed)
-    block = static(block_of(width, 32 * blocks, bias=bias))
+    block = in_second_group(block_of(width, 32 * blocks, bias=bias))
     actual, expected, count = call_both(block, torch.randn(*shape, width))
     assert count == 1
     assert actual.shape == expected.shape
@@ -101,7 +96,7 @@ def test_its_gelu_is_that_of_float64(block: FusedFeedForward) -> None:
 @pytest.mark.parametrize("arguments", [{}, {"final_dropout": True}, {"dim_out": 24}], ids=str)
 def test_the_kinds_of_diffusers_are_taken(block: FusedFeedForward, arguments, ranges: str) -> None:
     other = block_of(**arguments)
-    actual, expected, count = call_both(static(other) if ranges == "static" else other, torch.randn(2, 9, 16))
+    actual, expected, count = call_both(in_second_group(other) if ranges == "static" else other, torch.randn(2, 9, 16))
     assert count == 1
     assert (actual - expected).norm() <= 1e-2 * expected.norm()
 
@@ -165,7 +160,7 @@ def test_threads_change_nothing(block: FusedFeedForward) -> None:
 def test_a_compiled_block_is_one_operator(block: FusedFeedForward) -> None:
     torch._dynamo.reset()
     x, names = torch.randn(2, 9, 16), []
-    static(block)
+    in_second_group(block)
 
     def backend(graph, inputs):
         names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")

@@ -1,0 +1,39 @@
+"""What the tests of blocks that the kernel computes at once share."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_pqcad.kernels import fused
+from diffusers_pqcad.layers import packed_layers
+from diffusers_pqcad.qparams import activation_qparams
+from diffusers_pqcad.timesteps import TimestepGroups
+
+Block = TypeVar("Block", bound=nn.Module)
+
+
+@contextmanager
+def counted(name: str) -> Iterator[list[Tensor]]:
+    """The first inputs of the calls of `fused.NAME`, which runs a plan."""
+    inputs: list[Tensor] = []
+    function = getattr(fused, name)
+
+    def run(plan: Any, x: Tensor, *others: Tensor | None) -> Tensor:
+        inputs.append(x)
+        return function(plan, x, *others)
+
+    with mock.patch.object(fused, name, run):
+        yield inputs
+
+
+def static(block: Block, boundaries: list[int]) -> Block:
+    """Give the layers of `block` static ranges, of another size in each group."""
+    groups = TimestepGroups(boundaries)
+    for layer in packed_layers(block).values():
+        ends = 2.0 + torch.arange(len(groups))
+        layer.set_input_qparams_(activation_qparams(-ends, 2 * ends, 8), groups)
+    return block
