@@ -107,10 +107,8 @@ def check_loaded(model: nn.Module) -> None:
         if layer.qweight.dtype != torch.uint8:
             raise ValueError(f"{name}.qweight: expected uint8, got {layer.qweight.dtype}. The file was edited.")
         if layer.qweight.device.type != "meta":
-            if (
-                weights.highest_code(layer.qweight, layer.spec.bits)
-                > 2 * layer.spec.level_max // layer.spec.level_step
-            ):
+            most = 2 * layer.spec.level_max // layer.spec.level_step
+            if weights.highest_code(layer.qweight, layer.spec.bits) > most:
                 raise ValueError(f"{name}.qweight: holds the code that no weight has. The file was edited.")
         for buffer in (*SCALE_BUFFERS, "input_zero_point"):
             values = layer._buffers[buffer]

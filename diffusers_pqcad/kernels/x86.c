@@ -293,7 +293,7 @@ INLINE Block block_of(const Weights *weights, int64_t index, float input_scale, 
 }
 
 /* Write the blocks whose products make OUTPUTS channels from `channel` on, and return how many there are: one; with gates
-   two; for codes in pairs TERMS, of which the second has the bias: it is added to both pixels (`join_terms`). */
+   two; for codes in pairs TERMS, of which the second has the bias: it is added to both pixels (`write_pair`). */
 INLINE int blocks_of(const Layer *layer, int64_t channel, float input_scale, int zero_point, Block *blocks)
 {
     const Weights *weights = layer->weights;
@@ -331,13 +331,18 @@ INLINE void write_row(const float *row, const float *addend, int64_t count, floa
         memcpy(out, row, sizeof(float) * OUTPUTS);
 }
 
-/* Both pixels of a pair from the sums of its terms, in place: the first two rows of `values`. */
-INLINE void join_terms(float values[TERMS][OUTPUTS])
+/* Write both pixels of the pair in row `i` of all terms' sums, each with its addend; `second` is NULL for a single one. */
+INLINE void write_pair(int32_t sums[TERMS][ROWS][OUTPUTS], int i, const Block *terms, const float *addend,
+                       const float *second_addend, int64_t count, float *first, float *second)
 {
+    float values[TERMS][OUTPUTS] __attribute__((aligned(64))), pair[2][OUTPUTS] __attribute__((aligned(64)));
+    for (int k = 0; k < TERMS; k++) dequantize_row(sums[k][i], &terms[k].epilogue, NULL, OUTPUTS, values[k]);
     for (int j = 0; j < OUTPUTS; j++) {
-        float first = values[0][j] + values[1][j] + values[2][j], second = values[1][j] - values[2][j] - values[3][j];
-        values[0][j] = first, values[1][j] = second;
+        pair[0][j] = values[0][j] + values[1][j] + values[2][j];
+        pair[1][j] = values[1][j] - values[2][j] - values[3][j];
     }
+    write_row(pair[0], addend, count, first);
+    if (second) write_row(pair[1], second_addend, count, second);
 }
 
 /* Convolution, or matrix product where an image is one row of pixels, of `codes`, which `quantize` wrote with `scale` and
@@ -383,14 +388,10 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
                 int64_t added = addend.is_per_image ? images[i] * output.out_channels + channel : at;
                 const float *numbers = addend.numbers ? addend.numbers + added : NULL;
                 if (image.pairs) {
-                    float values[TERMS][OUTPUTS] __attribute__((aligned(64)));
-                    for (int k = 0; k < TERMS; k++)
-                        dequantize_row(sums[k][i], &block[k].epilogue, NULL, OUTPUTS, values[k]);
-                    join_terms(values);
-                    write_row(values[0], numbers, channels, out + at);
-                    if (is_single[i]) continue;
-                    if (numbers && !addend.is_per_image) numbers += output.out_channels;
-                    write_row(values[1], numbers, channels, out + at + output.out_channels);
+                    int64_t step = addend.is_per_image ? 0 : output.out_channels;
+                    const float *others = numbers ? numbers + step : NULL;
+                    float *second = is_single[i] ? NULL : out + at + output.out_channels;
+                    write_pair(sums, i, block, numbers, others, channels, out + at, second);
                     continue;
                 }
                 dequantize_row(sums[0][i], &block[0].epilogue, numbers, channels, out + at);

@@ -33,7 +33,7 @@ SOURCE = Path(__file__).with_name("x86.c")
 DEPTH = 4  # inputs of a step, as in the C file
 TERMS = 4  # products that make a pair of pixels, as in the C file
 MAX_NARROW_BITS = 6  # two steps of the largest levels still fit 16 bits, and sums of three 8
-MAX_PAIRED_BITS = 7  # of codes: sums and differences of two fit 8
+PAIRED_BITS = 7  # of codes: sums and differences of two fit 8
 MIN_PAIRED_INPUTS = 48  # of a column: with fewer, pairs cost more than the products that they save
 LEVEL_MAX = 2**7 - 1  # of 8 bits
 SUM_MAX = 2**15 - 1  # of 16 bits
@@ -227,7 +227,7 @@ def takes_pairs(layer: nn.Module) -> bool:
         return False
     if layer.in_channels * layer.kernel_size[0] < MIN_PAIRED_INPUTS:
         return False
-    return layer.activation_bits in range(MAX_PAIRED_BITS + 1) and bool(compiled().has_vnni())
+    return bool(layer.activation_bits == PAIRED_BITS and compiled().has_vnni())
 
 
 def pair_filters(rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
