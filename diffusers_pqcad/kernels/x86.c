@@ -28,7 +28,7 @@
 #define TILES 16 /* that follow each other in one block of outputs */
 #define MIN_SCALE 1e-12f /* of activations: as in qparams.py */
 #define SIGNED_OFFSET 128 /* what signed codes are less */
-#define TERM_OFFSET 128 /* what differences of codes are more */
+#define CODE_MAX 255
 #define DEPTH 4 /* inputs of a step: 4 codes are broadcast, and multiplied by 4 weights of each output */
 #define TERMS 4 /* products that make a pair of pixels */
 
@@ -39,16 +39,58 @@ int block_outputs(void) { return OUTPUTS; }
 /* A dense channels_last image, and the same in codes, with a border and with channels up to a multiple of DEPTH.
 
    With `pairs`, a row of codes is kept for as many pairs of neighbouring output pixels of a kernel three pixels wide, in
-   the form of Winograd's minimal filtering F(2, 3) (Lavin and Gray 2016, arXiv:1509.09308): TERMS pixels a pair, for which
-   TERMS products make both outputs, where there would be six. Codes have 7 bits then, so that these have 8. */
+   the form of Winograd's minimal filtering F(2, 3) (Lavin and Gray 2016, arXiv:1509.09308): TERMS terms a pair, sums and
+   differences of two codes, for which TERMS products make both outputs, where there would be six. A term is kept in 8
+   bits. What codes of 8 bits exceed them by, rare as it is, is listed behind the row. */
 typedef struct {
     int64_t images, height, width, channels, border_y, border_x, padded_channels, pairs;
 } Image;
 
-/* Bytes of a row of codes. */
-static inline int64_t bytes_of_row(const Image *image)
+/* Where terms of a row exceed 8 bits: the entries of pair p are those from starts[p] to starts[p + 1]. An entry stands for
+   DEPTH neighbouring channels of a term: `excess`, DEPTH bytes, is what is beyond the 8 bits of each, plus the term's `bias`
+   (`term_of`); `place` is TERMS * pair + term; `weights`, from which byte of a kernel row's weights on theirs lie. */
+typedef struct {
+    int32_t *starts, *excess, *place, *weights;
+} Excesses;
+
+/* How many there may be in a row: one for each step of all terms. */
+static inline int64_t max_excesses(const Image *image) { return TERMS * image->pairs * (image->padded_channels / DEPTH); }
+
+/* Bytes of a row of codes, without and with the excesses behind it: whole cache lines then. */
+static inline int64_t bytes_of_codes(const Image *image)
 {
     return image->padded_channels * (image->pairs ? TERMS * image->pairs : image->width + 2 * image->border_x);
+}
+static inline int64_t bytes_of_row(const Image *image)
+{
+    if (!image->pairs) return bytes_of_codes(image);
+    int64_t numbers = image->pairs + 1 + 3 * max_excesses(image);
+    return (bytes_of_codes(image) + numbers * (int64_t)sizeof(int32_t) + 63) / 64 * 64;
+}
+
+/* The excesses of the row of codes that starts at `row`. */
+static inline Excesses excesses_of(const uint8_t *row, const Image *image)
+{
+    int32_t *starts = (int32_t *)(row + bytes_of_codes(image)), *first = starts + image->pairs + 1;
+    int64_t room = max_excesses(image);
+    return (Excesses){starts, first, first + room, first + 2 * room};
+}
+
+/* A term has 9 bits. Of it plus `offset`, what 8 bits hold is kept, and the rest, plus `bias`, fits 8 bits, too. `zero` is
+   what is kept where all codes are that of zero. */
+typedef struct {
+    int offset, bias, zero;
+} Term;
+
+/* Term `k`: the second one is a sum, of 0 to 2 * qmax, the others are differences. Values are kept around that of zeros, of
+   which there are most, as far as there are values. */
+static inline Term term_of(int k, int zero_point, int qmax)
+{
+    if (k != 1) return (Term){127, 128, 127};
+    int start = 2 * zero_point - 128, last = 2 * qmax - CODE_MAX;
+    start = start < last ? start : last;
+    start = start > 0 ? start : 0;
+    return (Term){-start, start, 2 * zero_point - start};
 }
 
 /* `out_height` x `out_width` output pixels, whose first inputs are `stride_y`, `stride_x` pixels apart. With `is_gated`,
@@ -301,7 +343,7 @@ INLINE int blocks_of(const Layer *layer, int64_t channel, float input_scale, int
     int64_t index = channel / OUTPUTS, outputs = layer->output.out_channels, count = outputs - channel;
     if (layer->image.pairs) {
         for (int k = 0; k < TERMS; k++)
-            blocks[k] = block_of(weights, index * TERMS + k, input_scale, k == 1 ? 2 * zero_point : TERM_OFFSET,
+            blocks[k] = block_of(weights, index * TERMS + k, input_scale, term_of(k, zero_point, layer->qmax).zero,
                                  k == 1 ? bias : NULL, count);
         return TERMS;
     }
@@ -345,6 +387,35 @@ INLINE void write_pair(int32_t sums[TERMS][ROWS][OUTPUTS], int i, const Block *t
     if (second) write_row(pair[1], second_addend, count, second);
 }
 
+#if VNNI
+/* Add the products of what exceeds 8 bits to the sums of pairs `pair` to `end`, side by side; `pair` has those of row `i`.
+   `row` is the first row of codes that they take; `biases` are the terms', as often as the excess has bytes. */
+INLINE void add_excesses(const Image *image, const uint8_t *row, const Block *terms, const int32_t *biases, int64_t pair,
+                         int64_t end, int64_t i, int32_t sums[TERMS][ROWS][OUTPUTS])
+{
+    const int64_t row_bytes = bytes_of_row(image);
+    int64_t at = 0; /* of the row's weights */
+    for (const Window *window = terms->window; window < terms->end; window++) { /* a window is a row of the kernel */
+        const Excesses list = excesses_of(row + window->y * row_bytes, image);
+        for (int32_t e = list.starts[pair]; e < list.starts[end]; e++) {
+            const uint32_t place = (uint32_t)list.place[e], term = place % TERMS;
+            const int8_t *weight = terms[term].weight + at + list.weights[e];
+            int32_t *sum = sums[term][i + place / TERMS - pair];
+            const __m512i excess = _mm512_set1_epi32(list.excess[e]), bias = _mm512_set1_epi32(biases[term]);
+            for (int j = 0; j < 2; j++) {
+                const __m512i levels = _mm512_loadu_si512(weight + 64 * j), zero = _mm512_setzero_si512();
+                const __m512i product = _mm512_sub_epi32(_mm512_dpbusd_epi32(zero, excess, levels),
+                                                         _mm512_dpbusd_epi32(zero, bias, levels));
+                _mm512_store_si512(sum + 16 * j, _mm512_add_epi32(_mm512_load_si512(sum + 16 * j), product));
+            }
+        }
+        at += (int64_t)window->steps * DEPTH * OUTPUTS;
+    }
+}
+#else
+#define add_excesses(...) ((void)0) /* no pairs */
+#endif
+
 /* Convolution, or matrix product where an image is one row of pixels, of `codes`, which `quantize` wrote with `scale` and
    `zero_point`. `out` is channels_last. */
 static void multiply(const uint8_t *codes, const Layer *layer, float input_scale, int zero_point, Addend addend, float *out)
@@ -357,6 +428,8 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
     int64_t column_bytes = image.padded_channels * (image.pairs ? TERMS : output.stride_x);
     int64_t rows = image.images * output.out_height * columns, tiles = (rows + ROWS - 1) / ROWS;
     int64_t blocks = (output.out_channels + OUTPUTS - 1) / OUTPUTS, runs = (tiles + TILES - 1) / TILES;
+    int32_t biases[TERMS];
+    for (int k = 0; k < TERMS; k++) memset(biases + k, term_of(k, zero_point, layer->qmax).bias, sizeof(int32_t));
 #pragma omp parallel for schedule(static) if (blocks * runs > 1)
     for (int64_t task = 0; task < blocks * runs; task++) {
         int64_t start = task % runs * TILES, stop = start + TILES < tiles ? start + TILES : tiles;
@@ -367,7 +440,7 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
         for (int64_t tile = start; tile < stop; tile++) {
             int32_t sums[TERMS][ROWS][OUTPUTS] __attribute__((aligned(64)));
             const uint8_t *sources[ROWS];
-            int64_t images[ROWS], pixels[ROWS]; /* of each row: its image, its first output pixel */
+            int64_t images[ROWS], pixels[ROWS], places[ROWS]; /* of each row: its image, its first output pixel, its column */
             int is_single[ROWS]; /* the last column of an odd number is */
             int64_t first = tile * ROWS;
             int count = rows - first < ROWS ? (int)(rows - first) : ROWS;
@@ -375,7 +448,7 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
             int64_t n = line / output.out_height, y = line % output.out_height;
             for (int i = 0; i < ROWS; i++) { /* counted on: divisions for each row would take as long as a short product */
                 sources[i] = codes + n * image_bytes + y * output.stride_y * row_bytes + column * column_bytes;
-                images[i] = n, pixels[i] = line * output.out_width + column * pixels_of_column;
+                images[i] = n, pixels[i] = line * output.out_width + column * pixels_of_column, places[i] = column;
                 is_single[i] = column * pixels_of_column + 1 == output.out_width;
                 if (i + 1 >= count || ++column < columns) continue;
                 column = 0, line++;
@@ -383,6 +456,10 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
             }
             for (int k = 0; k < products; k++)
                 multiply_tile(count, is_signed, sources, row_bytes, block[k].weight, block[k].window, block[k].end, sums[k]);
+            for (int64_t i = 0, stop; image.pairs && i < count; i += stop - places[i]) { /* pairs side by side */
+                stop = columns < places[i] + count - i ? columns : places[i] + count - i;
+                add_excesses(&image, sources[i] - places[i] * column_bytes, block, biases, places[i], stop, i, sums);
+            }
             for (int i = 0; i < count; i++) {
                 int64_t at = pixels[i] * output.out_channels + channel;
                 int64_t added = addend.is_per_image ? images[i] * output.out_channels + channel : at;
@@ -462,33 +539,56 @@ INLINE void quantize_pixel(const float *x, Affine affine, int64_t channels, floa
     }
 }
 
-/* Put the differences and the sum of four neighbouring codes, for each of `pairs` in a row, in place of the codes: these
-   lie at the end of the row, and are read before anything is written there. Differences are TERM_OFFSET more. */
-INLINE void transform_row(uint8_t *row, int64_t pairs, int64_t channels)
+#if VNNI
+#define LANES 32 /* channels of a term in 16 bits */
+
+/* List at `at` what of LANES channels from `channel` on exceeds the 8 bits of term `k` of `pair`; return the end. */
+INLINE int32_t list_excess(__m512i excess, Term term, int k, int64_t pair, int64_t channel, Excesses list, int32_t at)
 {
-    const __m256i offset = _mm256_set1_epi8((char)TERM_OFFSET);
-    const uint8_t *codes = row + (2 * pairs - 2) * channels;
-    for (int64_t pair = 0; pair < pairs; pair++, codes += 2 * channels, row += TERMS * channels) {
-        int64_t c = 0;
-        for (; c + 32 <= channels; c += 32) {
-            __m256i code[TERMS];
-            for (int k = 0; k < TERMS; k++) code[k] = _mm256_loadu_si256((const __m256i *)(codes + k * channels + c));
-            __m256i term[TERMS] = {_mm256_add_epi8(_mm256_sub_epi8(code[0], code[2]), offset),
-                                   _mm256_add_epi8(code[1], code[2]),
-                                   _mm256_add_epi8(_mm256_sub_epi8(code[2], code[1]), offset),
-                                   _mm256_add_epi8(_mm256_sub_epi8(code[1], code[3]), offset)};
-            for (int k = 0; k < TERMS; k++) _mm256_storeu_si256((__m256i *)(row + k * channels + c), term[k]);
-        }
-        for (; c < channels; c++) {
-            int code[TERMS];
-            for (int k = 0; k < TERMS; k++) code[k] = codes[k * channels + c];
-            row[c] = (uint8_t)(code[0] - code[2] + TERM_OFFSET);
-            row[channels + c] = (uint8_t)(code[1] + code[2]);
-            row[2 * channels + c] = (uint8_t)(code[2] - code[1] + TERM_OFFSET);
-            row[3 * channels + c] = (uint8_t)(code[1] - code[3] + TERM_OFFSET);
+    const __mmask8 exceeds = _mm512_test_epi64_mask(excess, excess);
+    if (!exceeds) return at;
+    const int count = __builtin_popcount(exceeds);
+    const __mmask8 front = (__mmask8)((1u << count) - 1);
+    const __m256i steps = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32((int)(channel / DEPTH)));
+    const __m256i weights = _mm256_mullo_epi32(steps, _mm256_set1_epi32(DEPTH * OUTPUTS));
+    const __m256i bytes = _mm512_cvtepi16_epi8(_mm512_add_epi16(excess, _mm512_set1_epi16((short)term.bias)));
+    _mm256_mask_storeu_epi32(list.excess + at, front, _mm256_maskz_compress_epi32(exceeds, bytes));
+    _mm256_mask_storeu_epi32(list.weights + at, front, _mm256_maskz_compress_epi32(exceeds, weights));
+    _mm256_mask_storeu_epi32(list.place + at, front, _mm256_set1_epi32((int)(TERMS * pair + k)));
+    return at + count;
+}
+
+/* Put the terms of each pair of a row in place of the codes, which lie at the end of their room: of each channel, all codes
+   are read before a term is written there. List what exceeds 8 bits. */
+static void transform_row(uint8_t *row, const Image *image, const Term *terms)
+{
+    const int64_t channels = image->padded_channels;
+    const uint8_t *codes = row + (2 * image->pairs - 2) * channels;
+    const Excesses list = excesses_of(row, image);
+    int32_t listed = 0;
+    for (int64_t pair = 0; pair < image->pairs; pair++, codes += 2 * channels, row += TERMS * channels) {
+        list.starts[pair] = listed;
+        for (int64_t c = 0; c < channels; c += LANES) {
+            const __mmask32 real = channels - c < LANES ? (1u << (channels - c)) - 1 : 0xffffffff;
+            __m512i code[TERMS];
+            for (int k = 0; k < TERMS; k++)
+                code[k] = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(real, codes + k * channels + c));
+            const __m512i term[TERMS] = {_mm512_sub_epi16(code[0], code[2]), _mm512_add_epi16(code[1], code[2]),
+                                         _mm512_sub_epi16(code[2], code[1]), _mm512_sub_epi16(code[1], code[3])};
+            for (int k = 0; k < TERMS; k++) {
+                const __m512i value = _mm512_add_epi16(term[k], _mm512_set1_epi16((short)terms[k].offset));
+                const __m512i least = _mm512_setzero_si512(), most = _mm512_set1_epi16(CODE_MAX);
+                const __m512i kept = _mm512_min_epi16(_mm512_max_epi16(value, least), most);
+                _mm256_mask_storeu_epi8(row + k * channels + c, real, _mm512_cvtepi16_epi8(kept));
+                listed = list_excess(_mm512_maskz_sub_epi16(real, value, kept), terms[k], k, pair, c, list, listed);
+            }
         }
     }
+    list.starts[image->pairs] = listed;
 }
+#else
+#define transform_row(...) ((void)0) /* no pairs */
+#endif
 
 /* Write `x`, after `affine` and SiLU where there is one, in codes, its border in the code of zero; surplus channels have
    no weight, so any code will do. Codes that are to be signed are written less 128: a flip of the first bit. */
@@ -499,11 +599,13 @@ void quantize(const float *x, Image image, Affine affine, float inverse_scale, i
     const int code_of_zero = zero_point ^ flip;
     int64_t height = image.height + 2 * image.border_y, row_bytes = bytes_of_row(&image), channels = image.padded_channels;
     int64_t width = image.pairs ? 2 * image.pairs + 2 : image.width + 2 * image.border_x; /* as the kernel reads it */
+    Term terms[TERMS];
+    for (int k = 0; k < TERMS; k++) terms[k] = term_of(k, zero_point, qmax);
 #pragma omp parallel for schedule(static) if (image.images * height > 1)
     for (int64_t line = 0; line < image.images * height; line++) {
         int64_t y = line % height - image.border_y, before = image.border_x;
         Affine local = affine_at(affine, line / height * image.channels);
-        uint8_t *start = codes + line * row_bytes, *row = start + row_bytes - width * channels;
+        uint8_t *start = codes + line * row_bytes, *row = start + bytes_of_codes(&image) - width * channels;
         if (y < 0 || y >= image.height) {
             memset(row, code_of_zero, width * channels);
         } else {
@@ -516,7 +618,7 @@ void quantize(const float *x, Image image, Affine affine, float inverse_scale, i
             }
             memset(row, code_of_zero, (width - before - image.width) * channels);
         }
-        if (image.pairs) transform_row(start, image.pairs, channels);
+        if (image.pairs) transform_row(start, &image, terms);
     }
 }
 
@@ -655,7 +757,7 @@ typedef struct {
     int64_t embeds_silu;
 } ResidualBlock;
 
-INLINE int64_t num_codes(const Layer *layer)
+INLINE int64_t code_bytes(const Layer *layer)
 {
     const Image *image = &layer->image;
     return image->images * (image->height + 2 * image->border_y) * bytes_of_row(image);
@@ -673,9 +775,9 @@ static Scratch scratch_of(const ResidualBlock *block)
 {
     const Image *input = &block->conv1->image, *hidden = &block->conv2->image;
     int64_t maps = sizeof(float) * input->images * max(input->channels, hidden->channels);
-    int64_t codes = max(num_codes(block->conv1), num_codes(block->conv2));
-    if (block->embedding) codes = max(codes, num_codes(block->embedding));
-    if (block->shortcut) codes = max(codes, num_codes(block->shortcut));
+    int64_t codes = max(code_bytes(block->conv1), code_bytes(block->conv2));
+    if (block->embedding) codes = max(codes, code_bytes(block->embedding));
+    if (block->shortcut) codes = max(codes, code_bytes(block->shortcut));
     Scratch at = {0};
     at.embedding = sizeof(float) * hidden->images * hidden->height * hidden->width * hidden->channels;
     at.gain = at.embedding + sizeof(float) * hidden->images * hidden->channels;

@@ -6,9 +6,11 @@ products add up in 16 bits before they are widened: 9 where all are as large as 
 that layers have. The windows are cut from the levels themselves, so that no input can overflow them. Levels of 8 bits
 take signed codes, which fit as single products.
 
-Codes of 7 bits leave one bit for Winograd's minimal filtering (Lavin and Gray 2016, arXiv:1509.09308): with VNNI,
-convolutions three pixels wide take two thirds of the products then. This is exact for levels of up to 6 bits with a
-scale for each output; filters of 8 bits are rounded once more.
+With VNNI, convolutions three pixels wide take two thirds of the products, by Winograd's minimal filtering (Lavin and
+Gray 2016, arXiv:1509.09308), which adds and subtracts neighbouring codes. Few sums and differences exceed 8 bits, as
+activations are large in few places: what they exceed them by is listed, and its products are added. Codes of 7 bits
+leave nothing to list. This is exact for levels of up to 6 bits with a scale for each output; filters of 8 bits are
+rounded once more.
 """
 
 import ctypes
@@ -32,9 +34,10 @@ NAME = "x86"
 SOURCE = Path(__file__).with_name("x86.c")
 DEPTH = 4  # inputs of a step, as in the C file
 TERMS = 4  # products that make a pair of pixels, as in the C file
+CACHE_LINE = 64  # bytes
 MAX_NARROW_BITS = 6  # two steps of the largest levels still fit 16 bits, and sums of three 8
-PAIRED_BITS = 7  # of codes: sums and differences of two fit 8
 MIN_PAIRED_INPUTS = 48  # of a column: with fewer, pairs cost more than the products that they save
+NUMBERS_OF_EXCESS = 3  # int32 for each step whose terms exceed 8 bits, as in the C file
 LEVEL_MAX = 2**7 - 1  # of 8 bits
 SUM_MAX = 2**15 - 1  # of 16 bits
 MAX_LINE = 32  # pixels
@@ -50,10 +53,14 @@ class Image(ctypes.Structure):
         for name in ("images", "height", "width", "channels", "border_y", "border_x", "padded_channels", "pairs")
     ]
 
-    def num_codes(self) -> int:
-        """Return the number of codes, with the border and the padded channels."""
+    def code_bytes(self) -> int:
+        """Return the bytes of its codes, with the border and the padded channels: `bytes_of_row` in the C file."""
         columns = TERMS * self.pairs if self.pairs else self.width + 2 * self.border_x
-        return self.images * (self.height + 2 * self.border_y) * columns * self.padded_channels
+        row = columns * self.padded_channels
+        if self.pairs:  # and room for what exceeds 8 bits
+            numbers = self.pairs + 1 + NUMBERS_OF_EXCESS * row // DEPTH
+            row = round_up(row + numbers * ctypes.sizeof(ctypes.c_int32), CACHE_LINE)
+        return self.images * (self.height + 2 * self.border_y) * row
 
 
 class Output(ctypes.Structure):
@@ -135,7 +142,7 @@ class Call(NamedTuple):
 
     layer: Layer
     size: tuple[int, ...]
-    num_codes: int
+    code_bytes: int
     keeps: Any
 
 
@@ -225,9 +232,7 @@ def takes_pairs(layer: nn.Module) -> bool:
     """Return whether the quantized `layer` computes pairs of neighbouring pixels from four products, not six."""
     if not isinstance(layer, nn.Conv2d) or layer.kernel_size[1] != 3 or layer.stride[1] != 1 or layer.dilation[1] != 1:
         return False
-    if layer.in_channels * layer.kernel_size[0] < MIN_PAIRED_INPUTS:
-        return False
-    return bool(layer.activation_bits == PAIRED_BITS and compiled().has_vnni())
+    return layer.in_channels * layer.kernel_size[0] >= MIN_PAIRED_INPUTS and bool(compiled().has_vnni())
 
 
 def pair_filters(rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -369,7 +374,7 @@ def call_of(layer: "QuantizedLayer", packed: PackedLayer, size: torch.Size) -> C
         )
     bias = None if layer.bias is None else layer.bias.float().contiguous()
     known.bias = None if bias is None else bias.data_ptr()
-    return Call(known, geometry.size, geometry.image.num_codes(), bias)
+    return Call(known, geometry.size, geometry.image.code_bytes(), bias)
 
 
 def group_norm_of(norm: Norm) -> GroupNorm:
@@ -393,7 +398,7 @@ def run_call(
 ) -> Tensor:
     """Return the output of `call` for `x`, fp32 numbers that lie as its image does."""
     output = torch.empty(call.size, dtype=torch.float32, device="cpu", memory_format=memory_format)
-    codes = torch.empty(call.num_codes, dtype=torch.uint8, device="cpu")
+    codes = torch.empty(call.code_bytes, dtype=torch.uint8, device="cpu")
     compiled().run_layer(x.data_ptr(), affine, call.layer, addend, codes.data_ptr(), output.data_ptr())
     return output
 

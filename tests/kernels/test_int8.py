@@ -121,8 +121,8 @@ def oracle(layer: QuantizedLayer, x: Tensor, *, kernel: str = "") -> Tensor:
 
 def in_pairs(layer: nn.Conv2d) -> bool:
     """Whether the kernel x86 computes pairs of pixels of `layer` by F(2, 3)."""
-    row = (layer.kernel_size[1], layer.stride[1], layer.dilation[1], layer.groups, layer.activation_bits)
-    return row == (3, 1, 1, 1, 7) and layer.in_channels * layer.kernel_size[0] >= 48 and x86.compiled().has_vnni()
+    row = (layer.kernel_size[1], layer.stride[1], layer.dilation[1], layer.groups)
+    return row == (3, 1, 1, 1) and layer.in_channels * layer.kernel_size[0] >= 48 and x86.compiled().has_vnni()
 
 
 def paired_weights(levels: Tensor) -> tuple[Tensor, Tensor]:
