@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusers_pqcad.kernels import native
+from diffusers_pqcad.kernels import native, scratch
 
 SOURCE = Path(__file__).with_name("attention.c")
 NO_BF16 = "the CPU has no AVX-512 BF16"
@@ -61,8 +61,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
         return F.scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2)
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     shape = Shape(batch, heads, queries, key.shape[1], width // heads)
-    memory = torch.empty(loaded.attention_bytes(shape), dtype=torch.uint8, device="cpu")
     output = torch.empty(query.shape, dtype=torch.float32, device="cpu")
+    memory = scratch.room(loaded.attention_bytes(shape))
     pointers = (tensor.data_ptr() for tensor in (query, key, value))
     if not loaded.attend(*pointers, shape, shape.channels**-0.5, memory.data_ptr(), output.data_ptr()):
         raise MemoryError(f"attention: no room for the scores of eight queries on {shape.keys} keys.")

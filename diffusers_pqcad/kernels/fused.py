@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffusers_pqcad.kernels import attention, x86
+from diffusers_pqcad.kernels import attention, scratch, x86
 from diffusers_pqcad.kernels.x86 import (
     NAME,
     NO_AFFINE,
@@ -113,8 +113,8 @@ def run_block(plan: BlockPlan, x: Tensor, time: Tensor | None) -> Tensor:
     """Return what the block makes of `x` fp32 (B, C, H, W) and `time` fp32 (B, E), both of the plan's sizes."""
     x = x.contiguous(memory_format=torch.channels_last)
     time = None if time is None else time.contiguous()
-    memory = torch.empty(plan.num_bytes, dtype=torch.uint8, device="cpu")
     output = torch.empty(plan.size, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+    memory = scratch.room(plan.num_bytes)
     time_at = None if time is None else time.data_ptr()
     x86.compiled().run_block(x.data_ptr(), time_at, plan.block, memory.data_ptr(), output.data_ptr())
     return output

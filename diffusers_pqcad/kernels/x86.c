@@ -46,34 +46,34 @@ typedef struct {
     int64_t images, height, width, channels, border_y, border_x, padded_channels, pairs;
 } Image;
 
-/* Where terms of a row exceed 8 bits: the entries of pair p are those from starts[p] to starts[p + 1]. An entry stands for
-   DEPTH neighbouring channels of a term: `excess`, DEPTH bytes, is what is beyond the 8 bits of each, plus the term's `bias`
-   (`term_of`); `place` is TERMS * pair + term; `weights`, from which byte of a kernel row's weights on theirs lie. */
+/* What DEPTH neighbouring channels of a term exceed 8 bits by, a byte each, plus the term's `bias` (`term_of`); `place` is
+   TERMS * pair + term; `weights`, from which byte of a kernel row's weights on theirs lie. */
 typedef struct {
-    int32_t *starts, *excess, *place, *weights;
+    int32_t bytes, place, weights;
+} Excess;
+
+/* The excesses of a row of codes: those of pair p from list[starts[p]] to list[starts[p + 1]]. */
+typedef struct {
+    int32_t *starts;
+    Excess *list;
 } Excesses;
 
-/* How many there may be in a row: one for each step of all terms. */
-static inline int64_t max_excesses(const Image *image) { return TERMS * image->pairs * (image->padded_channels / DEPTH); }
-
-/* Bytes of a row of codes, without and with the excesses behind it: whole cache lines then. */
+/* Bytes of a row of codes, without and with room behind it for as many excesses as there may be: whole cache lines then. */
 static inline int64_t bytes_of_codes(const Image *image)
 {
     return image->padded_channels * (image->pairs ? TERMS * image->pairs : image->width + 2 * image->border_x);
 }
 static inline int64_t bytes_of_row(const Image *image)
 {
-    if (!image->pairs) return bytes_of_codes(image);
-    int64_t numbers = image->pairs + 1 + 3 * max_excesses(image);
-    return (bytes_of_codes(image) + numbers * (int64_t)sizeof(int32_t) + 63) / 64 * 64;
+    int64_t codes = bytes_of_codes(image), starts = (image->pairs + 1) * (int64_t)sizeof(int32_t);
+    return image->pairs ? (codes + starts + codes / DEPTH * (int64_t)sizeof(Excess) + 63) / 64 * 64 : codes;
 }
 
 /* The excesses of the row of codes that starts at `row`. */
 static inline Excesses excesses_of(const uint8_t *row, const Image *image)
 {
-    int32_t *starts = (int32_t *)(row + bytes_of_codes(image)), *first = starts + image->pairs + 1;
-    int64_t room = max_excesses(image);
-    return (Excesses){starts, first, first + room, first + 2 * room};
+    int32_t *starts = (int32_t *)(row + bytes_of_codes(image));
+    return (Excesses){starts, (Excess *)(starts + image->pairs + 1)};
 }
 
 /* A term has 9 bits. Of it plus `offset`, what 8 bits hold is kept, and the rest, plus `bias`, fits 8 bits, too. `zero` is
@@ -260,17 +260,25 @@ INLINE Epilogue epilogue_of(int zero_point, const int32_t *level_sum, float inpu
 }
 
 #if VNNI
+/* 16 outputs from `j` on. */
+INLINE __m512 dequantize(const int32_t *sums, const Epilogue *epilogue, int j)
+{
+    __m512i zero = _mm512_load_si512(epilogue->zero + j);
+    __m512 centred = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(sums + j), zero));
+    return _mm512_fmadd_ps(centred, _mm512_load_ps(epilogue->factor + j), _mm512_load_ps(epilogue->bias + j));
+}
+
+/* Write those of 16 outputs from `j` on that are less than `count`, plus the addend's where there are such. */
+INLINE void write_outputs(__m512 value, const float *addend, int j, int64_t count, float *out)
+{
+    __mmask16 real = count - j >= 16 ? 0xffff : count > j ? (__mmask16)((1u << (count - j)) - 1) : 0;
+    if (addend) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(real, addend + j));
+    _mm512_mask_storeu_ps(out + j, real, value);
+}
+
 INLINE void dequantize_row(const int32_t *sums, const Epilogue *epilogue, const float *addend, int64_t count, float *out)
 {
-    for (int j = 0; j < OUTPUTS; j += 16) {
-        __mmask16 real = count - j >= 16 ? 0xffff : count > j ? (__mmask16)((1u << (count - j)) - 1) : 0;
-        __m512i zero = _mm512_load_si512(epilogue->zero + j);
-        __m512 centred = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(sums + j), zero));
-        __m512 factor = _mm512_load_ps(epilogue->factor + j), bias = _mm512_load_ps(epilogue->bias + j);
-        __m512 value = _mm512_fmadd_ps(centred, factor, bias);
-        if (addend) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(real, addend + j));
-        _mm512_mask_storeu_ps(out + j, real, value);
-    }
+    for (int j = 0; j < OUTPUTS; j += 16) write_outputs(dequantize(sums, epilogue, j), addend, j, count, out);
 }
 #else
 INLINE void dequantize_row(const int32_t *sums, const Epilogue *epilogue, const float *addend, int64_t count, float *out)
@@ -362,32 +370,20 @@ INLINE void gate_row(const int32_t *sums, const Epilogue *epilogue, float *out)
         _mm256_storeu_ps(out + j, _mm256_mul_ps(_mm256_loadu_ps(out + j), gelu_ps(_mm256_loadu_ps(gates + j))));
 }
 
-/* Write the first `count` of OUTPUTS numbers, plus the addend's where there are such; a constant count is vectorized. */
-INLINE void write_row(const float *row, const float *addend, int64_t count, float *out)
-{
-    if (count < OUTPUTS)
-        for (int64_t j = 0; j < count; j++) out[j] = addend ? row[j] + addend[j] : row[j];
-    else if (addend)
-        for (int j = 0; j < OUTPUTS; j++) out[j] = row[j] + addend[j];
-    else
-        memcpy(out, row, sizeof(float) * OUTPUTS);
-}
-
+#if VNNI
 /* Write both pixels of the pair in row `i` of all terms' sums, each with its addend; `second` is NULL for a single one. */
 INLINE void write_pair(int32_t sums[TERMS][ROWS][OUTPUTS], int i, const Block *terms, const float *addend,
                        const float *second_addend, int64_t count, float *first, float *second)
 {
-    float values[TERMS][OUTPUTS] __attribute__((aligned(64))), pair[2][OUTPUTS] __attribute__((aligned(64)));
-    for (int k = 0; k < TERMS; k++) dequantize_row(sums[k][i], &terms[k].epilogue, NULL, OUTPUTS, values[k]);
-    for (int j = 0; j < OUTPUTS; j++) {
-        pair[0][j] = values[0][j] + values[1][j] + values[2][j];
-        pair[1][j] = values[1][j] - values[2][j] - values[3][j];
+    for (int j = 0; j < OUTPUTS; j += 16) {
+        __m512 term[TERMS];
+        for (int k = 0; k < TERMS; k++) term[k] = dequantize(sums[k][i], &terms[k].epilogue, j);
+        write_outputs(_mm512_add_ps(_mm512_add_ps(term[0], term[1]), term[2]), addend, j, count, first);
+        if (!second) continue;
+        write_outputs(_mm512_sub_ps(_mm512_sub_ps(term[1], term[2]), term[3]), second_addend, j, count, second);
     }
-    write_row(pair[0], addend, count, first);
-    if (second) write_row(pair[1], second_addend, count, second);
 }
 
-#if VNNI
 /* Add the products of what exceeds 8 bits to the sums of pairs `pair` to `end`, side by side; `pair` has those of row `i`.
    `row` is the first row of codes that they take; `biases` are the terms', as often as the excess has bytes. */
 INLINE void add_excesses(const Image *image, const uint8_t *row, const Block *terms, const int32_t *biases, int64_t pair,
@@ -396,12 +392,13 @@ INLINE void add_excesses(const Image *image, const uint8_t *row, const Block *te
     const int64_t row_bytes = bytes_of_row(image);
     int64_t at = 0; /* of the row's weights */
     for (const Window *window = terms->window; window < terms->end; window++) { /* a window is a row of the kernel */
-        const Excesses list = excesses_of(row + window->y * row_bytes, image);
-        for (int32_t e = list.starts[pair]; e < list.starts[end]; e++) {
-            const uint32_t place = (uint32_t)list.place[e], term = place % TERMS;
-            const int8_t *weight = terms[term].weight + at + list.weights[e];
+        const Excesses of_row = excesses_of(row + window->y * row_bytes, image);
+        for (int32_t e = of_row.starts[pair]; e < of_row.starts[end]; e++) {
+            const Excess one = of_row.list[e];
+            const uint32_t place = (uint32_t)one.place, term = place % TERMS;
+            const int8_t *weight = terms[term].weight + at + one.weights;
             int32_t *sum = sums[term][i + place / TERMS - pair];
-            const __m512i excess = _mm512_set1_epi32(list.excess[e]), bias = _mm512_set1_epi32(biases[term]);
+            const __m512i excess = _mm512_set1_epi32(one.bytes), bias = _mm512_set1_epi32(biases[term]);
             for (int j = 0; j < 2; j++) {
                 const __m512i levels = _mm512_loadu_si512(weight + 64 * j), zero = _mm512_setzero_si512();
                 const __m512i product = _mm512_sub_epi32(_mm512_dpbusd_epi32(zero, excess, levels),
@@ -414,6 +411,7 @@ INLINE void add_excesses(const Image *image, const uint8_t *row, const Block *te
 }
 #else
 #define add_excesses(...) ((void)0) /* no pairs */
+#define write_pair(...) ((void)0)
 #endif
 
 /* Convolution, or matrix product where an image is one row of pixels, of `codes`, which `quantize` wrote with `scale` and
@@ -542,20 +540,19 @@ INLINE void quantize_pixel(const float *x, Affine affine, int64_t channels, floa
 #if VNNI
 #define LANES 32 /* channels of a term in 16 bits */
 
-/* List at `at` what of LANES channels from `channel` on exceeds the 8 bits of term `k` of `pair`; return the end. */
-INLINE int32_t list_excess(__m512i excess, Term term, int k, int64_t pair, int64_t channel, Excesses list, int32_t at)
+/* List at `list` what of LANES channels from `channel` on exceeds the 8 bits of term `k` of `pair`; return how many. */
+INLINE int list_excess(__m512i excess, Term term, int k, int64_t pair, int64_t channel, Excess *list)
 {
-    const __mmask8 exceeds = _mm512_test_epi64_mask(excess, excess);
-    if (!exceeds) return at;
-    const int count = __builtin_popcount(exceeds);
-    const __mmask8 front = (__mmask8)((1u << count) - 1);
-    const __m256i steps = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32((int)(channel / DEPTH)));
-    const __m256i weights = _mm256_mullo_epi32(steps, _mm256_set1_epi32(DEPTH * OUTPUTS));
-    const __m256i bytes = _mm512_cvtepi16_epi8(_mm512_add_epi16(excess, _mm512_set1_epi16((short)term.bias)));
-    _mm256_mask_storeu_epi32(list.excess + at, front, _mm256_maskz_compress_epi32(exceeds, bytes));
-    _mm256_mask_storeu_epi32(list.weights + at, front, _mm256_maskz_compress_epi32(exceeds, weights));
-    _mm256_mask_storeu_epi32(list.place + at, front, _mm256_set1_epi32((int)(TERMS * pair + k)));
-    return at + count;
+    unsigned exceeds = _mm512_test_epi64_mask(excess, excess);
+    if (!exceeds) return 0;
+    int32_t bytes[LANES / DEPTH];
+    int count = 0;
+    _mm256_storeu_si256((__m256i *)bytes, _mm512_cvtepi16_epi8(_mm512_add_epi16(excess, _mm512_set1_epi16((short)term.bias))));
+    for (; exceeds; exceeds &= exceeds - 1) {
+        const int64_t step = __builtin_ctz(exceeds);
+        list[count++] = (Excess){bytes[step], (int32_t)(TERMS * pair + k), (int32_t)((channel + step * DEPTH) * OUTPUTS)};
+    }
+    return count;
 }
 
 /* Put the terms of each pair of a row in place of the codes, which lie at the end of their room: of each channel, all codes
@@ -564,10 +561,10 @@ static void transform_row(uint8_t *row, const Image *image, const Term *terms)
 {
     const int64_t channels = image->padded_channels;
     const uint8_t *codes = row + (2 * image->pairs - 2) * channels;
-    const Excesses list = excesses_of(row, image);
+    const Excesses of_row = excesses_of(row, image);
     int32_t listed = 0;
     for (int64_t pair = 0; pair < image->pairs; pair++, codes += 2 * channels, row += TERMS * channels) {
-        list.starts[pair] = listed;
+        of_row.starts[pair] = listed;
         for (int64_t c = 0; c < channels; c += LANES) {
             const __mmask32 real = channels - c < LANES ? (1u << (channels - c)) - 1 : 0xffffffff;
             __m512i code[TERMS];
@@ -580,11 +577,12 @@ static void transform_row(uint8_t *row, const Image *image, const Term *terms)
                 const __m512i least = _mm512_setzero_si512(), most = _mm512_set1_epi16(CODE_MAX);
                 const __m512i kept = _mm512_min_epi16(_mm512_max_epi16(value, least), most);
                 _mm256_mask_storeu_epi8(row + k * channels + c, real, _mm512_cvtepi16_epi8(kept));
-                listed = list_excess(_mm512_maskz_sub_epi16(real, value, kept), terms[k], k, pair, c, list, listed);
+                const __m512i excess = _mm512_maskz_sub_epi16(real, value, kept);
+                listed += list_excess(excess, terms[k], k, pair, c, of_row.list + listed);
             }
         }
     }
-    list.starts[image->pairs] = listed;
+    of_row.starts[image->pairs] = listed;
 }
 #else
 #define transform_row(...) ((void)0) /* no pairs */

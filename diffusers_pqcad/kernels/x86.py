@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusers_pqcad.kernels import native, onednn, ranges
+from diffusers_pqcad.kernels import native, onednn, ranges, scratch
 from diffusers_pqcad.pending import Norm, PendingActivation
 from diffusers_pqcad.qparams import ScalarQParams, activation_qmax
 
@@ -398,7 +398,7 @@ def run_call(
 ) -> Tensor:
     """Return the output of `call` for `x`, fp32 numbers that lie as its image does."""
     output = torch.empty(call.size, dtype=torch.float32, device="cpu", memory_format=memory_format)
-    codes = torch.empty(call.code_bytes, dtype=torch.uint8, device="cpu")
+    codes = scratch.room(call.code_bytes)
     compiled().run_layer(x.data_ptr(), affine, call.layer, addend, codes.data_ptr(), output.data_ptr())
     return output
 

@@ -77,22 +77,15 @@ def list_excesses(x: Tensor, bits: int, zero_point: int) -> list[list[tuple[int,
     start_of_sums = max(0, min(2 * zero_point - 128, 2 * qmax - 255))
     rows = []
     for row in codes.view(height, -1).numpy():
-        starts, rest = np.split(
+        starts, entries = np.split(
             row[4 * pairs * channels :].view(np.int32)[: pairs + 1 + 3 * pairs * channels], [pairs + 1]
         )
-        excess, place, weights = rest.reshape(3, -1)
-        listed = [
-            (
-                int(place[i]) // terms,
-                int(place[i]) % terms,
-                int(weights[i]) // x86.compiled().block_outputs(),
-                [
-                    int(each) - (start_of_sums if place[i] % terms == 1 else 128)
-                    for each in excess[i : i + 1].view(np.uint8)
-                ],
-            )
-            for i in range(starts[-1])
-        ]
+        listed = []
+        for excess, place, weights in entries.reshape(-1, 3)[: starts[-1]]:
+            bias = start_of_sums if place % terms == 1 else 128
+            channel = int(weights) // x86.compiled().block_outputs()
+            four = [int(each) - bias for each in excess[None].view(np.uint8)]
+            listed.append((int(place) // terms, int(place) % terms, channel, four))
         assert [pair for pair, *_ in listed] == np.repeat(np.arange(pairs), np.diff(starts)).tolist()
         rows.append(listed)
     return rows

@@ -1,0 +1,24 @@
+"""Memory in which the kernels keep what lies between the steps of one call.
+
+The C library gives large blocks back to the system when they are freed, and the next call touches new pages: in a step
+of the DDPM shape 2400 of them or none, as the heap happens to lie, for a tenth of the time.
+"""
+
+import threading
+
+import torch
+from torch import Tensor
+
+KEPT_BYTES = 2**27  # of address space for a thread, of which the calls touch a part; larger calls are on their own
+
+_kept = threading.local()
+
+
+def room(num_bytes: int) -> Tensor:
+    """Return at least `num_bytes` uint8 on the CPU, with any values, until this thread asks again."""
+    found = getattr(_kept, "room", None)
+    if found is None or found.numel() < num_bytes:
+        found = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+        if num_bytes <= KEPT_BYTES:
+            _kept.room = found
+    return found
