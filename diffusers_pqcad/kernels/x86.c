@@ -31,6 +31,8 @@
 #define CODE_MAX 255
 #define DEPTH 4 /* inputs of a step: 4 codes are broadcast, and multiplied by 4 weights of each output */
 #define TERMS 4 /* products that make a pair of pixels */
+#define LANES 32 /* channels of a term that are computed at once */
+#define LINE 64 /* bytes of the cache */
 
 /* For x86.py: what this code was compiled for. */
 int has_vnni(void) { return VNNI; }
@@ -40,50 +42,20 @@ int block_outputs(void) { return OUTPUTS; }
 
    With `pairs`, a row of codes is kept for as many pairs of neighbouring output pixels of a kernel three pixels wide, in
    the form of Winograd's minimal filtering F(2, 3) (Lavin and Gray 2016, arXiv:1509.09308): TERMS terms a pair, sums and
-   differences of two codes, for which TERMS products make both outputs, where there would be six. A term is kept in 8
-   bits. What codes of 8 bits exceed them by, rare as it is, is listed behind the row. */
+   differences of two codes, for which TERMS products make both outputs, where there would be six. A term has 9 bits. What
+   8 of them hold is kept as a code; the rest, which few terms have, is the term's excess, and multiplied, too. */
 typedef struct {
     int64_t images, height, width, channels, border_y, border_x, padded_channels, pairs;
 } Image;
 
-/* What DEPTH neighbouring channels of a term exceed 8 bits by, a byte each, plus the term's `bias` (`term_of`); `place` is
-   TERMS * pair + term; `weights`, from which byte of a kernel row's weights on theirs lie. */
-typedef struct {
-    int32_t bytes, place, weights;
-} Excess;
-
-/* The excesses of a row of codes: those of pair p from list[starts[p]] to list[starts[p + 1]]. */
-typedef struct {
-    int32_t *starts;
-    Excess *list;
-} Excesses;
-
-/* Bytes of a row of codes, without and with room behind it for as many excesses as there may be: whole cache lines then. */
-static inline int64_t bytes_of_codes(const Image *image)
-{
-    return image->padded_channels * (image->pairs ? TERMS * image->pairs : image->width + 2 * image->border_x);
-}
-static inline int64_t bytes_of_row(const Image *image)
-{
-    int64_t codes = bytes_of_codes(image), starts = (image->pairs + 1) * (int64_t)sizeof(int32_t);
-    return image->pairs ? (codes + starts + codes / DEPTH * (int64_t)sizeof(Excess) + 63) / 64 * 64 : codes;
-}
-
-/* The excesses of the row of codes that starts at `row`. */
-static inline Excesses excesses_of(const uint8_t *row, const Image *image)
-{
-    int32_t *starts = (int32_t *)(row + bytes_of_codes(image));
-    return (Excesses){starts, (Excess *)(starts + image->pairs + 1)};
-}
-
-/* A term has 9 bits. Of it plus `offset`, what 8 bits hold is kept, and the rest, plus `bias`, fits 8 bits, too. `zero` is
-   what is kept where all codes are that of zero. */
+/* Of a term plus `offset`, 0 to 255 is kept. What is beyond, plus `bias`, is 0 to 255, too. `zero` is what is kept of codes
+   that all stand for zero. */
 typedef struct {
     int offset, bias, zero;
 } Term;
 
-/* Term `k`: the second one is a sum, of 0 to 2 * qmax, the others are differences. Values are kept around that of zeros, of
-   which there are most, as far as there are values. */
+/* Term `k`. A difference, of -255 to 255, is kept from -127 to 128, so that -128 to 127 is beyond. A sum, of 0 to 2 * qmax,
+   is kept from `start` on: around that of zeros, which are the most frequent, as far as there are sums. */
 static inline Term term_of(int k, int zero_point, int qmax)
 {
     if (k != 1) return (Term){127, 128, 127};
@@ -91,6 +63,44 @@ static inline Term term_of(int k, int zero_point, int qmax)
     start = start < last ? start : last;
     start = start > 0 ? start : 0;
     return (Term){-start, start, 2 * zero_point - start};
+}
+
+/* The excesses of DEPTH neighbouring channels of a term, plus its `bias`, in a byte each; `place` is TERMS * pair + term;
+   `weights`, how far their weights are from the first ones of the same row of the kernel. */
+typedef struct {
+    int32_t bytes, place, weights;
+} Excess;
+
+/* The excesses of a row of codes. Those of pair p are list[starts[p]] to list[starts[p + 1]]; of all terms, they lie at
+   `dense` as the codes do at the row's start, where starts[pairs] is DENSE because the list had no room for them. */
+typedef struct {
+    uint8_t *dense;
+    int32_t *starts;
+    Excess *list;
+} Excesses;
+#define DENSE -1
+
+/* Listed steps take ten times as long as others, and the dense form doubles the products: that is level near 1/5. */
+static inline int64_t room_for_excesses(int64_t bytes_of_codes) { return bytes_of_codes / (8 * DEPTH) + LANES / DEPTH; }
+
+/* Bytes of a row of codes, without and with its excesses. */
+static inline int64_t bytes_of_codes(const Image *image)
+{
+    return image->padded_channels * (image->pairs ? TERMS * image->pairs : image->width + 2 * image->border_x);
+}
+static inline int64_t bytes_of_row(const Image *image)
+{
+    int64_t codes = bytes_of_codes(image), starts = (image->pairs + 1) * (int64_t)sizeof(int32_t);
+    if (!image->pairs) return codes;
+    return (2 * codes + starts + room_for_excesses(codes) * (int64_t)sizeof(Excess) + LINE - 1) / LINE * LINE;
+}
+
+/* The excesses of the row of codes that starts at `row`. */
+static inline Excesses excesses_of(const uint8_t *row, const Image *image)
+{
+    uint8_t *dense = (uint8_t *)row + bytes_of_codes(image);
+    int32_t *starts = (int32_t *)(dense + bytes_of_codes(image));
+    return (Excesses){dense, starts, (Excess *)(starts + image->pairs + 1)};
 }
 
 /* `out_height` x `out_width` output pixels, whose first inputs are `stride_y`, `stride_x` pixels apart. With `is_gated`,
@@ -343,16 +353,19 @@ INLINE Block block_of(const Weights *weights, int64_t index, float input_scale, 
 }
 
 /* Write the blocks whose products make OUTPUTS channels from `channel` on, and return how many there are: one; with gates
-   two; for codes in pairs TERMS, of which the second has the bias: it is added to both pixels (`write_pair`). */
-INLINE int blocks_of(const Layer *layer, int64_t channel, float input_scale, int zero_point, Block *blocks)
+   two; for codes in pairs TERMS, of which the second has the bias: it is added to both pixels (`write_pair`). With `is_dense`,
+   their sums include all excesses, with the terms' own biases. */
+INLINE int blocks_of(const Layer *layer, int64_t channel, float input_scale, int zero_point, int is_dense, Block *blocks)
 {
     const Weights *weights = layer->weights;
     const float *bias = layer->bias ? layer->bias + channel : NULL;
     int64_t index = channel / OUTPUTS, outputs = layer->output.out_channels, count = outputs - channel;
     if (layer->image.pairs) {
-        for (int k = 0; k < TERMS; k++)
-            blocks[k] = block_of(weights, index * TERMS + k, input_scale, term_of(k, zero_point, layer->qmax).zero,
-                                 k == 1 ? bias : NULL, count);
+        for (int k = 0; k < TERMS; k++) {
+            const Term term = term_of(k, zero_point, layer->qmax);
+            const int zero = is_dense ? term.zero + term.bias : term.zero;
+            blocks[k] = block_of(weights, index * TERMS + k, input_scale, zero, k == 1 ? bias : NULL, count);
+        }
         return TERMS;
     }
     blocks[0] = block_of(weights, index, input_scale, zero_point, bias, count);
@@ -384,8 +397,8 @@ INLINE void write_pair(int32_t sums[TERMS][ROWS][OUTPUTS], int i, const Block *t
     }
 }
 
-/* Add the products of what exceeds 8 bits to the sums of pairs `pair` to `end`, side by side; `pair` has those of row `i`.
-   `row` is the first row of codes that they take; `biases` are the terms', as often as the excess has bytes. */
+/* Add the products of listed excesses to the sums of pairs `pair` to `end`, side by side; `pair` has those of row `i`.
+   `row` is the first row of codes that they take; `biases` are the terms', as often as an excess has bytes. */
 INLINE void add_excesses(const Image *image, const uint8_t *row, const Block *terms, const int32_t *biases, int64_t pair,
                          int64_t end, int64_t i, int32_t sums[TERMS][ROWS][OUTPUTS])
 {
@@ -409,14 +422,30 @@ INLINE void add_excesses(const Image *image, const uint8_t *row, const Block *te
         at += (int64_t)window->steps * DEPTH * OUTPUTS;
     }
 }
-#else
-#define add_excesses(...) ((void)0) /* no pairs */
+
+/* Add the products of all excesses of `count` rows to their sums; `codes` are the rows'. */
+INLINE void add_dense(int count, const Image *image, const uint8_t *const *codes, const Block *terms,
+                      int32_t sums[TERMS][ROWS][OUTPUTS])
+{
+    const uint8_t *dense[ROWS];
+    for (int i = 0; i < ROWS; i++) dense[i] = codes[i] + bytes_of_codes(image);
+    for (int k = 0; k < TERMS; k++) {
+        int32_t more[ROWS][OUTPUTS] __attribute__((aligned(64)));
+        multiply_tile(count, 0, dense, bytes_of_row(image), terms[k].weight, terms[k].window, terms[k].end, more);
+        for (int i = 0; i < count; i++)
+            for (int j = 0; j < OUTPUTS; j++) sums[k][i][j] += more[i][j];
+    }
+}
+#else /* no pairs */
+#define add_excesses(...) ((void)0)
+#define add_dense(...) ((void)0)
 #define write_pair(...) ((void)0)
 #endif
 
 /* Convolution, or matrix product where an image is one row of pixels, of `codes`, which `quantize` wrote with `scale` and
-   `zero_point`. `out` is channels_last. */
-static void multiply(const uint8_t *codes, const Layer *layer, float input_scale, int zero_point, Addend addend, float *out)
+   `zero_point`, and for which it returned `is_dense`. `out` is channels_last. */
+static void multiply(const uint8_t *codes, const Layer *layer, float input_scale, int zero_point, int is_dense,
+                     Addend addend, float *out)
 {
     const Image image = layer->image;
     const Output output = layer->output;
@@ -434,7 +463,7 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
         int64_t channel = task / runs * OUTPUTS;
         int64_t channels = output.out_channels - channel < OUTPUTS ? output.out_channels - channel : OUTPUTS;
         Block block[TERMS];
-        const int products = blocks_of(layer, channel, input_scale, zero_point, block);
+        const int products = blocks_of(layer, channel, input_scale, zero_point, is_dense, block);
         for (int64_t tile = start; tile < stop; tile++) {
             int32_t sums[TERMS][ROWS][OUTPUTS] __attribute__((aligned(64)));
             const uint8_t *sources[ROWS];
@@ -454,9 +483,10 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
             }
             for (int k = 0; k < products; k++)
                 multiply_tile(count, is_signed, sources, row_bytes, block[k].weight, block[k].window, block[k].end, sums[k]);
-            for (int64_t i = 0, stop; image.pairs && i < count; i += stop - places[i]) { /* pairs side by side */
-                stop = columns < places[i] + count - i ? columns : places[i] + count - i;
-                add_excesses(&image, sources[i] - places[i] * column_bytes, block, biases, places[i], stop, i, sums);
+            if (is_dense) add_dense(count, &image, sources, block, sums);
+            for (int64_t i = 0, next; image.pairs && !is_dense && i < count; i += next - places[i]) { /* side by side */
+                next = columns < places[i] + count - i ? columns : places[i] + count - i;
+                add_excesses(&image, sources[i] - places[i] * column_bytes, block, biases, places[i], next, i, sums);
             }
             for (int i = 0; i < count; i++) {
                 int64_t at = pixels[i] * output.out_channels + channel;
@@ -538,33 +568,41 @@ INLINE void quantize_pixel(const float *x, Affine affine, int64_t channels, floa
 }
 
 #if VNNI
-#define LANES 32 /* channels of a term in 16 bits */
-
-/* List at `list` what of LANES channels from `channel` on exceeds the 8 bits of term `k` of `pair`; return how many. */
-INLINE int list_excess(__m512i excess, Term term, int k, int64_t pair, int64_t channel, Excess *list)
+/* List at `list` those of the excesses of LANES channels from `channel` on, in `bytes` with their bias, that `exceeds` has
+   the steps of; return how many. `place` is their term's. */
+INLINE int list_excesses(__m256i bytes, unsigned exceeds, int64_t place, int64_t channel, Excess *list)
 {
-    unsigned exceeds = _mm512_test_epi64_mask(excess, excess);
-    if (!exceeds) return 0;
-    int32_t bytes[LANES / DEPTH];
+    int32_t steps[LANES / DEPTH];
     int count = 0;
-    _mm256_storeu_si256((__m256i *)bytes, _mm512_cvtepi16_epi8(_mm512_add_epi16(excess, _mm512_set1_epi16((short)term.bias))));
+    _mm256_storeu_si256((__m256i *)steps, bytes);
     for (; exceeds; exceeds &= exceeds - 1) {
         const int64_t step = __builtin_ctz(exceeds);
-        list[count++] = (Excess){bytes[step], (int32_t)(TERMS * pair + k), (int32_t)((channel + step * DEPTH) * OUTPUTS)};
+        list[count++] = (Excess){steps[step], (int32_t)place, (int32_t)((channel + step * DEPTH) * OUTPUTS)};
     }
     return count;
 }
 
-/* Put the terms of each pair of a row in place of the codes, which lie at the end of their room: of each channel, all codes
-   are read before a term is written there. List what exceeds 8 bits. */
-static void transform_row(uint8_t *row, const Image *image, const Term *terms)
+/* Bring the `listed` excesses of a row into their dense form, among zeros. */
+static void spread_excesses(const Excesses *of_row, int64_t listed, const Image *image, const Term *terms)
 {
-    const int64_t channels = image->padded_channels;
+    for (int64_t place = 0; place < TERMS * image->pairs; place++)
+        memset(of_row->dense + place * image->padded_channels, terms[place % TERMS].bias, image->padded_channels);
+    for (const Excess *one = of_row->list; one < of_row->list + listed; one++)
+        memcpy(of_row->dense + one->place * image->padded_channels + one->weights / OUTPUTS, &one->bytes, DEPTH);
+    of_row->starts[image->pairs] = DENSE;
+}
+
+/* Put the terms of each pair of a row in place of the codes, which lie at the end of their room: of each channel, all codes
+   are read before a term is written there. List the excesses, or return 1 where they are dense. */
+static int transform_row(uint8_t *row, const Image *image, const Term *terms)
+{
+    const int64_t channels = image->padded_channels, room = room_for_excesses(bytes_of_codes(image));
     const uint8_t *codes = row + (2 * image->pairs - 2) * channels;
     const Excesses of_row = excesses_of(row, image);
-    int32_t listed = 0;
+    int64_t listed = 0;
+    int is_dense = 0;
     for (int64_t pair = 0; pair < image->pairs; pair++, codes += 2 * channels, row += TERMS * channels) {
-        of_row.starts[pair] = listed;
+        if (!is_dense) of_row.starts[pair] = (int32_t)listed;
         for (int64_t c = 0; c < channels; c += LANES) {
             const __mmask32 real = channels - c < LANES ? (1u << (channels - c)) - 1 : 0xffffffff;
             __m512i code[TERMS];
@@ -576,22 +614,43 @@ static void transform_row(uint8_t *row, const Image *image, const Term *terms)
                 const __m512i value = _mm512_add_epi16(term[k], _mm512_set1_epi16((short)terms[k].offset));
                 const __m512i least = _mm512_setzero_si512(), most = _mm512_set1_epi16(CODE_MAX);
                 const __m512i kept = _mm512_min_epi16(_mm512_max_epi16(value, least), most);
-                _mm256_mask_storeu_epi8(row + k * channels + c, real, _mm512_cvtepi16_epi8(kept));
                 const __m512i excess = _mm512_maskz_sub_epi16(real, value, kept);
-                listed += list_excess(excess, terms[k], k, pair, c, of_row.list + listed);
+                _mm256_mask_storeu_epi8(row + k * channels + c, real, _mm512_cvtepi16_epi8(kept));
+                const unsigned exceeds = _mm512_test_epi64_mask(excess, excess);
+                if (!exceeds) continue;
+                const __m512i biased = _mm512_add_epi16(excess, _mm512_set1_epi16((short)terms[k].bias));
+                const __m256i bytes = _mm512_cvtepi16_epi8(biased);
+                if (!is_dense && listed + LANES / DEPTH > room) spread_excesses(&of_row, listed, image, terms), is_dense = 1;
+                const int64_t place = TERMS * pair + k;
+                if (is_dense) _mm256_mask_storeu_epi8(of_row.dense + place * channels + c, real, bytes);
+                else listed += list_excesses(bytes, exceeds, place, c, of_row.list + listed);
             }
         }
     }
-    of_row.starts[image->pairs] = listed;
+    if (!is_dense) of_row.starts[image->pairs] = (int32_t)listed;
+    return is_dense;
 }
-#else
-#define transform_row(...) ((void)0) /* no pairs */
+
+/* Where the rows of `lines` codes have not all listed their excesses, bring them into the dense form. */
+static void make_dense(uint8_t *codes, int64_t lines, const Image *image, const Term *terms)
+{
+#pragma omp parallel for schedule(static)
+    for (int64_t line = 0; line < lines; line++) {
+        const Excesses of_row = excesses_of(codes + line * bytes_of_row(image), image);
+        const int32_t listed = of_row.starts[image->pairs];
+        if (listed != DENSE) spread_excesses(&of_row, listed, image, terms);
+    }
+}
+#else /* no pairs */
+#define transform_row(...) 0
+#define make_dense(...) ((void)0)
 #endif
 
-/* Write `x`, after `affine` and SiLU where there is one, in codes, its border in the code of zero; surplus channels have
-   no weight, so any code will do. Codes that are to be signed are written less 128: a flip of the first bit. */
-void quantize(const float *x, Image image, Affine affine, float inverse_scale, int zero_point, int qmax, int is_signed,
-              uint8_t *codes)
+/* Write `x`, after `affine` and SiLU where there is one, in codes, with its border and surplus channels in the code of zero;
+   return whether the excesses of pairs are dense, in all rows. Codes that are to be signed are written less 128: a flip of
+   the first bit. */
+int quantize(const float *x, Image image, Affine affine, float inverse_scale, int zero_point, int qmax, int is_signed,
+             uint8_t *codes)
 {
     const uint8_t flip = is_signed ? SIGNED_OFFSET : 0;
     const int code_of_zero = zero_point ^ flip;
@@ -599,7 +658,8 @@ void quantize(const float *x, Image image, Affine affine, float inverse_scale, i
     int64_t width = image.pairs ? 2 * image.pairs + 2 : image.width + 2 * image.border_x; /* as the kernel reads it */
     Term terms[TERMS];
     for (int k = 0; k < TERMS; k++) terms[k] = term_of(k, zero_point, qmax);
-#pragma omp parallel for schedule(static) if (image.images * height > 1)
+    int is_dense = 0;
+#pragma omp parallel for schedule(static) reduction(| : is_dense) if (image.images * height > 1)
     for (int64_t line = 0; line < image.images * height; line++) {
         int64_t y = line % height - image.border_y, before = image.border_x;
         Affine local = affine_at(affine, line / height * image.channels);
@@ -612,12 +672,14 @@ void quantize(const float *x, Image image, Affine affine, float inverse_scale, i
             row += before * channels;
             for (int64_t i = 0; i < image.width; i++, row += channels, source += image.channels) {
                 quantize_pixel(source, local, image.channels, inverse_scale, zero_point, qmax, flip, row);
-                memset(row + image.channels, 0, channels - image.channels);
+                memset(row + image.channels, code_of_zero, channels - image.channels);
             }
             memset(row, code_of_zero, (width - before - image.width) * channels);
         }
-        if (image.pairs) transform_row(start, &image, terms);
+        if (image.pairs) is_dense |= transform_row(start, &image, terms);
     }
+    if (is_dense) make_dense(codes, image.images * height, &image, terms);
+    return is_dense;
 }
 
 /* The least and the largest value of `x` after `affine` and SiLU, and of zero; a NaN anywhere shows in both. */
@@ -741,9 +803,9 @@ void run_layer(const float *x, Affine affine, const Layer *layer, Addend addend,
     int zero_point = layer->zero_point, is_signed = (int)layer->weights->is_signed;
     double started = omp_get_wtime();
     if (scale == 0) choose_range(x, layer->image, affine, layer->qmax, &scale, &zero_point);
-    quantize(x, layer->image, affine, 1 / scale, zero_point, layer->qmax, is_signed, codes);
+    int is_dense = quantize(x, layer->image, affine, 1 / scale, zero_point, layer->qmax, is_signed, codes);
     started = clock_phase(ROUNDING, started);
-    multiply(codes, layer, scale, is_signed ? zero_point - SIGNED_OFFSET : zero_point, addend, out);
+    multiply(codes, layer, scale, is_signed ? zero_point - SIGNED_OFFSET : zero_point, is_dense, addend, out);
     clock_phase(PRODUCTS, started);
 }
 
@@ -780,7 +842,7 @@ static Scratch scratch_of(const ResidualBlock *block)
     at.embedding = sizeof(float) * hidden->images * hidden->height * hidden->width * hidden->channels;
     at.gain = at.embedding + sizeof(float) * hidden->images * hidden->channels;
     at.shift = at.gain + maps;
-    at.codes = at.shift + maps;
+    at.codes = (at.shift + maps + LINE - 1) / LINE * LINE;
     at.end = at.codes + codes;
     return at;
 }

@@ -34,10 +34,10 @@ NAME = "x86"
 SOURCE = Path(__file__).with_name("x86.c")
 DEPTH = 4  # inputs of a step, as in the C file
 TERMS = 4  # products that make a pair of pixels, as in the C file
+LANES = 32  # channels of a pair that are computed at once, as in the C file
 CACHE_LINE = 64  # bytes
 MAX_NARROW_BITS = 6  # two steps of the largest levels still fit 16 bits, and sums of three 8
 MIN_PAIRED_INPUTS = 48  # of a column: with fewer, pairs cost more than the products that they save
-NUMBERS_OF_EXCESS = 3  # int32 for each step whose terms exceed 8 bits, as in the C file
 LEVEL_MAX = 2**7 - 1  # of 8 bits
 SUM_MAX = 2**15 - 1  # of 16 bits
 MAX_LINE = 32  # pixels
@@ -57,9 +57,9 @@ class Image(ctypes.Structure):
         """Return the bytes of its codes, with the border and the padded channels: `bytes_of_row` in the C file."""
         columns = TERMS * self.pairs if self.pairs else self.width + 2 * self.border_x
         row = columns * self.padded_channels
-        if self.pairs:  # and room for what exceeds 8 bits
-            numbers = self.pairs + 1 + NUMBERS_OF_EXCESS * row // DEPTH
-            row = round_up(row + numbers * ctypes.sizeof(ctypes.c_int32), CACHE_LINE)
+        if self.pairs:  # what exceeds 8 bits: as large a row, or a list of three numbers a step, and where pairs start
+            numbers = self.pairs + 1 + 3 * (row // (8 * DEPTH) + LANES // DEPTH)
+            row = round_up(2 * row + numbers * ctypes.sizeof(ctypes.c_int32), CACHE_LINE)
         return self.images * (self.height + 2 * self.border_y) * row
 
 
@@ -184,7 +184,7 @@ def library() -> ctypes.CDLL | str:
     # The next two are parts of `run_layer`, for tests.
     loaded.choose_range.argtypes = [address, Image, Affine, integer, address, address]
     loaded.quantize.argtypes = [address, Image, Affine, ctypes.c_float, integer, integer, integer, address]
-    loaded.choose_range.restype = loaded.quantize.restype = None
+    loaded.choose_range.restype = None
     loaded.normalize.restype = loaded.run_layer.restype = loaded.run_block.restype = None
     loaded.read_seconds.restype, loaded.block_bytes.restype = None, long
     loaded.plan_windows.argtypes = [address, long, long, long, address, integer, address, address]
