@@ -22,7 +22,6 @@ from diffusers_pqcad.pending import install_pending_, remove_pending_
 from diffusers_pqcad.qparams import (
     WeightSpec,
     relative,
-    row_chunks,
 )
 from diffusers_pqcad.timesteps import TimestepGroups, install_timestep_groups, remove_timestep_groups
 
@@ -88,10 +87,7 @@ def relative_weight_error(weight: torch.Tensor, spec: WeightSpec) -> float:
     Of large layers, about SAMPLED_WEIGHTS weights in evenly spaced rows are looked at.
     """
     weight = weight.detach()[:: max(1, weight.numel() // SAMPLED_WEIGHTS)]
-    errors = torch.zeros(2, device=weight.device)
-    for rows in row_chunks(weight):
-        errors += weights.quantize_rows(weight[rows], weights.min_max_scale(weight[rows], spec), spec)[1]
-    return relative(errors)
+    return relative(weights.quantize(weight, spec)[2])
 
 
 def decide_bits(layers: Mapping[str, FloatLayer], config: PQCADConfig) -> dict[str, int]:

@@ -99,10 +99,15 @@ def min_max_weight_scale(weight: Tensor, spec: WeightSpec) -> Tensor:
     return scale_of_largest(torch.linalg.vector_norm(groups, torch.inf, dim=-1), spec)  # a NaN or an infinity shows
 
 
-def scale_of_largest(absmax: Tensor, spec: WeightSpec) -> Tensor:
-    """Return `min_max_weight_scale` of groups whose largest magnitudes are `absmax` fp32, in its shape."""
+def refuse_not_finite(absmax: Tensor) -> None:
+    """Raise ValueError where a largest magnitude of weights is not finite."""
     if not torch.isfinite(absmax).all():
         raise ValueError("the weights hold a NaN or an infinity; a scale cannot be chosen for them.")
+
+
+def scale_of_largest(absmax: Tensor, spec: WeightSpec) -> Tensor:
+    """Return `min_max_weight_scale` of groups whose largest magnitudes are `absmax` fp32, in its shape."""
+    refuse_not_finite(absmax)
     scale_of_zeros = MIN_SCALE if spec.bits == 2 else 1.0  # the 2-bit grid rounds 0 to +-scale
     return torch.where(absmax > 0, (absmax / spec.level_max).clamp(min=MIN_SCALE), scale_of_zeros)
 

@@ -1,32 +1,37 @@
 /* Weights rounded onto their grid, packed, and what that costs, in one pass. Compiled on first use, by native.py. Codes
    are those of qparams.py and packing.py, to the last; sums of errors are rounded otherwise. */
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
+#include <string.h>
 
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
 
-/* Largest magnitudes of `groups` of `length` weights; that of a NaN, or of an infinity, is not finite. */
+#define MIN_SCALE 1e-12f /* as in qparams.py */
+
+/* For weights.py: how many threads take part. */
+int max_threads(void) { return omp_get_max_threads(); }
+
+/* The largest magnitude of `length` weights; not finite where a weight is not. */
+INLINE float largest_magnitude(const float *weight, int64_t length)
+{
+    uint32_t most = 0; /* magnitudes are in the order of their bits, NaNs last */
+    for (int64_t i = 0; i < length; i++) {
+        uint32_t bits;
+        memcpy(&bits, weight + i, sizeof bits);
+        most = (bits & 0x7fffffff) > most ? bits & 0x7fffffff : most;
+    }
+    float found;
+    memcpy(&found, &most, sizeof found);
+    return found;
+}
+
 void largest_magnitudes(const float *weight, int64_t groups, int64_t length, float *largest)
 {
 #pragma omp parallel for schedule(static)
-    for (int64_t group = 0; group < groups; group++) {
-        const float *own = weight + group * length;
-        uint32_t most = 0; /* magnitudes are in the order of their bits, NaNs last */
-        for (int64_t i = 0; i < length; i++) {
-            union {
-                float number;
-                uint32_t bits;
-            } w = {own[i]};
-            uint32_t magnitude = w.bits & 0x7fffffff;
-            most = magnitude > most ? magnitude : most;
-        }
-        union {
-            uint32_t bits;
-            float number;
-        } found = {most};
-        largest[group] = found.number;
-    }
+    for (int64_t group = 0; group < groups; group++)
+        largest[group] = largest_magnitude(weight + group * length, length);
 }
 
 /* A grid of levels, as WeightSpec in qparams.py has it. */
@@ -79,28 +84,42 @@ INLINE void pack(const uint8_t *codes, int64_t count, int bits, int block_codes,
     }
 }
 
-INLINE void round_row(const float *weight, const float *scale, int64_t groups, int64_t length, Grid grid,
+/* The min-max scale of a group, as `scale_of_largest` in qparams.py; not finite where a weight is not. */
+INLINE float min_max_scale(const float *weight, int64_t length, Grid grid)
+{
+    float largest = largest_magnitude(weight, length), scale = largest / (float)grid.level_max;
+    if (largest == 0) return grid.bits == 2 ? MIN_SCALE : 1;
+    return scale < MIN_SCALE ? MIN_SCALE : scale;
+}
+
+INLINE void round_row(const float *weight, float *scale, int64_t groups, int64_t length, int finds_scale, Grid grid,
                       uint8_t *codes, double *errors)
 {
     errors[0] = errors[1] = 0;
-    for (int64_t group = 0; group < groups; group++)
-        round_group(weight + group * length, length, scale[group], grid, codes + group * length, errors);
+    for (int64_t group = 0; group < groups; group++, weight += length, codes += length) {
+        if (finds_scale) scale[group] = min_max_scale(weight, length, grid); /* the cache has the weights then */
+        round_group(weight, length, scale[group], grid, codes, errors);
+    }
 }
 
-/* Round `rows` x `groups` x `length` weights at `scale` (rows, groups). `codes` is (rows, row_codes), with zeros beyond a
-   row up to a whole block, and `packed` as many bits of each; for 8 bits, `codes` are what is packed. `errors` (rows, 2)
-   are sums of squared errors and of squared weights. */
-void quantize_rows(const float *weight, const float *scale, int64_t rows, int64_t groups, int64_t length, int bits,
-                   int64_t row_codes, uint8_t *codes, uint8_t *packed, double *errors)
+/* Round `rows` x `groups` x `length` weights at `scale` (rows, groups), which is written with `finds_scale`, to `packed`,
+   the bits of `row_codes` codes a row, whole blocks. `room` has as many bytes for each of `threads`. `errors` (rows, 2) are
+   sums of squared errors and of squared weights. */
+void quantize_rows(const float *weight, float *scale, int64_t rows, int64_t groups, int64_t length, int finds_scale,
+                   int bits, int64_t row_codes, int threads, uint8_t *room, uint8_t *packed, double *errors)
 {
-#pragma omp parallel for schedule(static)
+    memset(room, 0, threads * row_codes); /* beyond a row, too */
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < rows; row++) {
-        uint8_t *own = codes + row * row_codes, *target = packed + row * row_codes * bits / 8;
+        uint8_t *target = packed + row * row_codes * bits / 8, *own = room + omp_get_thread_num() * row_codes;
         const float *from = weight + row * groups * length;
+        float *scales = scale + row * groups;
+        double *sums = errors + 2 * row;
         switch (bits) { /* constant grids are vectorized */
 #define CASE(BITS, LEVEL_MAX, LEVEL_STEP, CODES, BYTES)                                                                    \
     case BITS:                                                                                                             \
-        round_row(from, scale + row * groups, groups, length, (Grid){BITS, LEVEL_MAX, LEVEL_STEP}, own, errors + 2 * row); \
+        if (BITS == 8) own = target;                                                                                       \
+        round_row(from, scales, groups, length, finds_scale, (Grid){BITS, LEVEL_MAX, LEVEL_STEP}, own, sums);              \
         if (BITS < 8) pack(own, row_codes, BITS, CODES, BYTES, target);                                                    \
         break;
             CASE(2, 3, 2, 4, 1)

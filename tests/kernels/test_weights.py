@@ -39,14 +39,14 @@ def test_codes_are_those_of_pytorch(seed, bits, rows, groups, size, clip, dtype)
     torch.manual_seed(seed)
     weight, spec = torch.randn(rows, groups * size).to(dtype), WeightSpec(bits, size if groups > 1 else None)
     least = min_max_weight_scale(weight, spec)
-    assert torch.equal(weights.min_max_scale(weight, spec), least)
-    scale = (least * clip).clamp(min=1e-12)
-    packed, errors = weights.quantize_rows(weight, scale, spec)
-    exact_packed, exact_errors = expected(weight, scale, spec)
-    assert torch.equal(packed, exact_packed)
-    assert packed.dtype == torch.uint8
-    # Of a weight and its near level, fp32 knows the difference to 6e-8 of the weight.
-    torch.testing.assert_close(errors.double(), exact_errors, rtol=1e-5, atol=2e-7 * exact_errors[1].item())
+    for asked, scale in ((None, least), ((least * clip).clamp(min=1e-12),) * 2):
+        packed, used, errors = weights.quantize(weight, spec, asked)
+        exact_packed, exact_errors = expected(weight, scale, spec)
+        assert torch.equal(used, scale)
+        assert torch.equal(packed, exact_packed)
+        assert packed.dtype == torch.uint8
+        # Of a weight and its near level, fp32 knows the difference to 6e-8 of the weight.
+        torch.testing.assert_close(errors.double(), exact_errors, rtol=1e-5, atol=2e-7 * exact_errors[1].item())
 
 
 @needs_compiler
@@ -56,21 +56,31 @@ def test_ties_are_rounded_to_even_and_zeros_stay(bits: int) -> None:
     weight = torch.arange(-300, 301).div(4).repeat(2, 1)  # quarters of a level, within and beyond
     weight[1] = 0
     scale = torch.tensor([[1.0], [0.5]])
-    packed, errors = weights.quantize_rows(weight, scale, spec)
+    packed, _, errors = weights.quantize(weight, spec, scale)
     exact_packed, exact_errors = expected(weight, scale, spec)
     assert torch.equal(packed, exact_packed)
     torch.testing.assert_close(errors.double(), exact_errors, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_scales_of_zeros_and_of_tiny_weights(bits: int, compiled: bool, monkeypatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(weights, "library", lambda: "no C compiler was found")
+    weight = torch.tensor([[0.0, -0.0], [1e-40, 0.0], [1e-30, -1e-20], [3e38, -1.0]])
+    packed, scale, _ = weights.quantize(weight, WeightSpec(bits))
+    assert torch.equal(scale, min_max_weight_scale(weight, WeightSpec(bits)))
+    assert torch.equal(packed, expected(weight, scale, WeightSpec(bits))[0])
+
+
 def test_a_convolution_and_views_are_taken_as_they_are() -> None:
     weight, spec = torch.randn(3, 3, 10, 12).permute(3, 2, 1, 0), WeightSpec(3)
-    scale = weights.min_max_scale(weight, spec)
+    packed, scale, errors = weights.quantize(weight, spec)
     assert torch.equal(scale, min_max_weight_scale(weight, spec))
-    packed, errors = weights.quantize_rows(weight, scale, spec)
     assert torch.equal(packed, expected(weight, scale, spec)[0])
-    assert torch.equal(weights.quantize_rows(weight.contiguous(), scale, spec)[1], errors)
+    assert torch.equal(weights.quantize(weight.contiguous(), spec, scale)[2], errors)
     room = torch.rand(24, 1)
-    assert torch.equal(weights.quantize_rows(weight, room[::2], spec)[0], expected(weight, room[::2], spec)[0])
+    assert torch.equal(weights.quantize(weight, spec, room[::2])[0], expected(weight, room[::2], spec)[0])
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -78,7 +88,7 @@ def test_a_convolution_and_views_are_taken_as_they_are() -> None:
 def test_a_weight_in_pieces_is_the_whole_one(bits: int, compiled: bool, monkeypatch) -> None:
     if not compiled:
         monkeypatch.setattr(weights, "library", lambda: "no C compiler was found")
-    weight, spec = torch.randn(11, 40), WeightSpec(bits, 20)
+    weight, spec = torch.randn(11, 40).bfloat16(), WeightSpec(bits, 20)
     monkeypatch.setattr(weights, "CACHED_WEIGHTS", 130)  # three rows, and two at the end
     least = min_max_weight_scale(weight, spec)
     for scale in (None, least * 0.7):
@@ -98,23 +108,22 @@ def test_what_is_not_finite_is_refused(value: float) -> None:
     weight = torch.randn(4, 40)
     weight[2, 33] = value
     assert weights.largest_magnitudes(weight).isfinite().flatten().tolist() == [True, True, False, True]
-    with pytest.raises(ValueError, match="hold a NaN or an infinity"):
-        weights.min_max_scale(weight, WeightSpec(4))
+    for scale in (None, torch.ones(4, 1)):
+        with pytest.raises(ValueError, match="hold a NaN or an infinity"):
+            weights.quantize(weight, WeightSpec(4), scale)
 
 
 @needs_compiler
 def test_threads_change_nothing() -> None:
     weight, spec = torch.randn(50, 70), WeightSpec(4)
-    scale = weights.min_max_scale(weight, spec)
-    one = weights.quantize_rows(weight, scale, spec)
+    one = weights.quantize(weight, spec)
     torch.set_num_threads(3)
     try:
-        three = weights.quantize_rows(weight, scale, spec)
-        assert torch.equal(weights.min_max_scale(weight, spec), scale)
+        three = weights.quantize(weight, spec)
     finally:
         torch.set_num_threads(1)
-    assert torch.equal(one[0], three[0])
-    assert torch.equal(one[1], three[1])
+    for alone, together in zip(one, three, strict=True):
+        assert torch.equal(alone, together)
 
 
 @pytest.fixture
@@ -126,9 +135,8 @@ def no_compiler() -> Iterator[None]:
 @pytest.mark.parametrize("bits", WEIGHT_BITS)
 def test_without_a_compiler_pytorch_computes_it(no_compiler: None, bits: int) -> None:
     weight, spec = torch.randn(6, 40), WeightSpec(bits, 20)
-    scale = weights.min_max_scale(weight, spec)
+    packed, scale, errors = weights.quantize(weight, spec)
     assert torch.equal(scale, min_max_weight_scale(weight, spec))
-    packed, errors = weights.quantize_rows(weight, scale, spec)
     exact_packed, exact_errors = expected(weight, scale, spec)
     assert torch.equal(packed, exact_packed)
     torch.testing.assert_close(errors.double(), exact_errors, rtol=1e-5, atol=0)
@@ -138,7 +146,7 @@ def test_without_a_compiler_pytorch_computes_it(no_compiler: None, bits: int) ->
 def test_scales_of_other_shapes_are_refused(shape) -> None:
     """C would read beyond them."""
     with pytest.raises(ValueError, match="scale: expected"):
-        weights.quantize_rows(torch.randn(6, 40), torch.ones(shape), WeightSpec(8))
+        weights.quantize(torch.randn(6, 40), WeightSpec(8), torch.ones(shape))
     layer = PQCADLinear(40, 6)
     layer.name = "proj"
     with pytest.raises(ValueError, match="proj: scale: expected a shape of"):
@@ -148,9 +156,9 @@ def test_scales_of_other_shapes_are_refused(shape) -> None:
 
 def test_scales_of_another_dtype_are_taken_as_numbers() -> None:
     weight, spec = torch.randn(6, 40), WeightSpec(4)
-    scale = weights.min_max_scale(weight, spec).half()
-    expected_codes = weights.quantize_rows(weight, scale.float(), spec)[0]
-    assert torch.equal(weights.quantize_rows(weight, scale.double(), spec)[0], expected_codes)
+    scale = min_max_weight_scale(weight, spec).half()
+    expected_codes = weights.quantize(weight, spec, scale.float())[0]
+    assert torch.equal(weights.quantize(weight, spec, scale.double())[0], expected_codes)
 
 
 @pytest.mark.parametrize("compiled", [True, False])
