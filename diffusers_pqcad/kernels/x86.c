@@ -80,7 +80,8 @@ typedef struct {
 } Excesses;
 #define DENSE -1
 
-/* Listed steps take ten times as long as others, and the dense form doubles the products: that is level near 1/5. */
+/* A listed step takes five times as long as one of codes, and the dense form doubles the products: level at a share of 1/5.
+   One row decides for all, so a list may be shorter. */
 static inline int64_t room_for_excesses(int64_t bytes_of_codes) { return bytes_of_codes / (8 * DEPTH) + LANES / DEPTH; }
 
 /* Bytes of a row of codes, without and with its excesses. */
@@ -383,6 +384,32 @@ INLINE void gate_row(const int32_t *sums, const Epilogue *epilogue, float *out)
         _mm256_storeu_ps(out + j, _mm256_mul_ps(_mm256_loadu_ps(out + j), gelu_ps(_mm256_loadu_ps(gates + j))));
 }
 
+/* A row of a tile: its codes, its image, its column, and the first pixel of its output. A pair is `is_single` where it is
+   the last one of an odd number of pixels. */
+typedef struct {
+    const uint8_t *codes;
+    int64_t image, column, pixel;
+    int is_single;
+} Row;
+
+/* Find `count` rows, the first of which is the `first` of all; `columns` are in a line of the output. */
+INLINE void find_rows(const uint8_t *codes, const Layer *layer, int64_t columns, int64_t first, int count, Row rows[ROWS])
+{
+    const Image *image = &layer->image;
+    const Output *output = &layer->output;
+    const int64_t row_bytes = bytes_of_row(image), pixels = image->pairs ? 2 : 1;
+    const int64_t image_bytes = (image->height + 2 * image->border_y) * row_bytes;
+    const int64_t column_bytes = image->padded_channels * (image->pairs ? TERMS : output->stride_x);
+    int64_t column = first % columns, line = first / columns, n = line / output->out_height, y = line % output->out_height;
+    for (int i = 0; i < ROWS; i++) { /* counted on: divisions for each row would take as long as a short product */
+        rows[i] = (Row){codes + n * image_bytes + y * output->stride_y * row_bytes + column * column_bytes, n, column,
+                        line * output->out_width + column * pixels, column * pixels + 1 == output->out_width};
+        if (i + 1 >= count || ++column < columns) continue;
+        column = 0, line++;
+        if (++y == output->out_height) y = 0, n++;
+    }
+}
+
 #if VNNI
 /* Write both pixels of the pair in row `i` of all terms' sums, each with its addend; `second` is NULL for a single one. */
 INLINE void write_pair(int32_t sums[TERMS][ROWS][OUTPUTS], int i, const Block *terms, const float *addend,
@@ -397,29 +424,40 @@ INLINE void write_pair(int32_t sums[TERMS][ROWS][OUTPUTS], int i, const Block *t
     }
 }
 
-/* Add the products of listed excesses to the sums of pairs `pair` to `end`, side by side; `pair` has those of row `i`.
-   `row` is the first row of codes that they take; `biases` are the terms', as often as an excess has bytes. */
-INLINE void add_excesses(const Image *image, const uint8_t *row, const Block *terms, const int32_t *biases, int64_t pair,
-                         int64_t end, int64_t i, int32_t sums[TERMS][ROWS][OUTPUTS])
+/* Add the products of listed excesses to the sums of pairs side by side: those of `row` and all up to column `end` of its
+   line, the first of which are those of row `i` of the tile. `biases` are the terms', as often as an excess has bytes. */
+INLINE void add_excesses_of_line(const Image *image, const Row *row, int64_t end, const Block *terms,
+                                 const int32_t *biases, int i, int32_t sums[TERMS][ROWS][OUTPUTS])
 {
-    const int64_t row_bytes = bytes_of_row(image);
-    int64_t at = 0; /* of the row's weights */
-    for (const Window *window = terms->window; window < terms->end; window++) { /* a window is a row of the kernel */
-        const Excesses of_row = excesses_of(row + window->y * row_bytes, image);
-        for (int32_t e = of_row.starts[pair]; e < of_row.starts[end]; e++) {
+    const uint8_t *line = row->codes - row->column * TERMS * image->padded_channels;
+    int64_t at = 0; /* of the weights of a row of the kernel, which is a window */
+    for (const Window *window = terms->window; window < terms->end; window++) {
+        const Excesses of_row = excesses_of(line + window->y * bytes_of_row(image), image);
+        for (int32_t e = of_row.starts[row->column]; e < of_row.starts[end]; e++) {
             const Excess one = of_row.list[e];
             const uint32_t place = (uint32_t)one.place, term = place % TERMS;
             const int8_t *weight = terms[term].weight + at + one.weights;
-            int32_t *sum = sums[term][i + place / TERMS - pair];
+            int32_t *sum = sums[term][i + place / TERMS - row->column];
             const __m512i excess = _mm512_set1_epi32(one.bytes), bias = _mm512_set1_epi32(biases[term]);
-            for (int j = 0; j < 2; j++) {
-                const __m512i levels = _mm512_loadu_si512(weight + 64 * j), zero = _mm512_setzero_si512();
+            for (int j = 0; j < OUTPUTS; j += 16) {
+                const __m512i levels = _mm512_loadu_si512(weight + DEPTH * j), zero = _mm512_setzero_si512();
                 const __m512i product = _mm512_sub_epi32(_mm512_dpbusd_epi32(zero, excess, levels),
                                                          _mm512_dpbusd_epi32(zero, bias, levels));
-                _mm512_store_si512(sum + 16 * j, _mm512_add_epi32(_mm512_load_si512(sum + 16 * j), product));
+                _mm512_store_si512(sum + j, _mm512_add_epi32(_mm512_load_si512(sum + j), product));
             }
         }
         at += (int64_t)window->steps * DEPTH * OUTPUTS;
+    }
+}
+
+/* The same for `count` rows. */
+INLINE void add_excesses(const Image *image, const Row *row, int count, const Block *terms, const int32_t *biases,
+                         int32_t sums[TERMS][ROWS][OUTPUTS])
+{
+    for (int i = 0, length; i < count; i += length) {
+        int64_t left = image->pairs - row[i].column;
+        length = left < count - i ? (int)left : count - i;
+        add_excesses_of_line(image, row + i, row[i].column + length, terms, biases, i, sums);
     }
 }
 
@@ -450,9 +488,7 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
     const Image image = layer->image;
     const Output output = layer->output;
     const int is_signed = (int)layer->weights->is_signed;
-    int64_t row_bytes = bytes_of_row(&image), image_bytes = (image.height + 2 * image.border_y) * row_bytes;
-    int64_t columns = image.pairs ? image.pairs : output.out_width, pixels_of_column = image.pairs ? 2 : 1;
-    int64_t column_bytes = image.padded_channels * (image.pairs ? TERMS : output.stride_x);
+    int64_t row_bytes = bytes_of_row(&image), columns = image.pairs ? image.pairs : output.out_width;
     int64_t rows = image.images * output.out_height * columns, tiles = (rows + ROWS - 1) / ROWS;
     int64_t blocks = (output.out_channels + OUTPUTS - 1) / OUTPUTS, runs = (tiles + TILES - 1) / TILES;
     int32_t biases[TERMS];
@@ -467,35 +503,21 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
         for (int64_t tile = start; tile < stop; tile++) {
             int32_t sums[TERMS][ROWS][OUTPUTS] __attribute__((aligned(64)));
             const uint8_t *sources[ROWS];
-            int64_t images[ROWS], pixels[ROWS], places[ROWS]; /* of each row: its image, its first output pixel, its column */
-            int is_single[ROWS]; /* the last column of an odd number is */
-            int64_t first = tile * ROWS;
-            int count = rows - first < ROWS ? (int)(rows - first) : ROWS;
-            int64_t column = first % columns, line = first / columns;
-            int64_t n = line / output.out_height, y = line % output.out_height;
-            for (int i = 0; i < ROWS; i++) { /* counted on: divisions for each row would take as long as a short product */
-                sources[i] = codes + n * image_bytes + y * output.stride_y * row_bytes + column * column_bytes;
-                images[i] = n, pixels[i] = line * output.out_width + column * pixels_of_column, places[i] = column;
-                is_single[i] = column * pixels_of_column + 1 == output.out_width;
-                if (i + 1 >= count || ++column < columns) continue;
-                column = 0, line++;
-                if (++y == output.out_height) y = 0, n++;
-            }
+            Row row[ROWS];
+            int count = rows - tile * ROWS < ROWS ? (int)(rows - tile * ROWS) : ROWS;
+            find_rows(codes, layer, columns, tile * ROWS, count, row);
+            for (int i = 0; i < ROWS; i++) sources[i] = row[i].codes;
             for (int k = 0; k < products; k++)
                 multiply_tile(count, is_signed, sources, row_bytes, block[k].weight, block[k].window, block[k].end, sums[k]);
             if (is_dense) add_dense(count, &image, sources, block, sums);
-            for (int64_t i = 0, next; image.pairs && !is_dense && i < count; i += next - places[i]) { /* side by side */
-                next = columns < places[i] + count - i ? columns : places[i] + count - i;
-                add_excesses(&image, sources[i] - places[i] * column_bytes, block, biases, places[i], next, i, sums);
-            }
+            if (image.pairs && !is_dense) add_excesses(&image, row, count, block, biases, sums);
             for (int i = 0; i < count; i++) {
-                int64_t at = pixels[i] * output.out_channels + channel;
-                int64_t added = addend.is_per_image ? images[i] * output.out_channels + channel : at;
+                int64_t at = row[i].pixel * output.out_channels + channel;
+                int64_t added = addend.is_per_image ? row[i].image * output.out_channels + channel : at;
                 const float *numbers = addend.numbers ? addend.numbers + added : NULL;
                 if (image.pairs) {
-                    int64_t step = addend.is_per_image ? 0 : output.out_channels;
-                    const float *others = numbers ? numbers + step : NULL;
-                    float *second = is_single[i] ? NULL : out + at + output.out_channels;
+                    const float *others = numbers && !addend.is_per_image ? numbers + output.out_channels : numbers;
+                    float *second = row[i].is_single ? NULL : out + at + output.out_channels;
                     write_pair(sums, i, block, numbers, others, channels, out + at, second);
                     continue;
                 }
