@@ -31,7 +31,7 @@
 #define CODE_MAX 255
 #define DEPTH 4 /* inputs of a step: 4 codes are broadcast, and multiplied by 4 weights of each output */
 #define TERMS 4 /* products that make a pair of pixels */
-#define LANES 32 /* channels of a term that are computed at once */
+#define LANES 64 /* channels of a term that are computed at once */
 #define LINE 64 /* bytes of the cache */
 
 /* For x86.py: what this code was compiled for. */
@@ -54,14 +54,12 @@ typedef struct {
     int offset, bias, zero;
 } Term;
 
-/* Term `k`. A difference, of -255 to 255, is kept from -127 to 128, so that -128 to 127 is beyond. A sum, of 0 to 2 * qmax,
-   is kept from `start` on: around that of zeros, which are the most frequent, as far as there are sums. */
+/* Term `k`. A difference, of -255 to 255, is kept from -128 to 127, so that -127 to 128 is beyond. A sum, of 0 to 510, is
+   kept from 0 or from 128 on: as that of zeros, near which most are, is farther from the ends. Codes of 7 bits all fit. */
 static inline Term term_of(int k, int zero_point, int qmax)
 {
-    if (k != 1) return (Term){127, 128, 127};
-    int start = 2 * zero_point - 128, last = 2 * qmax - CODE_MAX;
-    start = start < last ? start : last;
-    start = start > 0 ? start : 0;
+    if (k != 1) return (Term){128, 127, 128};
+    const int start = qmax > CODE_MAX / 2 && 2 * zero_point >= 192 ? 128 : 0;
     return (Term){-start, start, 2 * zero_point - start};
 }
 
@@ -592,11 +590,11 @@ INLINE void quantize_pixel(const float *x, Affine affine, int64_t channels, floa
 #if VNNI
 /* List at `list` those of the excesses of LANES channels from `channel` on, in `bytes` with their bias, that `exceeds` has
    the steps of; return how many. `place` is their term's. */
-INLINE int list_excesses(__m256i bytes, unsigned exceeds, int64_t place, int64_t channel, Excess *list)
+INLINE int list_excesses(__m512i bytes, unsigned exceeds, int64_t place, int64_t channel, Excess *list)
 {
     int32_t steps[LANES / DEPTH];
     int count = 0;
-    _mm256_storeu_si256((__m256i *)steps, bytes);
+    _mm512_storeu_si512(steps, bytes);
     for (; exceeds; exceeds &= exceeds - 1) {
         const int64_t step = __builtin_ctz(exceeds);
         list[count++] = (Excess){steps[step], (int32_t)place, (int32_t)((channel + step * DEPTH) * OUTPUTS)};
@@ -614,6 +612,23 @@ static void spread_excesses(const Excesses *of_row, int64_t listed, const Image 
     of_row->starts[image->pairs] = DENSE;
 }
 
+/* Two codes' difference plus 128, cut to 8 bits, and its last 8 bits. */
+INLINE void subtract(__m512i a, __m512i b, __m512i *kept, __m512i *last)
+{
+    const __m512i flip = _mm512_set1_epi8((char)128);
+    *kept = _mm512_xor_si512(_mm512_subs_epi8(_mm512_xor_si512(a, flip), _mm512_xor_si512(b, flip)), flip);
+    *last = _mm512_sub_epi8(a, b);
+}
+
+/* Two codes' sum less `start`, cut to 8 bits, and its last 8 bits. */
+INLINE void add(__m512i a, __m512i b, int start, __m512i *kept, __m512i *last)
+{
+    const __m512i flip = _mm512_set1_epi8((char)128);
+    *kept = start ? _mm512_xor_si512(_mm512_adds_epi8(_mm512_xor_si512(a, flip), _mm512_xor_si512(b, flip)), flip)
+                  : _mm512_adds_epu8(a, b);
+    *last = _mm512_add_epi8(a, b);
+}
+
 /* Put the terms of each pair of a row in place of the codes, which lie at the end of their room: of each channel, all codes
    are read before a term is written there. List the excesses, or return 1 where they are dense. */
 static int transform_row(uint8_t *row, const Image *image, const Term *terms)
@@ -626,25 +641,25 @@ static int transform_row(uint8_t *row, const Image *image, const Term *terms)
     for (int64_t pair = 0; pair < image->pairs; pair++, codes += 2 * channels, row += TERMS * channels) {
         if (!is_dense) of_row.starts[pair] = (int32_t)listed;
         for (int64_t c = 0; c < channels; c += LANES) {
-            const __mmask32 real = channels - c < LANES ? (1u << (channels - c)) - 1 : 0xffffffff;
-            __m512i code[TERMS];
-            for (int k = 0; k < TERMS; k++)
-                code[k] = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(real, codes + k * channels + c));
-            const __m512i term[TERMS] = {_mm512_sub_epi16(code[0], code[2]), _mm512_add_epi16(code[1], code[2]),
-                                         _mm512_sub_epi16(code[2], code[1]), _mm512_sub_epi16(code[1], code[3])};
+            const int64_t count = channels - c < LANES ? channels - c : LANES;
+            const __mmask64 real = ~0ull >> (LANES - count);
+            __m512i code[TERMS], kept[TERMS], last[TERMS];
+            for (int k = 0; k < TERMS; k++) code[k] = _mm512_maskz_loadu_epi8(real, codes + k * channels + c);
+            subtract(code[0], code[2], kept, last);
+            add(code[1], code[2], terms[1].bias, kept + 1, last + 1);
+            subtract(code[2], code[1], kept + 2, last + 2);
+            subtract(code[1], code[3], kept + 3, last + 3);
             for (int k = 0; k < TERMS; k++) {
-                const __m512i value = _mm512_add_epi16(term[k], _mm512_set1_epi16((short)terms[k].offset));
-                const __m512i least = _mm512_setzero_si512(), most = _mm512_set1_epi16(CODE_MAX);
-                const __m512i kept = _mm512_min_epi16(_mm512_max_epi16(value, least), most);
-                const __m512i excess = _mm512_maskz_sub_epi16(real, value, kept);
-                _mm256_mask_storeu_epi8(row + k * channels + c, real, _mm512_cvtepi16_epi8(kept));
-                const unsigned exceeds = _mm512_test_epi64_mask(excess, excess);
+                _mm512_mask_storeu_epi8(row + k * channels + c, real, kept[k]);
+                /* The term, plus its offset, less what is kept of it, plus its bias: 8 bits hold that. */
+                const __m512i more = _mm512_set1_epi8((char)(terms[k].offset + terms[k].bias));
+                const __m512i bytes = _mm512_add_epi8(_mm512_sub_epi8(last[k], kept[k]), more);
+                const __m512i none = _mm512_set1_epi8((char)terms[k].bias);
+                const unsigned exceeds = _mm512_cmpneq_epi32_mask(bytes, none) & (0xffff >> (LANES - count) / DEPTH);
                 if (!exceeds) continue;
-                const __m512i biased = _mm512_add_epi16(excess, _mm512_set1_epi16((short)terms[k].bias));
-                const __m256i bytes = _mm512_cvtepi16_epi8(biased);
                 if (!is_dense && listed + LANES / DEPTH > room) spread_excesses(&of_row, listed, image, terms), is_dense = 1;
                 const int64_t place = TERMS * pair + k;
-                if (is_dense) _mm256_mask_storeu_epi8(of_row.dense + place * channels + c, real, bytes);
+                if (is_dense) _mm512_mask_storeu_epi8(of_row.dense + place * channels + c, real, bytes);
                 else listed += list_excesses(bytes, exceeds, place, c, of_row.list + listed);
             }
         }
