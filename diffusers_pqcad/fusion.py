@@ -1,7 +1,7 @@
 """Blocks of diffusers' models that the int8 kernel computes at once, where nobody looks at the modules in them."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,17 @@ from diffusers_pqcad import graph_ops, kernels
 from diffusers_pqcad.kernels import x86
 from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear, QuantizedLayer
 from diffusers_pqcad.pending import Norm, PendingGroupNorm
+
+
+class Plans(NamedTuple):
+    """What a block computes for inputs of some sizes, as long as its modules have these `marks`: a plan `by_group`.
+
+    All of its layers with static ranges have the same group; `static` is where the first one is among the modules.
+    """
+
+    marks: list[tuple[Any, ...]]
+    static: int | None
+    by_group: dict[int | None, Any]
 
 
 class FusedBlock:
@@ -41,20 +52,29 @@ class FusedBlock:
         somebody looks on, or where images of the batch have ranges of their own, which no kernel takes.
         """
         owner = self.first_layer(self)
-        if is_watched() or owner.kernel_name() != x86.NAME:
-            return None, None
-        if not all(kernels.has_numbers(tensor) and tensor.numel() for tensor in inputs):
+        if is_watched() or not all(kernels.has_numbers(tensor) and tensor.numel() for tensor in inputs):
             return None, None
         modules = list(parts_of(cast(nn.Module, self)))
-        groups = [module.input_group() for module in modules if isinstance(module, QuantizedLayer)]
-        if any(isinstance(group, Tensor) for group in groups):
+        marks = [marks_of(module) for module in modules]
+        cache = owner._cache  # read once: another thread may move the layer
+        packed: x86.PackedLayer | None = None if cache is None or cache[0][0] != x86.NAME else cache[1]
+        known = None if packed is None else packed.plans.get(key)
+        if packed is None or known is None or known.marks != marks:
+            if owner.kernel_name() != x86.NAME:
+                return None, None
+            packed = owner.packed_for(x86.NAME)
+            static = next((i for i, module in enumerate(modules) if has_static_range(module)), None)
+            known = Plans(marks, static, {})
+        group = None if known.static is None else cast(QuantizedLayer, modules[known.static]).input_group()
+        if isinstance(group, Tensor):
             return None, None
-        packed, key = owner.packed_for(x86.NAME), (*key, *groups)
-        known = packed.plans.get(key)
-        if known is None or known[0] != [marks_of(module) for module in modules]:
-            plan = build(packed)
-            known = packed.plans[key] = ([marks_of(module) for module in modules], plan)  # layers are packed by now
-        return packed, known[1]
+        if group not in known.by_group:
+            groups = {id(module.timestep_groups) for module in modules if has_static_range(module)}
+            plan = build(packed) if len(groups) < 2 else None
+            marks = [marks_of(module) for module in modules]  # layers are packed by now
+            by_group = {**known.by_group, group: plan} if marks == known.marks else {group: plan}
+            known = packed.plans[key] = Plans(marks, known.static, by_group)
+        return packed, known.by_group[group]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]  # of the other base, a module
@@ -114,11 +134,16 @@ def parts_of(block: nn.Module) -> Iterator[nn.Module]:
                 yield from parts_of(module)
 
 
-VALUES = (  # of modules, that plans are built on
-    *("num_groups", "eps", "affine", "training", "p"),
-    *("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
-    *("in_features", "out_features", "in_channels", "out_channels", "packed", "activation_bits"),
-)
+VALUES: dict[type[nn.Module], tuple[str, ...]] = {  # of modules, that plans are built on
+    nn.GroupNorm: ("num_groups", "eps", "affine"),
+    PendingGroupNorm: ("num_groups", "eps", "affine"),
+    nn.Dropout: ("p", "training"),
+    PQCADLinear: ("in_features", "out_features", "packed", "activation_bits"),
+    PQCADConv2d: (
+        *("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+        *("in_channels", "out_channels", "packed", "activation_bits"),
+    ),
+}
 
 
 def marks_of(module: nn.Module) -> tuple[Any, ...]:
@@ -129,10 +154,17 @@ def marks_of(module: nn.Module) -> tuple[Any, ...]:
         for tensor in state["_parameters"].values()
         if tensor is not None
     ]
-    cache, codes = state.get("_cache"), state["_buffers"].get("qweight")
+    buffers, cache = state["_buffers"], state.get("_cache")
     packed = None if cache is None else id(cache[1])  # a plan keeps it, so that its number is not given again
-    on_cpu = codes is None or codes.is_cpu
-    return (id(module), type(module), is_changed(module), packed, on_cpu, *map(state.get, VALUES), *parameters)
+    codes, groups = buffers.get("qweight"), state.get("timestep_groups")
+    ranges = codes is None or codes.is_cpu, buffers.get("input_scale") is None, id(groups)
+    values = map(state.get, VALUES.get(type(module), ()))
+    return (id(module), type(module), is_changed(module), packed, ranges, *values, *parameters)
+
+
+def has_static_range(module: nn.Module) -> bool:
+    """Return whether `module` is a layer whose activation range is static."""
+    return isinstance(module, QuantizedLayer) and module.input_scale is not None
 
 
 def drops_nothing(module: nn.Module) -> bool:

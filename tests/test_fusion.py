@@ -22,7 +22,8 @@ from diffusers_pqcad.attention import FusedAttention
 from diffusers_pqcad.fusion import FusedBlock, remove_fused_
 from diffusers_pqcad.kernels.x86 import PackedLayer
 from diffusers_pqcad.layers import QuantizedLayer, packed_layers
-from diffusers_pqcad.qparams import WeightSpec
+from diffusers_pqcad.qparams import ActivationQParams, WeightSpec
+from diffusers_pqcad.timesteps import TimestepGroups
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "residual": lambda: ResnetBlock2D(in_channels=16, out_channels=24, temb_channels=12, groups=4),
@@ -78,6 +79,37 @@ def test_one_plan_for_each_size(model: nn.ModuleList, kind: str) -> None:
     small, large = inputs_of(kind), inputs_of(kind, height=7)
     assert [builds(model[0], *inputs) for inputs in (small, small, large, small, large)] == [1, 0, 1, 0, 0]
     assert builds(model[0], *inputs_of(kind)) == 0
+
+
+def set_static_ranges(layers: list[QuantizedLayer], groups: TimestepGroups) -> None:
+    """Ranges of two groups of timesteps, the second one twice as wide."""
+    for layer in layers:
+        qparams = ActivationQParams(torch.tensor([0.03, 0.06]), torch.tensor([120, 120], dtype=torch.int32))
+        layer.set_input_qparams_(qparams, groups)
+
+
+def test_one_plan_for_each_group_of_timesteps(model: nn.ModuleList, kind: str) -> None:
+    groups, inputs = TimestepGroups([500]), inputs_of(kind)
+    set_static_ranges(list(packed_layers(model).values()), groups)
+    for group, count in ((0, 1), (1, 1), (0, 0), (1, 0)):
+        groups.select(torch.tensor(group))
+        assert builds(model[0], *inputs) == count
+    groups.select(torch.tensor([0, 1]))  # a range for each image: no plan
+    assert builds(model[0], *inputs) == 0
+
+
+def test_layers_whose_groups_are_not_the_same_have_no_plan(model: nn.ModuleList, kind: str) -> None:
+    """One group would stand for all: a layer of another one would be computed at a wrong range."""
+    layers, groups, inputs = list(packed_layers(model).values()), TimestepGroups([500]), inputs_of(kind)
+    others = TimestepGroups([500])
+    set_static_ranges(layers, groups)
+    groups.select(torch.tensor(0))
+    others.select(torch.tensor(1))
+    with torch.no_grad():
+        before = model[0](*inputs)
+        layers[-1].timestep_groups = others
+        assert not torch.equal(model[0](*inputs), before)
+    assert builds(model[0], *inputs) == 0
 
 
 def replace_parameter(model: nn.ModuleList, kind: str) -> None:
