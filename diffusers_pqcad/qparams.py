@@ -96,20 +96,16 @@ def min_max_weight_scale(weight: Tensor, spec: WeightSpec) -> Tensor:
     ValueError if `weight` (C_out, ...) holds a NaN or an infinity.
     """
     groups = as_groups(weight.detach().float(), spec.num_groups(weight[0].numel()))
-    return scale_of_largest(torch.linalg.vector_norm(groups, torch.inf, dim=-1), spec)  # a NaN or an infinity shows
-
-
-def refuse_not_finite(absmax: Tensor) -> None:
-    """Raise ValueError where a largest magnitude of weights is not finite."""
-    if not torch.isfinite(absmax).all():
-        raise ValueError("the weights hold a NaN or an infinity; a scale cannot be chosen for them.")
-
-
-def scale_of_largest(absmax: Tensor, spec: WeightSpec) -> Tensor:
-    """Return `min_max_weight_scale` of groups whose largest magnitudes are `absmax` fp32, in its shape."""
+    absmax = torch.linalg.vector_norm(groups, torch.inf, dim=-1)
     refuse_not_finite(absmax)
     scale_of_zeros = MIN_SCALE if spec.bits == 2 else 1.0  # the 2-bit grid rounds 0 to +-scale
     return torch.where(absmax > 0, (absmax / spec.level_max).clamp(min=MIN_SCALE), scale_of_zeros)
+
+
+def refuse_not_finite(absmax: Tensor) -> None:
+    """Raise ValueError where the largest magnitudes of weights, or the scales made of them, are not finite."""
+    if not torch.isfinite(absmax).all():
+        raise ValueError("the weights hold a NaN or an infinity; a scale cannot be chosen for them.")
 
 
 def round_to_levels(x: Tensor, spec: WeightSpec, rounding: Callable[[Tensor], Tensor] = round_ste) -> Tensor:

@@ -1,7 +1,7 @@
 """Memory in which the kernels keep what lies between the steps of one call.
 
-The C library gives large blocks back to the system when they are freed, and the next call touches new pages: in a step
-of the DDPM shape 2400 of them or none, as the heap happens to lie, for a tenth of the time.
+The C library gives large blocks back to the system when they are freed, and the next call touches new pages: many in a
+step, or none, as the heap happens to lie, and its time has two values.
 """
 
 import threading

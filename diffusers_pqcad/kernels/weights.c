@@ -84,7 +84,7 @@ INLINE void pack(const uint8_t *codes, int64_t count, int bits, int block_codes,
     }
 }
 
-/* The min-max scale of a group, as `scale_of_largest` in qparams.py; not finite where a weight is not. */
+/* The min-max scale of a group, as `min_max_weight_scale` in qparams.py; not finite where a weight is not. */
 INLINE float min_max_scale(const float *weight, int64_t length, Grid grid)
 {
     float largest = largest_magnitude(weight, length), scale = largest / (float)grid.level_max;

@@ -78,9 +78,9 @@ typedef struct {
 } Excesses;
 #define DENSE -1
 
-/* A listed step takes five times as long as one of codes, and the dense form doubles the products: level at a share of 1/5.
-   One row decides for all, so a list may be shorter. */
-static inline int64_t room_for_excesses(int64_t bytes_of_codes) { return bytes_of_codes / (8 * DEPTH) + LANES / DEPTH; }
+/* How many excesses a list has room for: an eighth of a row's steps. A listed step takes several times as long as one of
+   codes, and the dense form doubles the products. */
+static inline int64_t room_for_excesses(int64_t row_codes) { return row_codes / (8 * DEPTH) + LANES / DEPTH; }
 
 /* Bytes of a row of codes, without and with its excesses. */
 static inline int64_t bytes_of_codes(const Image *image)
