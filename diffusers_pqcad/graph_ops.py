@@ -5,6 +5,7 @@ An operator computes as the eager module does, so a compiled model takes the sam
 tensor: a number would be a constant of the graph, and every block would be compiled anew.
 """
 
+from collections.abc import Callable
 from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -69,18 +70,26 @@ def module_of(handle: Tensor, group: Tensor) -> Any:
     return module
 
 
-@torch.library.custom_op("pqcad::packed_linear", mutates_args=())
+def operator(function: Callable[..., Tensor]) -> Any:
+    """Make `function` the operator of its name, without a gradient: what `custom_op` does at calls is for those."""
+    name = f"pqcad::{function.__name__}"
+    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(name, "CompositeExplicitAutograd", function)
+    return getattr(torch.ops.pqcad, function.__name__).default
+
+
+@operator
 def packed_linear(x: Tensor, group: Tensor, handle: Tensor, out_features: int) -> Tensor:
     """Return the output (..., out_features) of a `PQCADLinear`."""
     return module_of(handle, group).compute(x).contiguous()  # hooks were traced before
 
 
-@packed_linear.register_fake
+@torch.library.register_fake("pqcad::packed_linear")
 def _(x: Tensor, group: Tensor, handle: Tensor, out_features: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-@torch.library.custom_op("pqcad::packed_conv2d", mutates_args=())
+@operator
 def packed_conv2d(
     x: Tensor,
     group: Tensor,
@@ -96,7 +105,7 @@ def packed_conv2d(
     return output.contiguous(memory_format=torch.channels_last if output.dim() == 4 else torch.contiguous_format)
 
 
-@packed_conv2d.register_fake
+@torch.library.register_fake("pqcad::packed_conv2d")
 def _(
     x: Tensor,
     group: Tensor,
@@ -116,38 +125,38 @@ def _(
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
-@torch.library.custom_op("pqcad::residual_block", mutates_args=())
+@operator
 def residual_block(x: Tensor, temb: Tensor | None, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
     """Return the output (B, out_channels, H, W) of a `FusedResnetBlock2D`, channels_last."""
     return module_of(handle, group).compute(x, temb).contiguous(memory_format=torch.channels_last)
 
 
-@residual_block.register_fake
+@torch.library.register_fake("pqcad::residual_block")
 def _(x: Tensor, temb: Tensor | None, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
     shape = (x.shape[0], out_channels, *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-@torch.library.custom_op("pqcad::attention_block", mutates_args=())
+@operator
 def attention_block(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
     """Return the output of a `FusedAttention`: (B, L, out_channels), or as large as `x` (B, C, H, W)."""
     output = module_of(handle, group).compute(x, context)
     return output.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
 
 
-@attention_block.register_fake
+@torch.library.register_fake("pqcad::attention_block")
 def _(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
     if x.dim() == 4:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return x.new_empty(*x.shape[:2], out_channels)
 
 
-@torch.library.custom_op("pqcad::feed_forward", mutates_args=())
+@operator
 def feed_forward(x: Tensor, group: Tensor, handle: Tensor, out_features: int) -> Tensor:
     """Return the output (..., out_features) of a `FusedFeedForward`."""
     return module_of(handle, group).compute(x).contiguous()
 
 
-@feed_forward.register_fake
+@torch.library.register_fake("pqcad::feed_forward")
 def _(x: Tensor, group: Tensor, handle: Tensor, out_features: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)

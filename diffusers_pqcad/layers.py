@@ -208,10 +208,10 @@ class QuantizedLayer(nn.Module):
 
         While `torch.compile` traces, an int64 tensor also for a single range.
         """
-        if self.activation_bits is None or self.input_scale is None:
+        if self.activation_bits is None:
             return None
-        if self.timestep_groups is None:
-            return 0
+        if self.timestep_groups is None:  # asked first: a graph is guarded by all tensors that were looked at
+            return None if self.input_scale is None else 0
         # In a graph a number would be a constant, and each group of timesteps would be compiled anew.
         groups = self.timestep_groups
         group = groups.index if torch.compiler.is_compiling() else groups.current

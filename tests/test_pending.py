@@ -223,6 +223,29 @@ def test_the_kernel_chooses_the_range_that_python_does(least: float, largest: fl
 
 @needs_x86
 @given(
+    values=st.lists(
+        st.floats(-60, 60, width=32) | st.floats(-2, 0, width=32) | st.floats(-1.375, -1.25, width=32), min_size=1
+    ),
+    special=st.sampled_from([0.0, float("nan"), float("-inf"), float("inf")]),
+    at=st.integers(0, 99),
+)
+@settings(max_examples=300)
+def test_the_range_of_silu_is_found_from_three_inputs(values: list[float], special: float, at: int) -> None:
+    values[at % len(values)] = special or values[at % len(values)]
+    x = torch.tensor(values)
+    chosen = chosen_range(x, x86.Image(1, 1, 1, len(values), 0, 0, len(values)), x86.Affine(has_silu=True))
+    output = F.silu(x.double())
+    expected = scalar_qparams(output.amin().item(), output.amax().item(), 8)
+    if not np.isfinite(expected.scale):
+        assert not np.isfinite(chosen.scale)
+        return
+    # SiLU is computed to six digits, so a zero point near the middle of two codes may be either.
+    assert chosen.scale == pytest.approx(expected.scale, rel=1e-6)
+    assert abs(chosen.zero_point - expected.zero_point) <= 1
+
+
+@needs_x86
+@given(
     seed=st.integers(0, 2**31),
     groups=st.integers(1, 6),
     size=st.integers(1, 12),

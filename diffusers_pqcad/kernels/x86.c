@@ -8,6 +8,7 @@
      vpmaddwd is saved: half of what the multiplier does.
    - levels of 8 bits: the codes are shifted to -128..127. Of two products of magnitudes up to 128 and 127, the sum fits;
      each is widened. */
+#include <float.h>
 #include <immintrin.h>
 #include <omp.h>
 #include <stddef.h>
@@ -719,30 +720,46 @@ int quantize(const float *x, Image image, Affine affine, float inverse_scale, in
     return is_dense;
 }
 
-/* The least and the largest value of `x` after `affine` and SiLU, and of zero; a NaN anywhere shows in both. */
+/* The least and the largest value of `x` after `affine` and SiLU, and of zero; a NaN anywhere shows in both. SiLU falls up
+   to its TROUGH and rises from there, so its ends are those of three inputs: the largest, and the nearest to the trough on
+   both sides. All are on one side of a trough of minus infinity, where there is no SiLU. */
+#define TROUGH -1.27846454f
 static void find_range(const float *x, Image image, Affine affine, float *least, float *largest)
 {
-    float low = 0, high = 0;
+    const Affine silu = {NULL, NULL, affine.has_silu};
+    affine.has_silu = 0;
+    const __m256 lowest = _mm256_set1_ps(-__builtin_inff()), trough = silu.has_silu ? _mm256_set1_ps(TROUGH) : lowest;
+    const __m256 bottom = silu.has_silu ? _mm256_set1_ps(-FLT_MAX) : lowest; /* the SiLU of -infinity is a NaN */
+    float high = 0, above = 0, below = -__builtin_inff();
     int bad = 0;
-#pragma omp parallel for schedule(static) reduction(min : low) reduction(max : high) reduction(| : bad)
+#pragma omp parallel for schedule(static) reduction(max : high, below) reduction(min : above) reduction(| : bad)
     for (int64_t line = 0; line < image.images * image.height; line++) {
         Affine local = affine_at(affine, line / image.height * image.channels);
         const float *source = x + line * image.width * image.channels;
-        __m256 lows = _mm256_setzero_ps(), highs = lows, unordered = lows;
+        __m256 highs = _mm256_setzero_ps(), aboves = highs, bads = highs, belows = lowest;
         for (int64_t i = 0; i < image.width; i++, source += image.channels)
             for (int64_t c = 0; c < image.channels; c += 8) {
                 int64_t count = image.channels - c < 8 ? image.channels - c : 8;
                 __m256 value = count == 8 ? activate(source, local, c, 8) : activate(source, local, c, count);
-                lows = _mm256_min_ps(lows, value);
+                __m256 is_below = _mm256_cmp_ps(value, trough, _CMP_LT_OQ);
                 highs = _mm256_max_ps(highs, value);
-                unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+                aboves = _mm256_min_ps(aboves, _mm256_andnot_ps(is_below, value));
+                belows = _mm256_max_ps(belows, _mm256_blendv_ps(lowest, value, is_below));
+                bads = _mm256_or_ps(bads, _mm256_cmp_ps(value, bottom, _CMP_NGE_UQ));
             }
-        float ends[2][8];
-        _mm256_storeu_ps(ends[0], lows), _mm256_storeu_ps(ends[1], highs);
-        for (int k = 0; k < 8; k++) low = ends[0][k] < low ? ends[0][k] : low, high = ends[1][k] > high ? ends[1][k] : high;
-        bad |= _mm256_movemask_ps(unordered) != 0;
+        float ends[3][8];
+        _mm256_storeu_ps(ends[0], highs), _mm256_storeu_ps(ends[1], aboves), _mm256_storeu_ps(ends[2], belows);
+        for (int k = 0; k < 8; k++) {
+            high = ends[0][k] > high ? ends[0][k] : high;
+            above = ends[1][k] < above ? ends[1][k] : above;
+            below = ends[2][k] > below ? ends[2][k] : below;
+        }
+        bad |= _mm256_movemask_ps(bads) != 0;
     }
-    *least = bad ? __builtin_nanf("") : low, *largest = bad ? __builtin_nanf("") : high;
+    float ends[8] = {high, above, below < -FLT_MAX ? 0 : below};
+    _mm256_storeu_ps(ends, activate(ends, silu, 0, 8));
+    *least = bad ? __builtin_nanf("") : ends[1] < ends[2] ? ends[1] : ends[2];
+    *largest = bad ? __builtin_nanf("") : ends[0];
 }
 
 /* Mean and sum of squared deviations of `count` channels, at most CHUNK, over all pixels of an image. Deviations from the
