@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -309,7 +311,8 @@ class TestLoad:
         chosen = ("plain load, fp32", "W4 fixed", "W4 saved packed")  # each takes as long as importing diffusers does
         monkeypatch.setattr(load, "CONFIGS", {name: load.CONFIGS[name] for name in chosen})
         file = tmp_path / "load.json"
-        result = load.main(load.Settings(model="tiny-conditional", json=str(file), directory=str(tmp_path)))
+        settings = load.Settings(model="tiny-conditional", num_rounds=1, json=str(file), directory=str(tmp_path))
+        result = load.main(settings)
         assert json.loads(file.read_text()) == result
         assert [path.name for path in tmp_path.iterdir()] == ["load.json"]  # the model's files are gone
         assert str(tmp_path) not in file.read_text()
@@ -319,5 +322,27 @@ class TestLoad:
         assert rows["W4 saved packed"]["footprint_bytes"] == rows["W4 fixed"]["footprint_bytes"]
         assert rows["W4 saved packed"]["file_bytes"] == pytest.approx(rows["W4 fixed"]["file_bytes"], abs=2000)
         assert all(row["seconds"] > 0 for row in rows.values())
+        assert all(row["disk_seconds"] > 0 for row in rows.values()) or not hasattr(os, "posix_fadvise")
         printed = capsys.readouterr().out
         assert all(f"| {name} |" in printed for name in rows)
+
+    def test_a_row_is_the_medians_of_all_rounds_and_the_largest_peak(self, load, tmp_path, monkeypatch):
+        taken = {
+            name: iter([(5.0, 50), (1.0, 30), (9.0, 10), (2.0, 70), (7.0, 20), (4.0, 60)]) for name in load.CONFIGS
+        }
+
+        def in_a_process(settings: Any, name: str, directory: Path) -> dict[str, float]:
+            return dict(zip(("seconds", "peak_bytes"), next(taken[name]), strict=True))
+
+        monkeypatch.setattr(load, "in_a_process", in_a_process)
+        monkeypatch.setattr(load, "leave_memory", lambda folder: True)
+        rows = load.measure(load.Settings(num_rounds=3), tmp_path)
+        assert [row["name"] for row in rows] == list(load.CONFIGS)
+        assert all((row["disk_seconds"], row["seconds"], row["peak_bytes"]) == (7.0, 2.0, 70) for row in rows)
+
+    def test_without_a_way_to_forget_files_there_is_nothing_from_the_disk(self, load, tmp_path, monkeypatch):
+        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+        monkeypatch.setattr(load, "in_a_process", lambda *args: {"seconds": 1.0, "peak_bytes": 1})
+        rows = load.measure(load.Settings(num_rounds=1), tmp_path)
+        assert {row["disk_seconds"] for row in rows} == {None}
+        assert load.seconds_beside(rows[0], rows[0], "disk_seconds") == "- | -"
