@@ -69,7 +69,7 @@ class FusedAttention(fusion.FusedBlock, Attention):
         return fusion.is_inference(self, x, context)
 
     def build_plan(
-        self, packed: x86.PackedLayer, dim: int, x_size: torch.Size, context_size: torch.Size | None = None
+        self, packed: x86.PackedLayer | None, dim: int, x_size: torch.Size, context_size: torch.Size | None = None
     ) -> fused.AttentionPlan | None:
         """Return the plan for these sizes; `None` where a module is not as it was built, or somebody looks at it."""
         if len(self.to_out) != 2 or not fusion.drops_nothing(self.to_out[1]):
@@ -83,3 +83,6 @@ class FusedAttention(fusion.FusedBlock, Attention):
         return fused.plan_attention(
             x_size, context_size, norm, layers, packed, self.heads, adds_input=self.residual_connection
         )
+
+
+fusion.VALUES[FusedAttention] = ("heads", "residual_connection", "rescale_output_factor")

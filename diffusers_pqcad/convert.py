@@ -245,9 +245,10 @@ def finish_(model: nn.Module, config: PQCADConfig) -> None:
             from diffusers_pqcad.attention import FusedAttention  # these import diffusers' models
             from diffusers_pqcad.blocks import FusedResnetBlock2D
             from diffusers_pqcad.feed_forward import FusedFeedForward
+            from diffusers_pqcad.transformer import FusedTransformer2DModel
 
             install_pending_(model, fusing)
-            install_fused_(model, (FusedAttention, FusedFeedForward, FusedResnetBlock2D))
+            install_fused_(model, (FusedAttention, FusedFeedForward, FusedResnetBlock2D, FusedTransformer2DModel))
         found = list(layers.values())
         log_once(type(model).__name__, kernels.summary(found), slow=kernels.lacks_fast_kernel(found))
 

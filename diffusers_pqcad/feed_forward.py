@@ -44,7 +44,7 @@ class FusedFeedForward(fusion.FusedBlock, FeedForward):
             return False
         return fusion.is_inference(self, x)
 
-    def build_plan(self, packed: x86.PackedLayer, size: torch.Size) -> fused.FeedForwardPlan | None:
+    def build_plan(self, packed: x86.PackedLayer | None, size: torch.Size) -> fused.FeedForwardPlan | None:
         """Return the plan for this size; `None` where a module is not as it was built, or somebody looks at it."""
         gated, *others = self.net
         layers, dropouts = (gated.proj, others[1]), (others[0], *others[2:])
@@ -53,3 +53,6 @@ class FusedFeedForward(fusion.FusedBlock, FeedForward):
         if fusion.is_changed(gated) or "gelu" in gated.__dict__ or not all(map(fusion.takes_kernel, layers)):
             return None
         return fused.plan_feed_forward(size, *layers, packed)
+
+
+fusion.VALUES[GEGLU] = ("gelu",)  # absent, unless somebody put another one in its place

@@ -85,6 +85,8 @@ def install_fused_(model: nn.Module, kinds: Iterable[type[FusedBlock]]) -> None:
     """Let the blocks of `model` compute at once where the kernel can; they change their class to one of `kinds`."""
     by_class = {kind.plain: kind for kind in kinds}
     for block in model.modules():
+        if block is model and hasattr(model, "save_pretrained"):
+            continue  # a pipeline is saved with the class of this model
         kind = by_class.get(type(block))
         layer: Any = None if kind is None else kind.first_layer(block)
         if kind is not None and is_packed(layer) and layer.kernel_name() == x86.NAME:
@@ -122,7 +124,9 @@ def is_watched() -> bool:
 
 def is_changed(module: nn.Module) -> bool:
     """Return whether somebody looks at what `module` takes and returns, or computes it in another way."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    state = module.__dict__  # with what `compile()` made of it, for a backend that somebody chose
+    is_replaced = "forward" in state or state.get("_compiled_call_impl") is not None
+    return bool(is_replaced or module._forward_hooks or module._forward_pre_hooks)
 
 
 def parts_of(block: nn.Module) -> Iterator[nn.Module]:
@@ -137,6 +141,7 @@ def parts_of(block: nn.Module) -> Iterator[nn.Module]:
 VALUES: dict[type[nn.Module], tuple[str, ...]] = {  # of modules, that plans are built on
     nn.GroupNorm: ("num_groups", "eps", "affine"),
     PendingGroupNorm: ("num_groups", "eps", "affine"),
+    nn.LayerNorm: ("normalized_shape", "eps"),
     nn.Dropout: ("p", "training"),
     PQCADLinear: ("in_features", "out_features", "packed", "activation_bits"),
     PQCADConv2d: (

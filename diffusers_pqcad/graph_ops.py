@@ -6,6 +6,7 @@ tensor: a number would be a constant of the graph, and every block would be comp
 """
 
 from collections.abc import Callable
+from functools import wraps
 from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from diffusers_pqcad.blocks import FusedResnetBlock2D
     from diffusers_pqcad.feed_forward import FusedFeedForward
     from diffusers_pqcad.layers import QuantizedLayer
+    from diffusers_pqcad.transformer import FusedTransformer2DModel
 
 MODULES: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _numbers = count()
@@ -55,6 +57,11 @@ def call_feed_forward(block: "FusedFeedForward", x: Tensor) -> Tensor:
     return feed_forward(x, group_of(block.first_layer(block)), block.handle, block.net[2].out_features)
 
 
+def call_transformer(block: "FusedTransformer2DModel", x: Tensor, context: Tensor | None) -> Tensor:
+    """Return the output of `block` for `x` and `context`, by an operator: a call that is common (`is_common`)."""
+    return transformer(x, context, group_of(block.first_layer(block)), block.handle)
+
+
 def group_of(layer: "QuantizedLayer") -> Tensor:
     """Return this call's activation ranges, () or (B,) int64; zero where there is one group, or none."""
     group = layer.input_group()
@@ -71,10 +78,25 @@ def module_of(handle: Tensor, group: Tensor) -> Any:
 
 
 def operator(function: Callable[..., Tensor]) -> Any:
-    """Make `function` the operator of its name, without a gradient: what `custom_op` does at calls is for those."""
+    """Make `function` the operator of its name.
+
+    `custom_op` would also make it ready for autograd, at a cost in each call; this one refuses inputs that ask for a
+    gradient, which an exported graph may get. Layers and blocks that are traced with such inputs are not operators.
+    """
     name = f"pqcad::{function.__name__}"
-    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
-    torch.library.impl(name, "CompositeExplicitAutograd", function)
+
+    @wraps(function)
+    def run(*args: Any) -> Tensor:
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            raise RuntimeError(
+                f"{name} has no gradient, but an input asks for one. Call the graph under torch.no_grad(), or trace "
+                "it with inputs that ask for a gradient."
+            )
+        return function(*args)
+
+    schema = torch.library.infer_schema(function, mutates_args=())
+    torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(name, "CompositeExplicitAutograd", run)
     return getattr(torch.ops.pqcad, function.__name__).default
 
 
@@ -160,3 +182,14 @@ def feed_forward(x: Tensor, group: Tensor, handle: Tensor, out_features: int) ->
 @torch.library.register_fake("pqcad::feed_forward")
 def _(x: Tensor, group: Tensor, handle: Tensor, out_features: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+@operator
+def transformer(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor) -> Tensor:
+    """Return the output of a `FusedTransformer2DModel`, as large as `x` (B, C, H, W), channels_last."""
+    return module_of(handle, group).compute(x, context).contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("pqcad::transformer")
+def _(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -81,8 +81,8 @@ def test_its_gelu_is_that_of_float64(block: FusedFeedForward) -> None:
     seen: list[Tensor] = []
     run_call = x86.run_call
 
-    def run(*args) -> Tensor:
-        seen.append(run_call(*args))
+    def run(*args, **kwargs) -> Tensor:
+        seen.append(run_call(*args, **kwargs))
         return seen[-1]
 
     with mock.patch.object(x86, "run_call", run):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.models.attention import FeedForward
 from families import build, call
 from torch import Tensor, nn
 
@@ -132,6 +133,21 @@ def test_a_call_with_gradients_is_traced_through() -> None:
         function(x).square().sum().backward()
         gradients.append(x.grad)
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("is_block", [False, True])
+def test_a_graph_exported_without_gradients_refuses_to_give_one(is_block: bool) -> None:
+    """It would be zero: whatever an operator computes is unknown to autograd."""
+    model: nn.Module = nn.Sequential(FeedForward(6, inner_dim=32) if is_block else nn.Linear(6, 4))
+    quantize_(model.eval().requires_grad_(False), PQCADConfig(method="fixed", weight_bits=4))
+    x = torch.randn(2, 6)
+    with torch.no_grad():
+        graph = torch.export.export(model, (x,)).module()
+        torch.testing.assert_close(graph(x), model(x))
+    with pytest.raises(RuntimeError, match=r"pqcad::.* has no gradient, but an input asks for one"):
+        graph(x.requires_grad_())
+    with torch.no_grad():
+        graph(x)
 
 
 @torch.no_grad()

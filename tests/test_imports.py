@@ -80,7 +80,7 @@ def test_loading_and_calling_a_quantized_model_brings_only_our_loading_code(quan
     )
     assert [name for name in HEAVY + OUR_TRAINING_AND_MEASURING if name in added] == []
     ours = {name for name in added if name.partition(".")[0] == "diffusers_pqcad"}
-    fused = ("attention", "blocks", "feed_forward", "kernels.attention", "kernels.fused")
+    fused = ("attention", "blocks", "feed_forward", "transformer", "kernels.attention", "kernels.fused")
     for_fused_blocks = {f"diffusers_pqcad.{name}" for name in fused}
     assert ours - for_fused_blocks == {
         "diffusers_pqcad",

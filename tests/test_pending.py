@@ -228,12 +228,18 @@ def test_the_kernel_chooses_the_range_that_python_does(least: float, largest: fl
     ),
     special=st.sampled_from([0.0, float("nan"), float("-inf"), float("inf")]),
     at=st.integers(0, 99),
+    in_lines=st.booleans(),
 )
 @settings(max_examples=300)
-def test_the_range_of_silu_is_found_from_three_inputs(values: list[float], special: float, at: int) -> None:
+def test_the_range_of_silu_is_found_from_three_inputs(values, special: float, at: int, in_lines: bool) -> None:
     values[at % len(values)] = special or values[at % len(values)]
-    x = torch.tensor(values)
-    chosen = chosen_range(x, x86.Image(1, 1, 1, len(values), 0, 0, len(values)), x86.Affine(has_silu=True))
+    x, count = torch.tensor(values), len(values)
+    image = x86.Image(1, count, 1, 1, 0, 0, 1) if in_lines else x86.Image(1, 1, 1, count, 0, 0, count)
+    torch.set_num_threads(3)  # which share lines
+    try:
+        chosen = chosen_range(x, image, x86.Affine(has_silu=True))
+    finally:
+        torch.set_num_threads(1)
     output = F.silu(x.double())
     expected = scalar_qparams(output.amin().item(), output.amax().item(), 8)
     if not np.isfinite(expected.scale):

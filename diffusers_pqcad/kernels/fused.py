@@ -4,7 +4,7 @@ import ctypes
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_pqcad.kernels import attention, scratch, x86
 from diffusers_pqcad.kernels.x86 import (
@@ -39,25 +39,52 @@ class BlockPlan(NamedTuple):
 class AttentionPlan(NamedTuple):
     """An attention block at one size of its inputs and one activation range of each layer; `keeps` lives as long.
 
-    `calls` are those of queries, keys, values and output. The packed weights of the queries hold the plan, and not the
-    plan them: whoever runs it does.
+    `calls` are those of queries, keys, values and output; a layer norm before them is in `affine`. The packed weights
+    of the queries hold the plan, and not the plan them: whoever runs it does. As a part of a transformer it holds all.
     """
 
     norm: GroupNorm | None
     calls: tuple[Call, ...]
     heads: int
     adds_input: bool
-    keeps: Norm | None
+    takes_context: bool
+    keeps: Any
+    affine: Affine = NO_AFFINE
 
 
 class FeedForwardPlan(NamedTuple):
     """A gated feed-forward block at one size of its input and one activation range of each layer.
 
-    The packed weights of the first layer hold the plan, and not the plan them: whoever runs it does.
+    `calls` are those of the gated layer and the last one; a layer norm before them is in `affine`, and `keeps` holds
+    it. With `adds_input`, the input is added to the output. The packed weights of the first hold the plan, and not the
+    plan them: whoever runs it does. As a part of a transformer it holds all.
     """
 
-    gated: Call
-    last: Call
+    calls: tuple[Call, ...]
+    adds_input: bool = False
+    keeps: Any = None
+    affine: Affine = NO_AFFINE
+
+
+class LayerNorm(NamedTuple):
+    """What a layer norm over the channels is: weight and bias fp32 (C,)."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+class TransformerPlan(NamedTuple):
+    """A transformer over the pixels of images at one size of its inputs and one activation range of each layer.
+
+    `calls` are those of the first and the last projection; `parts` are what lies between them, in order. The packed
+    weights of the first projection hold the plan, and not the plan them: whoever runs it does.
+    """
+
+    norm: GroupNorm
+    calls: tuple[Call, Call]
+    parts: tuple[AttentionPlan | FeedForwardPlan, ...]
+    keeps: Norm
 
 
 def plan_call(layer: "QuantizedLayer", size: torch.Size, packed: PackedLayer | None = None) -> Call:
@@ -125,16 +152,16 @@ def plan_attention(
     context_size: torch.Size | None,
     norm: Norm | None,
     layers: "tuple[QuantizedLayer, QuantizedLayer, QuantizedLayer, QuantizedLayer]",
-    packed: PackedLayer,
+    packed: PackedLayer | None,
     heads: int,
     *,
     adds_input: bool,
 ) -> AttentionPlan:
     """Return the plan of an attention block from `x_size` (B, L, C) to `context_size` (B, K, D), `None` for the same.
 
-    `layers` are those of queries, keys, values and output; `packed` is the queries'; `norm` is a group norm before
-    them, and `adds_input` adds the input to the output. Raises ValueError for parts whose sizes do not fit: C would
-    read beyond them.
+    `layers` are those of queries, keys, values and output; `packed` is as in `plan_call`; `norm` is a group norm
+    before them, and `adds_input` adds the input to the output. Raises ValueError for parts whose sizes do not fit: C
+    would read beyond them.
     """
     query, key, value, last = layers
     others = x_size if context_size is None else context_size
@@ -153,34 +180,38 @@ def plan_attention(
         )
     if adds_input and tuple(calls[3].size) != tuple(x_size):
         raise ValueError(f"{last.name}: an input of {tuple(x_size)} cannot be added to its output of {calls[3].size}.")
-    return AttentionPlan(None if norm is None else x86.group_norm_of(norm), tuple(calls), heads, adds_input, norm)
+    group_norm = None if norm is None else x86.group_norm_of(norm)
+    return AttentionPlan(group_norm, tuple(calls), heads, adds_input, context_size is not None, norm)
 
 
 def run_attention(plan: AttentionPlan, x: Tensor, context: Tensor | None) -> Tensor:
     """Return what the block makes of `x` fp32 (B, L, C) and `context` fp32 (B, K, D), of the plan's sizes."""
     x = x.contiguous()
-    others = x if context is None else context.contiguous()
     query, key, value, last = plan.calls
-    affine = NO_AFFINE
+    affine = plan.affine
     if plan.norm is not None:
         gain, shift = x86.normalization(plan.norm, x, query.layer.image)
         affine = Affine(gain.data_ptr(), shift.data_ptr(), 0)
-    mapped = affine if context is None else NO_AFFINE
-    attended = attention.attention(
-        x86.run_call(query, x, affine),
-        x86.run_call(key, others, mapped),
-        x86.run_call(value, others, mapped),
-        plan.heads,
-    )
-    return x86.run_call(last, attended, addend=Addend(x.data_ptr() if plan.adds_input else None, 0))
+    if context is None:
+        queries, keys, values = x86.run_calls((query, key, value), x, affine)
+    else:
+        queries = x86.run_call(query, x, affine)
+        keys, values = x86.run_calls((key, value), context.contiguous())
+    attended = attention.attention(queries, keys, values, plan.heads)
+    return x86.run_call(last, attended, addend=addend_of(plan, x))
+
+
+def addend_of(plan: AttentionPlan | FeedForwardPlan, x: Tensor) -> Addend:
+    """Return what is added to the output of `plan` for `x`."""
+    return Addend(x.data_ptr() if plan.adds_input else None, 0)
 
 
 def plan_feed_forward(
-    size: torch.Size, first: "QuantizedLayer", second: "QuantizedLayer", packed: PackedLayer
+    size: torch.Size, first: "QuantizedLayer", second: "QuantizedLayer", packed: PackedLayer | None
 ) -> FeedForwardPlan | None:
     """Return the plan of `second` after a GEGLU (Shazeer 2020, arXiv:2002.05202) of `first`, for inputs of `size`.
 
-    `packed` is what `first` has packed. `None` where the kernel cannot gate outputs: they must fill its blocks. Raises
+    `packed` is as in `plan_call`. `None` where the kernel cannot gate outputs: they must fill its blocks. Raises
     ValueError for layers that do not fit to each other: C would read beyond them.
     """
     call = plan_call(first, size, packed)
@@ -189,9 +220,71 @@ def plan_feed_forward(
         return None
     call.layer.output.out_channels, call.layer.output.is_gated = outputs // 2, 1
     gated = call._replace(size=(*call.size[:-1], outputs // 2))
-    return FeedForwardPlan(gated, plan_call(second, torch.Size(gated.size)))
+    return FeedForwardPlan((gated, plan_call(second, torch.Size(gated.size))))
 
 
 def run_feed_forward(plan: FeedForwardPlan, x: Tensor) -> Tensor:
     """Return what the block makes of `x` fp32, of the plan's size."""
-    return x86.run_call(plan.last, x86.run_call(plan.gated, x.contiguous()))
+    gated, last = plan.calls
+    x = x.contiguous()
+    return x86.run_call(last, x86.run_call(gated, x, plan.affine), addend=addend_of(plan, x))
+
+
+def plan_projection(layer: "QuantizedLayer", size: torch.Size, packed: PackedLayer | None = None) -> Call:
+    """Return the call of `layer`, a convolution or linear, for the pixels of images of `size` (B, C, H, W).
+
+    Both lie in memory alike, images in channels_last. `packed` is as in `plan_call`.
+    """
+    batch, channels, height, width = size
+    is_linear = isinstance(layer, nn.Linear)
+    return plan_call(layer, torch.Size((batch, height * width, channels)) if is_linear else size, packed)
+
+
+def plan_transformer(
+    x_size: torch.Size,
+    norm: Norm,
+    projections: tuple[Call, Call],
+    parts: list[tuple[LayerNorm, AttentionPlan | FeedForwardPlan]],
+) -> TransformerPlan | None:
+    """Return the plan of a transformer over images of `x_size` (B, C, H, W), between two `projections`.
+
+    Each of `parts` comes after its layer norm, and its input is added to its output. `None` where sizes do not fit: C
+    would read beyond them.
+    """
+    batch, channels, height, width = x_size
+    first, last = projections
+    inner = first.layer.output.out_channels
+    sequence = (batch, height * width, inner)
+    for call, outputs in ((first, inner), (last, channels)):
+        if call.size not in ((batch, outputs, height, width), (batch, height * width, outputs)):
+            return None
+    if not norm.weight.shape == norm.bias.shape == (channels,) or last.layer.image.channels != inner:
+        return None
+    for layer_norm, part in parts:
+        if not layer_norm.weight.shape == layer_norm.bias.shape == (inner,) or tuple(part.calls[-1].size) != sequence:
+            return None
+    normed = tuple(
+        part._replace(
+            affine=Affine(layer_norm.weight.data_ptr(), layer_norm.bias.data_ptr(), 0, 1, layer_norm.eps),
+            adds_input=True,
+            keeps=(part.keeps, layer_norm),
+        )
+        for layer_norm, part in parts
+    )
+    calls = first._replace(size=sequence), last._replace(size=tuple(x_size))
+    return TransformerPlan(x86.group_norm_of(norm), calls, normed, norm)
+
+
+def run_transformer(plan: TransformerPlan, x: Tensor, context: Tensor | None) -> Tensor:
+    """Return what the transformer makes of `x` fp32 (B, C, H, W) and `context` fp32 (B, K, D), of the plan's sizes."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    context = None if context is None else context.contiguous()
+    first, last = plan.calls
+    gain, shift = x86.normalization(plan.norm, x, first.layer.image)
+    hidden = x86.run_call(first, x, Affine(gain.data_ptr(), shift.data_ptr()))
+    for part in plan.parts:
+        if isinstance(part, FeedForwardPlan):
+            hidden = run_feed_forward(part, hidden)
+        else:
+            hidden = run_attention(part, hidden, context if part.takes_context else None)
+    return x86.run_call(last, hidden, addend=Addend(x.data_ptr(), 0), memory_format=torch.channels_last)

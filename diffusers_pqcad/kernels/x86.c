@@ -528,16 +528,41 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
 }
 
 /* What is done to an input before it is rounded: x * gain + shift, then SiLU where `has_silu`. `gain` and `shift` are
-   (images, channels), or NULL for no map; groups of channels that share a mean and a variance are in them (`normalize`). */
+   (images, channels), or NULL for no map; groups of channels that share a mean and a variance are in them (`normalize`).
+   With `is_layer_norm` they are (channels), the same for all pixels, and x is first less the mean of its pixel, times the
+   pixel's inverse deviation: `of_pixel` sets these. */
 typedef struct {
     const float *gain, *shift;
-    int64_t has_silu;
+    int64_t has_silu, is_layer_norm;
+    float eps, mean, inverse_deviation;
 } Affine;
 
 /* The map of the image whose numbers start at `offset`. */
-INLINE Affine affine_at(Affine affine, int64_t offset)
+INLINE Affine of_image(Affine affine, int64_t offset)
 {
-    if (affine.gain) affine.gain += offset, affine.shift += offset;
+    if (affine.gain && !affine.is_layer_norm) affine.gain += offset, affine.shift += offset;
+    return affine;
+}
+
+/* The map of the pixel `x`, whose numbers the cache has afterwards. */
+#define CHUNK 32 /* channels whose sums are vectors side by side */
+INLINE Affine of_pixel(Affine affine, const float *x, int64_t channels)
+{
+    if (!affine.is_layer_norm) return affine;
+    float sums[CHUNK] = {0}, squares[CHUNK] = {0};
+    double sum = 0, square = 0;
+    const int64_t whole = channels / CHUNK * CHUNK;
+    for (int64_t c = 0; c < whole; c += CHUNK)
+        for (int k = 0; k < CHUNK; k++) sums[k] += x[c + k];
+    for (int k = 0; k < CHUNK; k++) sum += sums[k];
+    for (int64_t c = whole; c < channels; c++) sum += x[c];
+    const float mean = (float)(sum / (double)channels);
+    for (int64_t c = 0; c < whole; c += CHUNK)
+        for (int k = 0; k < CHUNK; k++) squares[k] += (x[c + k] - mean) * (x[c + k] - mean);
+    for (int k = 0; k < CHUNK; k++) square += squares[k];
+    for (int64_t c = whole; c < channels; c++) square += (x[c] - mean) * (x[c] - mean);
+    affine.mean = mean;
+    affine.inverse_deviation = (float)(1 / __builtin_sqrt(square / (double)channels + affine.eps));
     return affine;
 }
 
@@ -549,6 +574,8 @@ INLINE __m256 activate(const float *x, Affine affine, int64_t c, int64_t count)
     const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), numbers);
 #define LOAD(numbers) (count == 8 ? _mm256_loadu_ps(numbers) : _mm256_maskload_ps(numbers, mask))
     __m256 value = LOAD(x + c);
+    if (affine.is_layer_norm)
+        value = _mm256_mul_ps(_mm256_sub_ps(value, _mm256_set1_ps(affine.mean)), _mm256_set1_ps(affine.inverse_deviation));
     if (affine.gain) value = _mm256_fmadd_ps(value, LOAD(affine.gain + c), LOAD(affine.shift + c));
 #undef LOAD
     if (!affine.has_silu) return value;
@@ -700,7 +727,7 @@ int quantize(const float *x, Image image, Affine affine, float inverse_scale, in
 #pragma omp parallel for schedule(static) reduction(| : is_dense) if (image.images * height > 1)
     for (int64_t line = 0; line < image.images * height; line++) {
         int64_t y = line % height - image.border_y, before = image.border_x;
-        Affine local = affine_at(affine, line / height * image.channels);
+        Affine local = of_image(affine, line / height * image.channels);
         uint8_t *start = codes + line * row_bytes, *row = start + bytes_of_codes(&image) - width * channels;
         if (y < 0 || y >= image.height) {
             memset(row, code_of_zero, width * channels);
@@ -709,7 +736,8 @@ int quantize(const float *x, Image image, Affine affine, float inverse_scale, in
             memset(row, code_of_zero, before * channels);
             row += before * channels;
             for (int64_t i = 0; i < image.width; i++, row += channels, source += image.channels) {
-                quantize_pixel(source, local, image.channels, inverse_scale, zero_point, qmax, flip, row);
+                const Affine here = of_pixel(local, source, image.channels);
+                quantize_pixel(source, here, image.channels, inverse_scale, zero_point, qmax, flip, row);
                 memset(row + image.channels, code_of_zero, channels - image.channels);
             }
             memset(row, code_of_zero, (width - before - image.width) * channels);
@@ -726,7 +754,7 @@ int quantize(const float *x, Image image, Affine affine, float inverse_scale, in
 #define TROUGH -1.27846454f
 static void find_range(const float *x, Image image, Affine affine, float *least, float *largest)
 {
-    const Affine silu = {NULL, NULL, affine.has_silu};
+    const Affine silu = {.has_silu = affine.has_silu};
     affine.has_silu = 0;
     const __m256 lowest = _mm256_set1_ps(-__builtin_inff()), trough = silu.has_silu ? _mm256_set1_ps(TROUGH) : lowest;
     const __m256 bottom = silu.has_silu ? _mm256_set1_ps(-FLT_MAX) : lowest; /* the SiLU of -infinity is a NaN */
@@ -734,19 +762,21 @@ static void find_range(const float *x, Image image, Affine affine, float *least,
     int bad = 0;
 #pragma omp parallel for schedule(static) reduction(max : high, below) reduction(min : above) reduction(| : bad)
     for (int64_t line = 0; line < image.images * image.height; line++) {
-        Affine local = affine_at(affine, line / image.height * image.channels);
+        Affine local = of_image(affine, line / image.height * image.channels);
         const float *source = x + line * image.width * image.channels;
         __m256 highs = _mm256_setzero_ps(), aboves = highs, bads = highs, belows = lowest;
-        for (int64_t i = 0; i < image.width; i++, source += image.channels)
+        for (int64_t i = 0; i < image.width; i++, source += image.channels) {
+            const Affine here = of_pixel(local, source, image.channels);
             for (int64_t c = 0; c < image.channels; c += 8) {
                 int64_t count = image.channels - c < 8 ? image.channels - c : 8;
-                __m256 value = count == 8 ? activate(source, local, c, 8) : activate(source, local, c, count);
+                __m256 value = count == 8 ? activate(source, here, c, 8) : activate(source, here, c, count);
                 __m256 is_below = _mm256_cmp_ps(value, trough, _CMP_LT_OQ);
                 highs = _mm256_max_ps(highs, value);
                 aboves = _mm256_min_ps(aboves, _mm256_andnot_ps(is_below, value));
                 belows = _mm256_max_ps(belows, _mm256_blendv_ps(lowest, value, is_below));
                 bads = _mm256_or_ps(bads, _mm256_cmp_ps(value, bottom, _CMP_NGE_UQ));
             }
+        }
         float ends[3][8];
         _mm256_storeu_ps(ends[0], highs), _mm256_storeu_ps(ends[1], aboves), _mm256_storeu_ps(ends[2], belows);
         for (int k = 0; k < 8; k++) {
@@ -764,7 +794,6 @@ static void find_range(const float *x, Image image, Affine affine, float *least,
 
 /* Mean and sum of squared deviations of `count` channels, at most CHUNK, over all pixels of an image. Deviations from the
    first pixel are added up, so that a mean far from zero costs no digits; rows in fp32, their sums in fp64. */
-#define CHUNK 32
 INLINE void channel_moments(const float *x, int64_t height, int64_t width, int64_t channels, int64_t count, float *mean,
                             float *squares)
 {
@@ -849,18 +878,38 @@ void choose_range(const float *x, Image image, Affine affine, int qmax, float *s
     *zero_point = !__builtin_isfinite(quotient) ? 0 : quotient > (float)qmax ? qmax : (int)__builtin_rintf(quotient);
 }
 
-/* Write to `out` what `layer` makes of `x`, dense and channels_last, after `affine`; plus `addend`, which may be `out`.
-   `codes` has room for those of the layer's image. */
-void run_layer(const float *x, Affine affine, const Layer *layer, Addend addend, uint8_t *codes, float *out)
+/* Whether both layers take the same codes of the same input. */
+INLINE int share_codes(const Layer *a, const Layer *b)
 {
-    float scale = layer->scale;
-    int zero_point = layer->zero_point, is_signed = (int)layer->weights->is_signed;
-    double started = omp_get_wtime();
-    if (scale == 0) choose_range(x, layer->image, affine, layer->qmax, &scale, &zero_point);
-    int is_dense = quantize(x, layer->image, affine, 1 / scale, zero_point, layer->qmax, is_signed, codes);
-    started = clock_phase(ROUNDING, started);
-    multiply(codes, layer, scale, is_signed ? zero_point - SIGNED_OFFSET : zero_point, is_dense, addend, out);
-    clock_phase(PRODUCTS, started);
+    return a->scale == b->scale && a->zero_point == b->zero_point && a->qmax == b->qmax
+           && a->weights->is_signed == b->weights->is_signed && !memcmp(&a->image, &b->image, sizeof a->image);
+}
+
+/* Write to `outs` what each of `layers` makes of `x`, dense and channels_last, after `affine`; plus `addend`, which may be
+   the output. `codes` has room for those of any of the layers' images. */
+void run_layers(const float *x, Affine affine, int64_t count, const Layer *const *layers, Addend addend, uint8_t *codes,
+                float *const *outs)
+{
+    float scale = 0;
+    int zero_point = 0, is_dense = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const Layer *layer = layers[i];
+        const int is_signed = (int)layer->weights->is_signed;
+        double started = omp_get_wtime();
+        if (i == 0 || !share_codes(layers[i - 1], layer)) {
+            scale = layer->scale, zero_point = layer->zero_point;
+            if (scale == 0) choose_range(x, layer->image, affine, layer->qmax, &scale, &zero_point);
+            is_dense = quantize(x, layer->image, affine, 1 / scale, zero_point, layer->qmax, is_signed, codes);
+            started = clock_phase(ROUNDING, started);
+        }
+        multiply(codes, layer, scale, is_signed ? zero_point - SIGNED_OFFSET : zero_point, is_dense, addend, outs[i]);
+        clock_phase(PRODUCTS, started);
+    }
+}
+
+static void run_layer(const float *x, Affine affine, const Layer *layer, Addend addend, uint8_t *codes, float *out)
+{
+    run_layers(x, affine, 1, &layer, addend, codes, &out);
 }
 
 /* A residual block: conv2(SiLU(norm2(conv1(SiLU(norm1(x))) + embedding))) + shortcut(x), the embedding being that of a
@@ -909,8 +958,8 @@ void run_block(const float *x, const float *time, const ResidualBlock *block, ch
 {
     const Scratch at = scratch_of(block);
     float *hidden = (float *)(memory + at.hidden), *embedding = (float *)(memory + at.embedding);
-    Affine affine = {(float *)(memory + at.gain), (float *)(memory + at.shift), 1}, none = {0};
-    const Affine activation = {NULL, NULL, block->embeds_silu};
+    Affine affine = {(float *)(memory + at.gain), (float *)(memory + at.shift), .has_silu = 1}, none = {0};
+    const Affine activation = {.has_silu = block->embeds_silu};
     uint8_t *codes = (uint8_t *)(memory + at.codes);
     const Addend nothing = {0}, embedded = {embedding, 1}, residual = {block->shortcut ? out : x, 0};
 

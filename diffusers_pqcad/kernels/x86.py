@@ -15,6 +15,7 @@ rounded once more.
 
 import ctypes
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -75,7 +76,11 @@ class Output(ctypes.Structure):
 class Affine(ctypes.Structure):
     """A map before rounding: as `Affine` in the C file; NULL where there is none."""
 
-    _fields_ = [("gain", ctypes.c_void_p), ("shift", ctypes.c_void_p), ("has_silu", ctypes.c_int64)]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("gain", "shift")),
+        *((name, ctypes.c_int64) for name in ("has_silu", "is_layer_norm")),
+        *((name, ctypes.c_float) for name in ("eps", "mean", "inverse_deviation")),
+    ]
 
 
 class Weights(ctypes.Structure):
@@ -177,15 +182,15 @@ def library() -> ctypes.CDLL | str:
         return loaded
     address, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     loaded.normalize.argtypes = [address, Image, GroupNorm, address, address]
-    loaded.run_layer.argtypes = [address, Affine, ctypes.POINTER(Layer), Addend, address, address]
+    loaded.run_layers.argtypes = [address, Affine, long, address, Addend, address, address]
     loaded.block_bytes.argtypes = [ctypes.POINTER(ResidualBlock)]
     loaded.run_block.argtypes = [address, address, ctypes.POINTER(ResidualBlock), address, address]
     loaded.read_seconds.argtypes = [address]
-    # The next two are parts of `run_layer`, for tests.
+    # The next two are parts of `run_layers`, for tests.
     loaded.choose_range.argtypes = [address, Image, Affine, integer, address, address]
     loaded.quantize.argtypes = [address, Image, Affine, ctypes.c_float, integer, integer, integer, address]
     loaded.choose_range.restype = None
-    loaded.normalize.restype = loaded.run_layer.restype = loaded.run_block.restype = None
+    loaded.normalize.restype = loaded.run_layers.restype = loaded.run_block.restype = None
     loaded.read_seconds.restype, loaded.block_bytes.restype = None, long
     loaded.plan_windows.argtypes = [address, long, long, long, address, integer, address, address]
     loaded.plan_windows.restype = long
@@ -397,10 +402,25 @@ def run_call(
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
     """Return the output of `call` for `x`, fp32 numbers that lie as its image does."""
-    output = torch.empty(call.size, dtype=torch.float32, device="cpu", memory_format=memory_format)
-    codes = scratch.room(call.code_bytes)
-    compiled().run_layer(x.data_ptr(), affine, call.layer, addend, codes.data_ptr(), output.data_ptr())
-    return output
+    return run_calls((call,), x, affine, addend, memory_format)[0]
+
+
+def run_calls(
+    calls: Sequence[Call],
+    x: Tensor,
+    affine: Affine = NO_AFFINE,
+    addend: Addend = NO_ADDEND,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> list[Tensor]:
+    """Return the output of each of `calls` for `x`, which is rounded once where neighbours take the same codes."""
+    outputs = [
+        torch.empty(call.size, dtype=torch.float32, device="cpu", memory_format=memory_format) for call in calls
+    ]
+    codes, pointers = scratch.room(max(call.code_bytes for call in calls)), ctypes.c_void_p * len(calls)
+    layers = pointers(*(ctypes.addressof(call.layer) for call in calls))
+    targets = pointers(*(output.data_ptr() for output in outputs))
+    compiled().run_layers(x.data_ptr(), affine, len(calls), layers, addend, codes.data_ptr(), targets)
+    return outputs
 
 
 def run(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor) -> Tensor:
