@@ -15,6 +15,11 @@ PROCESS, PRODUCT = AttnProcessor2_0.__call__, F.scaled_dot_product_attention
 ABSENT = ("spatial_norm", "norm_cross", "norm_q", "norm_k", "add_k_proj")  # from the common kind
 
 
+def is_patched() -> bool:
+    """Return whether somebody put something in the place of what all attention is computed by."""
+    return AttnProcessor2_0.__call__ is not PROCESS or F.scaled_dot_product_attention is not PRODUCT
+
+
 class FusedAttention(fusion.FusedBlock, Attention):
     """An `Attention` of the common kind, by the default processor: it computes at once what that does."""
 
@@ -48,7 +53,7 @@ class FusedAttention(fusion.FusedBlock, Attention):
         inputs = [x] if context is None else [x, context]
         packed = plan = None
         sequence = x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
-        if AttnProcessor2_0.__call__ is PROCESS and F.scaled_dot_product_attention is PRODUCT:
+        if not is_patched():
             sizes = sequence.shape, *(tensor.shape for tensor in inputs[1:])
             key = (x.dim(), *sizes, self.heads, self.residual_connection)
             packed, plan = self.plan_of(inputs, key, lambda packed: self.build_plan(packed, x.dim(), *sizes))

@@ -4,15 +4,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from diffusers_pqcad import fusion, graph_ops
-from diffusers_pqcad.attention import PROCESS, PRODUCT, FusedAttention
+from diffusers_pqcad.attention import FusedAttention, is_patched
 from diffusers_pqcad.feed_forward import FusedFeedForward
 from diffusers_pqcad.kernels import fused, x86
 
@@ -67,8 +65,7 @@ class FusedTransformer2DModel(fusion.FusedBlock, Transformer2DModel):
         """Return the output of a common call: at once, unless somebody looks at the modules or changed them."""
         inputs = [x] if context is None else [x, context]
         packed = plan = None
-        is_patched = BasicTransformerBlock.forward is not FORWARD or AttnProcessor2_0.__call__ is not PROCESS
-        if not is_patched and F.scaled_dot_product_attention is PRODUCT:
+        if BasicTransformerBlock.forward is FORWARD and not is_patched():
             sizes = tuple(tensor.shape for tensor in inputs)
             packed, plan = self.plan_of(inputs, sizes, lambda packed: self.build_plan(packed, *sizes))
         if packed is None or plan is None:

@@ -340,6 +340,19 @@ class TestLoad:
         assert [row["name"] for row in rows] == list(load.CONFIGS)
         assert all((row["disk_seconds"], row["seconds"], row["peak_bytes"]) == (7.0, 2.0, 70) for row in rows)
 
+    @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no way to forget files here")
+    def test_the_weights_are_forgotten_once_they_are_on_the_disk(self, load, tmp_path, monkeypatch):
+        sizes, calls = {"a.safetensors": 3, "b.safetensors": 5, "config.json": 7}, []
+        for name, size in sizes.items():
+            (tmp_path / name).write_bytes(bytes(size))
+        monkeypatch.setattr(os, "fsync", lambda file: calls.append(("on disk", os.fstat(file.fileno()).st_size)))
+        monkeypatch.setattr(os, "posix_fadvise", lambda file, *advice: calls.append((advice, os.fstat(file).st_size)))
+        assert load.leave_memory(tmp_path)
+        assert [what for what, _ in calls] == 2 * ["on disk", (0, 0, os.POSIX_FADV_DONTNEED)]
+        assert calls[0][1] == calls[1][1]
+        assert calls[2][1] == calls[3][1]
+        assert {size for _, size in calls} == {3, 5}
+
     def test_without_a_way_to_forget_files_there_is_nothing_from_the_disk(self, load, tmp_path, monkeypatch):
         monkeypatch.delattr(os, "posix_fadvise", raising=False)
         monkeypatch.setattr(load, "in_a_process", lambda *args: {"seconds": 1.0, "peak_bytes": 1})

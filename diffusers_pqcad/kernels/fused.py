@@ -258,7 +258,7 @@ def plan_transformer(
     for call, outputs in ((first, inner), (last, channels)):
         if call.size not in ((batch, outputs, height, width), (batch, height * width, outputs)):
             return None
-    if not norm.weight.shape == norm.bias.shape == (channels,) or last.layer.image.channels != inner:
+    if not norm.weight.shape == norm.bias.shape == (channels,):
         return None
     for layer_norm, part in parts:
         if not layer_norm.weight.shape == layer_norm.bias.shape == (inner,) or tuple(part.calls[-1].size) != sequence:

@@ -127,9 +127,9 @@ def measure(settings: Settings, directory: Path) -> list[dict[str, Any]]:
         {
             **loads[name][-1],
             "name": name,
-            "seconds": statistics.median(load["seconds"] for load in loads[name]),
+            "seconds": statistics.median(each["seconds"] for each in loads[name]),
             "disk_seconds": statistics.median(disk_seconds[name]) if disk_seconds[name] else None,
-            "peak_bytes": max(load["peak_bytes"] for load in loads[name]),
+            "peak_bytes": max(each["peak_bytes"] for each in loads[name]),
         }
         for name in CONFIGS
     ]
