@@ -76,8 +76,8 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
             `bit_choices` with method "fixed".
         bit_choices: the widths that "progressive" may give a layer, out of 8, 6, 4, 3 and 2.
         activation_bits: 8 or 7 (asymmetric uint8 per tensor), or `None` to keep activations in floating point. With 7,
-            at twice the rounding step, 3x3 convolutions are a little faster on CPUs with AVX-512 VNNI, and layers of 8
-            bits run as int8 also on CPUs that have neither VNNI nor a C compiler.
+            at twice the rounding step, 3x3 convolutions are a little faster on CPUs with VNNI, and layers of 8 bits
+            run as int8 also on CPUs that have neither VNNI nor a C compiler.
         group_size: inputs that share a weight scale in Linear layers; `None`: one scale per output channel.
         method: "progressive" (bits per layer, moved in two stages under a momentum) or "fixed" (round to nearest at
             one width).

@@ -1,9 +1,9 @@
 /* Products of 8-bit codes and int8 levels with exact sums, on x86 CPUs. Compiled on first use, by native.py, for the CPU
    that it runs on.
 
-   With AVX-512 VNNI one instruction, vpdpbusd, multiplies bytes and adds four products in 32 bits. With AVX2 alone,
-   vpmaddubsw multiplies bytes and adds neighbours in 16 bits, vpmaddwd widens such sums to 32 bits. Then there are two
-   ways to stay inside 16 bits (x86.py chooses):
+   With VNNI, of AVX-512 or AVX (laptops' CPUs), one instruction, vpdpbusd, multiplies bytes and adds four products in 32
+   bits. With AVX2 alone, vpmaddubsw multiplies bytes and adds neighbours in 16 bits, vpmaddwd widens such sums to 32 bits.
+   Then there are two ways to stay inside 16 bits (x86.py chooses):
    - narrow levels: many steps are added in 16 bits before they are widened, in windows that cannot overflow. The time of
      vpmaddwd is saved: half of what the multiplier does.
    - levels of 8 bits: the codes are shifted to -128..127. Of two products of magnitudes up to 128 and 127, the sum fits;
@@ -15,24 +15,31 @@
 #include <stdint.h>
 #include <string.h>
 
-/* A tile of the output is ROWS pixels by OUTPUTS channels, two vectors. Its sums stay in registers, of which there are
-   32 with AVX-512 and else 16; images of 4x4 pixels and more are whole tiles of 8. */
-#ifdef __AVX512VNNI__
+#if defined __AVX512VNNI__ || defined __AVXVNNI__
 #define VNNI 1
-#define ROWS 8
-#define OUTPUTS 32
 #else
 #define VNNI 0
-#define ROWS 6
-#define OUTPUTS 16
 #endif
+#ifndef VECTOR_BYTES /* tests may ask for the vectors of other CPUs */
+#ifdef __AVX512VNNI__
+#define VECTOR_BYTES 64
+#else
+#define VECTOR_BYTES 32
+#endif
+#endif
+
+/* A tile of the output is ROWS pixels by OUTPUTS channels, two vectors of sums. These stay in registers, of which there are
+   32 with AVX-512 and else 16; images of 4x4 pixels and more are whole tiles of 8. */
+#define ROWS (VECTOR_BYTES == 64 ? 8 : 6)
+#define LANES (VECTOR_BYTES / 4) /* sums of a vector */
+#define OUTPUTS (2 * LANES)
 #define TILES 16 /* that follow each other in one block of outputs */
 #define MIN_SCALE 1e-12f /* of activations: as in qparams.py */
 #define SIGNED_OFFSET 128 /* what signed codes are less */
 #define CODE_MAX 255
 #define DEPTH 4 /* inputs of a step: 4 codes are broadcast, and multiplied by 4 weights of each output */
 #define TERMS 4 /* products that make a pair of pixels */
-#define LANES 64 /* channels of a term that are computed at once */
+#define SPARE_EXCESSES 16 /* no fewer than the steps of a vector */
 #define LINE 64 /* bytes of the cache */
 
 /* For x86.py: what this code was compiled for. */
@@ -81,7 +88,7 @@ typedef struct {
 
 /* How many excesses a list has room for: an eighth of a row's steps. A listed step takes several times as long as one of
    codes, and the dense form doubles the products. */
-static inline int64_t room_for_excesses(int64_t row_codes) { return row_codes / (8 * DEPTH) + LANES / DEPTH; }
+static inline int64_t room_for_excesses(int64_t row_codes) { return row_codes / (8 * DEPTH) + SPARE_EXCESSES; }
 
 /* Bytes of a row of codes, without and with its excesses. */
 static inline int64_t bytes_of_codes(const Image *image)
@@ -117,30 +124,96 @@ typedef struct {
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* Vectors, of which `count` bytes or numbers are real: others are read as zeros, and not written; a `count` may be beyond the
+   vector. Then the bits of those steps in which two vectors differ. */
+#if VECTOR_BYTES == 64
+#define OF_VECTORS(name) _mm512_##name
+typedef __m512i Vector;
+typedef __m512 Numbers;
+
+INLINE uint64_t first_bits(int64_t count) { return count > 63 ? ~0ull : count > 0 ? (1ull << count) - 1 : 0; }
+INLINE Vector load_bytes(const uint8_t *from, int64_t count) { return _mm512_maskz_loadu_epi8(first_bits(count), from); }
+INLINE void store_bytes(uint8_t *to, Vector bytes, int64_t count)
+{
+    _mm512_mask_storeu_epi8(to, first_bits(count), bytes);
+}
+INLINE Numbers load_numbers(const float *from, int64_t count)
+{
+    return _mm512_maskz_loadu_ps((__mmask16)first_bits(count), from);
+}
+INLINE void store_numbers(float *to, Numbers numbers, int64_t count)
+{
+    _mm512_mask_storeu_ps(to, (__mmask16)first_bits(count), numbers);
+}
+INLINE unsigned differing_steps(Vector a, Vector b) { return _mm512_cmpneq_epi32_mask(a, b); }
+#else
+#define OF_VECTORS(name) _mm256_##name
+typedef __m256i Vector;
+typedef __m256 Numbers;
+
+/* Bytes of a vector to or from which `count` items of `size` bytes are copied: a constant where it is full. */
+#define COPY(to, from, count, size)                                                                                        \
+    do {                                                                                                                   \
+        if ((count) * (size) >= VECTOR_BYTES) memcpy(to, from, VECTOR_BYTES);                                              \
+        else if ((count) > 0) memcpy(to, from, (count) * (size));                                                          \
+    } while (0)
+INLINE Vector load_bytes(const uint8_t *from, int64_t count)
+{
+    Vector bytes = {0};
+    COPY(&bytes, from, count, 1);
+    return bytes;
+}
+INLINE void store_bytes(uint8_t *to, Vector bytes, int64_t count) { COPY(to, &bytes, count, 1); }
+INLINE Numbers load_numbers(const float *from, int64_t count)
+{
+    Numbers numbers = {0};
+    COPY(&numbers, from, count, (int)sizeof(float));
+    return numbers;
+}
+INLINE void store_numbers(float *to, Numbers numbers, int64_t count) { COPY(to, &numbers, count, (int)sizeof(float)); }
+INLINE unsigned differing_steps(Vector a, Vector b)
+{
+    return 0xff & ~(unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)));
+}
+#endif
+
+INLINE Vector load(const void *from)
+{
+    Vector vector;
+    memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+
 #if VNNI
-/* sum += codes * levels, four products each, in place: as an intrinsic, GCC 12 spills the sums to the stack. */
+/* sum += codes * levels, four products each, in place: as an intrinsic, GCC 12 spills the sums to the stack. Assemblers take
+   the form of AVX-512 unless they are told. */
+#ifdef __AVX512VNNI__
 #define ADD_PRODUCTS(sum, codes, levels) __asm__ volatile("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(levels))
+#else
+#define ADD_PRODUCTS(sum, codes, levels)                                                                                   \
+    __asm__ volatile("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(levels))
+#endif
 
 /* sums[i][o] = the products of row i and output o, summed over all windows. Codes are unsigned. */
 INLINE void multiply_rows(int rows, const uint8_t *const *codes, int64_t row_bytes, const int8_t *weight,
                           const Window *window, const Window *end, int32_t sums[ROWS][OUTPUTS])
 {
-    __m512i wide[ROWS][2];
-    for (int i = 0; i < rows; i++) wide[i][0] = wide[i][1] = _mm512_setzero_si512();
+    Vector wide[ROWS][2];
+    for (int i = 0; i < rows; i++) wide[i][0] = wide[i][1] = (Vector){0};
     for (; window < end; window++) {
         int64_t at = window->y * row_bytes + window->x, stop = at + (int64_t)window->steps * DEPTH;
         for (; at < stop; at += DEPTH, weight += DEPTH * OUTPUTS) {
-            __m512i weight0 = _mm512_loadu_si512(weight), weight1 = _mm512_loadu_si512(weight + 64);
+            Vector weight0 = load(weight), weight1 = load(weight + VECTOR_BYTES);
 #pragma GCC unroll 8
             for (int i = 0; i < rows; i++) {
-                __m512i code = _mm512_set1_epi32(*(const int32_t *)(codes[i] + at));
+                Vector code = OF_VECTORS(set1_epi32)(*(const int32_t *)(codes[i] + at));
                 ADD_PRODUCTS(wide[i][0], code, weight0);
                 ADD_PRODUCTS(wide[i][1], code, weight1);
             }
         }
     }
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < 2; j++) _mm512_store_si512(sums[i] + 16 * j, wide[i][j]);
+        for (int j = 0; j < 2; j++) memcpy(sums[i] + LANES * j, &wide[i][j], sizeof(Vector));
 }
 
 INLINE void multiply_tile(int count, int is_signed, const uint8_t *const *codes, int64_t row_bytes, const int8_t *weight,
@@ -269,43 +342,25 @@ INLINE Epilogue epilogue_of(int zero_point, const int32_t *level_sum, float inpu
     return epilogue;
 }
 
-#if VNNI
-/* 16 outputs from `j` on. */
-INLINE __m512 dequantize(const int32_t *sums, const Epilogue *epilogue, int j)
+/* A vector of outputs from `j` on. */
+INLINE Numbers dequantize(const int32_t *sums, const Epilogue *epilogue, int j)
 {
-    __m512i zero = _mm512_load_si512(epilogue->zero + j);
-    __m512 centred = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(sums + j), zero));
-    return _mm512_fmadd_ps(centred, _mm512_load_ps(epilogue->factor + j), _mm512_load_ps(epilogue->bias + j));
+    Vector centred = OF_VECTORS(sub_epi32)(load(sums + j), load(epilogue->zero + j));
+    Numbers factor = OF_VECTORS(load_ps)(epilogue->factor + j), bias = OF_VECTORS(load_ps)(epilogue->bias + j);
+    return OF_VECTORS(fmadd_ps)(OF_VECTORS(cvtepi32_ps)(centred), factor, bias);
 }
 
-/* Write those of 16 outputs from `j` on that are less than `count`, plus the addend's where there are such. */
-INLINE void write_outputs(__m512 value, const float *addend, int j, int64_t count, float *out)
+/* Write those outputs from `j` on that are less than `count`, plus the addend's where there are such. */
+INLINE void write_outputs(Numbers value, const float *addend, int j, int64_t count, float *out)
 {
-    __mmask16 real = count - j >= 16 ? 0xffff : count > j ? (__mmask16)((1u << (count - j)) - 1) : 0;
-    if (addend) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(real, addend + j));
-    _mm512_mask_storeu_ps(out + j, real, value);
+    if (addend) value = OF_VECTORS(add_ps)(value, load_numbers(addend + j, count - j));
+    store_numbers(out + j, value, count - j);
 }
 
 INLINE void dequantize_row(const int32_t *sums, const Epilogue *epilogue, const float *addend, int64_t count, float *out)
 {
-    for (int j = 0; j < OUTPUTS; j += 16) write_outputs(dequantize(sums, epilogue, j), addend, j, count, out);
+    for (int j = 0; j < OUTPUTS; j += LANES) write_outputs(dequantize(sums, epilogue, j), addend, j, count, out);
 }
-#else
-INLINE void dequantize_row(const int32_t *sums, const Epilogue *epilogue, const float *addend, int64_t count, float *out)
-{
-    float row[OUTPUTS], added[OUTPUTS], *target = count < OUTPUTS ? row : out;
-    if (addend && count < OUTPUTS) addend = memcpy(added, addend, sizeof(float) * count);
-    for (int j = 0; j < OUTPUTS; j += 8) {
-        __m256i zero = _mm256_load_si256((const __m256i *)(epilogue->zero + j));
-        __m256 centred = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_load_si256((const __m256i *)(sums + j)), zero));
-        __m256 factor = _mm256_load_ps(epilogue->factor + j), bias = _mm256_load_ps(epilogue->bias + j);
-        __m256 value = _mm256_fmadd_ps(centred, factor, bias);
-        if (addend) value = _mm256_add_ps(value, _mm256_loadu_ps(addend + j));
-        _mm256_storeu_ps(target + j, value);
-    }
-    if (count < OUTPUTS) memcpy(out, row, sizeof(float) * count);
-}
-#endif
 
 /* What does not change from call to call. Per block of OUTPUTS channels: `weight` (steps, OUTPUTS, DEPTH) and windows from
    window_starts[block] to window_starts[block + 1]; `level_sum` and `scale` hold a number for every output of every
@@ -409,20 +464,20 @@ INLINE void find_rows(const uint8_t *codes, const Layer *layer, int64_t columns,
     }
 }
 
-#if VNNI
 /* Write both pixels of the pair in row `i` of all terms' sums, each with its addend; `second` is NULL for a single one. */
 INLINE void write_pair(int32_t sums[TERMS][ROWS][OUTPUTS], int i, const Block *terms, const float *addend,
                        const float *second_addend, int64_t count, float *first, float *second)
 {
-    for (int j = 0; j < OUTPUTS; j += 16) {
-        __m512 term[TERMS];
+    for (int j = 0; j < OUTPUTS; j += LANES) {
+        Numbers term[TERMS];
         for (int k = 0; k < TERMS; k++) term[k] = dequantize(sums[k][i], &terms[k].epilogue, j);
-        write_outputs(_mm512_add_ps(_mm512_add_ps(term[0], term[1]), term[2]), addend, j, count, first);
-        if (!second) continue;
-        write_outputs(_mm512_sub_ps(_mm512_sub_ps(term[1], term[2]), term[3]), second_addend, j, count, second);
+        Numbers sum = OF_VECTORS(add_ps)(term[0], term[1]), difference = OF_VECTORS(sub_ps)(term[1], term[2]);
+        write_outputs(OF_VECTORS(add_ps)(sum, term[2]), addend, j, count, first);
+        if (second) write_outputs(OF_VECTORS(sub_ps)(difference, term[3]), second_addend, j, count, second);
     }
 }
 
+#if VNNI
 /* Add the products of listed excesses to the sums of pairs side by side: those of `row` and all up to column `end` of its
    line, the first of which are those of row `i` of the tile. `biases` are the terms', as often as an excess has bytes. */
 INLINE void add_excesses_of_line(const Image *image, const Row *row, int64_t end, const Block *terms,
@@ -437,12 +492,14 @@ INLINE void add_excesses_of_line(const Image *image, const Row *row, int64_t end
             const uint32_t place = (uint32_t)one.place, term = place % TERMS;
             const int8_t *weight = terms[term].weight + at + one.weights;
             int32_t *sum = sums[term][i + place / TERMS - row->column];
-            const __m512i excess = _mm512_set1_epi32(one.bytes), bias = _mm512_set1_epi32(biases[term]);
-            for (int j = 0; j < OUTPUTS; j += 16) {
-                const __m512i levels = _mm512_loadu_si512(weight + DEPTH * j), zero = _mm512_setzero_si512();
-                const __m512i product = _mm512_sub_epi32(_mm512_dpbusd_epi32(zero, excess, levels),
-                                                         _mm512_dpbusd_epi32(zero, bias, levels));
-                _mm512_store_si512(sum + j, _mm512_add_epi32(_mm512_load_si512(sum + j), product));
+            const Vector excess = OF_VECTORS(set1_epi32)(one.bytes), bias = OF_VECTORS(set1_epi32)(biases[term]);
+            for (int j = 0; j < OUTPUTS; j += LANES) {
+                const Vector levels = load(weight + DEPTH * j);
+                Vector more = {0}, less = {0}; /* not the sum itself: the next excess waits for it */
+                ADD_PRODUCTS(more, excess, levels);
+                ADD_PRODUCTS(less, bias, levels);
+                more = OF_VECTORS(add_epi32)(load(sum + j), OF_VECTORS(sub_epi32)(more, less));
+                memcpy(sum + j, &more, sizeof more);
             }
         }
         at += (int64_t)window->steps * DEPTH * OUTPUTS;
@@ -476,7 +533,6 @@ INLINE void add_dense(int count, const Image *image, const uint8_t *const *codes
 #else /* no pairs */
 #define add_excesses(...) ((void)0)
 #define add_dense(...) ((void)0)
-#define write_pair(...) ((void)0)
 #endif
 
 /* Convolution, or matrix product where an image is one row of pixels, of `codes`, which `quantize` wrote with `scale` and
@@ -616,13 +672,13 @@ INLINE void quantize_pixel(const float *x, Affine affine, int64_t channels, floa
 }
 
 #if VNNI
-/* List at `list` those of the excesses of LANES channels from `channel` on, in `bytes` with their bias, that `exceeds` has
-   the steps of; return how many. `place` is their term's. */
-INLINE int list_excesses(__m512i bytes, unsigned exceeds, int64_t place, int64_t channel, Excess *list)
+/* List at `list` those of the excesses of a vector of channels from `channel` on, in `bytes` with their bias, that
+   `exceeds` has the steps of; return how many. `place` is their term's. */
+INLINE int list_excesses(Vector bytes, unsigned exceeds, int64_t place, int64_t channel, Excess *list)
 {
-    int32_t steps[LANES / DEPTH];
+    int32_t steps[VECTOR_BYTES / DEPTH];
     int count = 0;
-    _mm512_storeu_si512(steps, bytes);
+    memcpy(steps, &bytes, sizeof bytes);
     for (; exceeds; exceeds &= exceeds - 1) {
         const int64_t step = __builtin_ctz(exceeds);
         list[count++] = (Excess){steps[step], (int32_t)place, (int32_t)((channel + step * DEPTH) * OUTPUTS)};
@@ -640,21 +696,21 @@ static void spread_excesses(const Excesses *of_row, int64_t listed, const Image 
     of_row->starts[image->pairs] = DENSE;
 }
 
+/* The first bit of each byte flipped: unsigned bytes less 128, signed. */
+INLINE Vector flip(Vector bytes) { return bytes ^ OF_VECTORS(set1_epi8)((char)128); }
+
 /* Two codes' difference plus 128, cut to 8 bits, and its last 8 bits. */
-INLINE void subtract(__m512i a, __m512i b, __m512i *kept, __m512i *last)
+INLINE void subtract(Vector a, Vector b, Vector *kept, Vector *last)
 {
-    const __m512i flip = _mm512_set1_epi8((char)128);
-    *kept = _mm512_xor_si512(_mm512_subs_epi8(_mm512_xor_si512(a, flip), _mm512_xor_si512(b, flip)), flip);
-    *last = _mm512_sub_epi8(a, b);
+    *kept = flip(OF_VECTORS(subs_epi8)(flip(a), flip(b)));
+    *last = OF_VECTORS(sub_epi8)(a, b);
 }
 
 /* Two codes' sum less `start`, cut to 8 bits, and its last 8 bits. */
-INLINE void add(__m512i a, __m512i b, int start, __m512i *kept, __m512i *last)
+INLINE void add(Vector a, Vector b, int start, Vector *kept, Vector *last)
 {
-    const __m512i flip = _mm512_set1_epi8((char)128);
-    *kept = start ? _mm512_xor_si512(_mm512_adds_epi8(_mm512_xor_si512(a, flip), _mm512_xor_si512(b, flip)), flip)
-                  : _mm512_adds_epu8(a, b);
-    *last = _mm512_add_epi8(a, b);
+    *kept = start ? flip(OF_VECTORS(adds_epi8)(flip(a), flip(b))) : OF_VECTORS(adds_epu8)(a, b);
+    *last = OF_VECTORS(add_epi8)(a, b);
 }
 
 /* Put the terms of each pair of a row in place of the codes, which lie at the end of their room: of each channel, all codes
@@ -668,26 +724,27 @@ static int transform_row(uint8_t *row, const Image *image, const Term *terms)
     int is_dense = 0;
     for (int64_t pair = 0; pair < image->pairs; pair++, codes += 2 * channels, row += TERMS * channels) {
         if (!is_dense) of_row.starts[pair] = (int32_t)listed;
-        for (int64_t c = 0; c < channels; c += LANES) {
-            const int64_t count = channels - c < LANES ? channels - c : LANES;
-            const __mmask64 real = ~0ull >> (LANES - count);
-            __m512i code[TERMS], kept[TERMS], last[TERMS];
-            for (int k = 0; k < TERMS; k++) code[k] = _mm512_maskz_loadu_epi8(real, codes + k * channels + c);
+        for (int64_t c = 0; c < channels; c += VECTOR_BYTES) {
+            const int64_t count = channels - c < VECTOR_BYTES ? channels - c : VECTOR_BYTES;
+            const unsigned real = (1u << count / DEPTH) - 1;
+            Vector code[TERMS], kept[TERMS], last[TERMS];
+            for (int k = 0; k < TERMS; k++) code[k] = load_bytes(codes + k * channels + c, count);
             subtract(code[0], code[2], kept, last);
             add(code[1], code[2], terms[1].bias, kept + 1, last + 1);
             subtract(code[2], code[1], kept + 2, last + 2);
             subtract(code[1], code[3], kept + 3, last + 3);
             for (int k = 0; k < TERMS; k++) {
-                _mm512_mask_storeu_epi8(row + k * channels + c, real, kept[k]);
+                store_bytes(row + k * channels + c, kept[k], count);
                 /* The term, plus its offset, less what is kept of it, plus its bias: 8 bits hold that. */
-                const __m512i more = _mm512_set1_epi8((char)(terms[k].offset + terms[k].bias));
-                const __m512i bytes = _mm512_add_epi8(_mm512_sub_epi8(last[k], kept[k]), more);
-                const __m512i none = _mm512_set1_epi8((char)terms[k].bias);
-                const unsigned exceeds = _mm512_cmpneq_epi32_mask(bytes, none) & (0xffff >> (LANES - count) / DEPTH);
+                const Vector more = OF_VECTORS(set1_epi8)((char)(terms[k].offset + terms[k].bias));
+                const Vector bytes = OF_VECTORS(add_epi8)(OF_VECTORS(sub_epi8)(last[k], kept[k]), more);
+                const Vector none = OF_VECTORS(set1_epi8)((char)terms[k].bias);
+                const unsigned exceeds = differing_steps(bytes, none) & real;
                 if (!exceeds) continue;
-                if (!is_dense && listed + LANES / DEPTH > room) spread_excesses(&of_row, listed, image, terms), is_dense = 1;
+                if (!is_dense && listed + VECTOR_BYTES / DEPTH > room)
+                    spread_excesses(&of_row, listed, image, terms), is_dense = 1;
                 const int64_t place = TERMS * pair + k;
-                if (is_dense) _mm512_mask_storeu_epi8(of_row.dense + place * channels + c, real, bytes);
+                if (is_dense) store_bytes(of_row.dense + place * channels + c, bytes, count);
                 else listed += list_excesses(bytes, exceeds, place, c, of_row.list + listed);
             }
         }

@@ -1,10 +1,10 @@
 """int8 convolution and linear on x86 CPUs, in C (x86.c), compiled on first use: exact sums, faster than oneDNN's.
 
-With AVX-512 VNNI, one instruction multiplies 64 codes by 64 levels and adds them up in 32 bits. With AVX2 alone, one
-multiplies 32 and adds neighbours in 16 bits, another widens the sums. There levels of up to 6 bits let several
-products add up in 16 bits before they are widened: 9 where all are as large as 4 bits allow, and more for the levels
-that layers have. The windows are cut from the levels themselves, so that no input can overflow them. Levels of 8 bits
-take signed codes, which fit as single products.
+With VNNI, one instruction multiplies 64 codes by 64 levels (AVX-512) or 32 by 32 (AVX, as in laptops) and adds them up
+in 32 bits. With AVX2 alone, one multiplies 32 and adds neighbours in 16 bits, another widens the sums. There levels of
+up to 6 bits let several products add up in 16 bits before they are widened: 9 where all are as large as 4 bits allow,
+and more for the levels that layers have. The windows are cut from the levels themselves, so that no input can overflow
+them. Levels of 8 bits take signed codes, which fit as single products.
 
 With VNNI, convolutions three pixels wide take two thirds of the products, by Winograd's minimal filtering (Lavin and
 Gray 2016, arXiv:1509.09308), which adds and subtracts neighbouring codes. Few sums and differences exceed 8 bits, as
@@ -35,7 +35,7 @@ NAME = "x86"
 SOURCE = Path(__file__).with_name("x86.c")
 DEPTH = 4  # inputs of a step, as in the C file
 TERMS = 4  # products that make a pair of pixels, as in the C file
-LANES = 64  # channels of a pair that are computed at once, as in the C file
+SPARE_EXCESSES = 16  # as in the C file
 CACHE_LINE = 64  # bytes
 MAX_NARROW_BITS = 6  # two steps of the largest levels still fit 16 bits, and sums of three 8
 MIN_PAIRED_INPUTS = 48  # of a column: with fewer, pairs cost more than the products that they save
@@ -43,7 +43,9 @@ LEVEL_MAX = 2**7 - 1  # of 8 bits
 SUM_MAX = 2**15 - 1  # of 16 bits
 MAX_LINE = 32  # pixels
 NO_RANGE = ScalarQParams(0.0, 0)  # asks for the range of each input
-NO_WIDE_VNNI = "oneDNN has VNNI here, and this kernel only that of AVX-512"
+NO_VNNI = (
+    "oneDNN has VNNI here, and this kernel was compiled without (a compiler that does not know the CPU, or CFLAGS)"
+)
 
 
 class Image(ctypes.Structure):
@@ -59,7 +61,7 @@ class Image(ctypes.Structure):
         columns = TERMS * self.pairs if self.pairs else self.width + 2 * self.border_x
         row = columns * self.padded_channels
         if self.pairs:  # what exceeds 8 bits: as large a row, or a list of three numbers a step, and where pairs start
-            numbers = self.pairs + 1 + 3 * (row // (8 * DEPTH) + LANES // DEPTH)
+            numbers = self.pairs + 1 + 3 * (row // (8 * DEPTH) + SPARE_EXCESSES)
             row = round_up(2 * row + numbers * ctypes.sizeof(ctypes.c_int32), CACHE_LINE)
         return self.images * (self.height + 2 * self.border_y) * row
 
@@ -219,7 +221,7 @@ def refusal(layer: "QuantizedLayer") -> str | None:
     if isinstance(loaded, str):
         return loaded
     if not loaded.has_vnni() and onednn.available() and not onednn.saturates():
-        return NO_WIDE_VNNI
+        return NO_VNNI
     return None
 
 

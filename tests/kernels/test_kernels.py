@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 
-# What this computer takes first: our own code where there is a compiler, unless only oneDNN has VNNI.
+# What this computer takes first: our own code where there is a compiler, unless only oneDNN knows VNNI.
 COMPILED = x86.library()
 FAST = "onednn" if isinstance(COMPILED, str) or not (COMPILED.has_vnni() or onednn.saturates()) else "x86"
 

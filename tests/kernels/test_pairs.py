@@ -15,7 +15,7 @@ from diffusers_pqcad.layers import PQCADConv2d, kernel_cache_bytes, packed_layer
 from diffusers_pqcad.qparams import ACTIVATION_BITS, WEIGHT_BITS, ActivationQParams, WeightSpec, activation_qmax
 
 HAS_VNNI = not isinstance(x86.library(), str) and bool(x86.compiled().has_vnni())
-needs_vnni = pytest.mark.skipif(not HAS_VNNI, reason="pairs are for AVX-512 VNNI")
+needs_vnni = pytest.mark.skipif(not HAS_VNNI, reason="pairs are for VNNI")
 NARROW_BITS = [bits for bits in WEIGHT_BITS if bits <= 6]
 
 

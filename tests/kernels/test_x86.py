@@ -1,4 +1,7 @@
-"""Specification of the windows in which 16-bit sums add up: complete, and safe for every input."""
+"""Specification of the windows in which 16-bit sums add up, safe for every input, and of what the compiler makes."""
+
+import re
+import subprocess
 
 import pytest
 import torch
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusers_pqcad import kernels
-from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.kernels import native, x86
 from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear
 from diffusers_pqcad.qparams import ACTIVATION_BITS, WEIGHT_BITS, WeightSpec, activation_qmax, activation_qparams
 from diffusers_pqcad.timesteps import TimestepGroups
@@ -16,6 +19,8 @@ pytestmark = pytest.mark.skipif(isinstance(x86.library(), str), reason=str(x86.l
 SEGMENTS = torch.tensor([[0, 0, 0], [1, 8, 0], [3, 0, 0]], dtype=torch.int32)
 
 
+AVX_VNNI = ("-mavxvnni", "-mno-avx512f")
+AVX2 = ("-mno-avxvnni", "-mno-avx512f")
 OUTPUTS = 16 if isinstance(x86.library(), str) else x86.compiled().block_outputs()
 
 
@@ -145,3 +150,24 @@ def test_the_outputs_of_large_inputs_are_clamped() -> None:
             expected = layer(torch.full((1, 8), sign * 1.5))
             for large in (1e3, 1e12, float("inf")):
                 assert torch.equal(layer(torch.full((1, 8), sign * large)), expected)
+
+
+def assembly(*flags: str) -> str:
+    """The C file as the compiler makes it with `flags`, which come before the computer's own."""
+    command = [str(native.compiler()), *flags, *native.FLAGS, "-S", str(x86.SOURCE), "-o", "-"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip(f"this compiler does not know {flags}")
+    return result.stdout
+
+
+def test_without_avx512_vnni_is_that_of_avx() -> None:
+    """CPUs of laptops have it; assemblers would take the encoding of AVX-512, which is no instruction there."""
+    lines = [line for line in assembly(*AVX_VNNI).splitlines() if "vpdpbusd" in line]
+    assert len(lines) > 2 * 6  # of a whole tile
+    assert all(re.match(r"\s*\{vex\} vpdpbusd \S*%ymm\d+", line) for line in lines)
+
+
+@pytest.mark.parametrize("flags", [AVX_VNNI, AVX2])
+def test_what_other_cpus_lack_is_not_in_their_code(flags: tuple[str, ...]) -> None:
+    assert not re.search(r"%zmm|%k[0-7]", assembly(*flags))
