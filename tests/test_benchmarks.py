@@ -1,5 +1,6 @@
 """Every script in examples/benchmarks runs, and what it prints and writes is what was measured."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.kernels import fused, x86
 from diffusers_pqcad.layers import PQCADLinear, average_bits, kernel_cache_bytes, packed_layers
 from diffusers_pqcad.qparams import WeightSpec
 
@@ -54,6 +55,11 @@ def pipeline() -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def profile_step() -> Iterator[ModuleType]:
     yield from import_script("profile_step")
+
+
+@pytest.fixture(scope="module")
+def bounds() -> Iterator[ModuleType]:
+    yield from import_script("bounds")
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +236,62 @@ class TestProfileStep:
             assert 5 < len(profiled["operators"]) <= 50
             assert any(row["name"].startswith(operator) for row in profiled["operators"])
             assert 0 < sum(row["share"] for row in profiled["operators"]) < 1
+
+
+class TestBounds:
+    def test_table_and_file_hold_every_part(self, bounds, tmp_path, capsys):
+        file = tmp_path / "bounds.json"
+        result = bounds.main(tiny_settings(bounds, contestants=["W4A8", "W8A7"], json=str(file)))
+        assert json.loads(file.read_text()) == json.loads(json.dumps(result))
+        table = capsys.readouterr().out
+        for name, contestant in zip(("W8A7", "W4A8"), result["contestants"], strict=True):
+            assert contestant["name"] == name
+            assert f"| {name} without | ms |" in table
+            whole, *others = contestant["parts"]
+            assert [row["part"] for row in others] == list(bounds.PARTS)
+            for row in others:
+                less = whole["median_ms"] - row["median_ms"]
+                assert f"| {row['part']} | {row['median_ms']:.1f} |" in table
+                assert f"| {less:.1f} | {less / whole['median_ms']:.1%} |" in table
+
+    @pytest.mark.parametrize("model", ["tiny", "tiny-conditional"])
+    @torch.no_grad()
+    def test_what_is_repeated_is_right_and_what_is_left_out_is_gone(self, bounds, model):
+        field = bounds.harness.prepare(tiny_settings(bounds, model=model, contestants=["W8A8"]), 1)
+        contestant = field.contestants["W8A8"]
+        wanted = contestant.step(field.inputs)
+        for part, leave_out in bounds.PARTS.items():
+            unet = copy.deepcopy(contestant.unet)
+            before = torch.cat
+            step = leave_out(unet, field.inputs)
+            outputs = step(), step()
+            assert torch.cat is before, part
+            if leave_out is not bounds.without_time:
+                assert all(torch.equal(output, wanted) for output in outputs), part
+
+    @torch.no_grad()
+    def test_without_time_the_rest_is_the_same_blocks_at_once(self, bounds, monkeypatch):
+        field = bounds.harness.prepare(tiny_settings(bounds, contestants=["W8A8"]), 1)
+        unet = field.contestants["W8A8"].unet
+        calls: list[object] = []
+        run_block = fused.run_block
+        monkeypatch.setattr(fused, "run_block", lambda plan, x, time: calls.append(time) or run_block(plan, x, time))
+        field.contestants["W8A8"].step(field.inputs)
+        times, calls[:] = list(calls), []
+        output = bounds.without_time(unet, field.inputs)()
+        assert output.isfinite().all()
+        assert not any(name.endswith("time_emb_proj") for name in packed_layers(unet))
+        del calls[: len(times)]  # of the step in which outputs are kept
+        assert all(time is not None for time in times)
+        assert calls == [None] * len(times)
+
+    def test_a_contestant_of_another_runtime_is_refused(self, bounds, contestants, monkeypatch):
+        opaque = partial(bounds.eager)
+        monkeypatch.setitem(
+            contestants.CONTESTANTS, "W8A8", lambda unet, calibration: opaque(unet)._replace(unet=None)
+        )
+        with pytest.raises(ValueError, match="the parts of 'W8A8' are not modules of PyTorch"):
+            bounds.benchmark(tiny_settings(bounds, contestants=["W8A8"]))
 
 
 class TestPipeline:

@@ -229,6 +229,7 @@ QUICK: dict[str, Builder] = {
 CONTESTANTS: dict[str, Builder] = QUICK | {
     "bf16, channels_last": partial(floating, dtype=torch.bfloat16),
     "fp32, torch.compile": partial(floating, compiled=True),
+    "W8A8, oneDNN's operators": partial(pqcad, weight_bits=8, kernel="onednn"),
     "W8A8, torch.compile": partial(pqcad, weight_bits=8, compiled=True),
     "W8A7, torch.compile": partial(pqcad, weight_bits=8, activation_bits=7, compiled=True),
     "W4A8, torch.compile": partial(pqcad, weight_bits=4, compiled=True),

@@ -1,6 +1,7 @@
 """What all benchmarks share: building the contestants, the circumstances of a run, and what is printed and written."""
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from contestants import CONTESTANTS, QUICK, STOCK, Contestant
 
 from diffusers_pqcad.checkpoint import write_text
 from diffusers_pqcad.evaluation.speed import environment
-from diffusers_pqcad.kernels import onednn
+from diffusers_pqcad.kernels import native, onednn
 
 NUM_CALIBRATION_INPUTS = 4
 
@@ -102,7 +103,12 @@ def commit() -> str | None:
 
 def circumstances() -> dict[str, Any]:
     """Return what a time depends on beside the contestant; call it before anything is timed, for the load averages."""
-    return environment() | {"vnni": onednn.available() and not onednn.saturates(), "commit": commit()}
+    flags = os.environ.get(native.FLAGS_VARIABLE)
+    return environment() | {
+        "vnni": onednn.available() and not onednn.saturates(),
+        "commit": commit(),
+        native.FLAGS_VARIABLE: flags,
+    }
 
 
 def result_of(settings: FieldSettings, taking_part: Field, machine: dict[str, Any], **measured: Any) -> dict[str, Any]:
@@ -126,10 +132,12 @@ def model_line(result: dict[str, Any]) -> str:
 def machine_line(machine: dict[str, Any]) -> str:
     """Return the circumstances of a run in one paragraph."""
     load = ", ".join(f"{average:.2f}" for average in machine["load_average"] or ()) or "unknown"
+    flags = machine.get(native.FLAGS_VARIABLE)
+    suffix = f", {native.FLAGS_VARIABLE}={flags}" if flags else ""
     return (
         f"{machine['cpu']}, {machine['cpu_capability']}, VNNI: {'yes' if machine['vnni'] else 'no'}, threads: "
         f"{machine['num_threads']} of {machine['num_cpus']} cores, load before the run (1, 5, 15 min): {load}; "
-        f"torch {machine['torch']}, diffusers {machine['diffusers']}, commit {machine['commit']}."
+        f"torch {machine['torch']}, diffusers {machine['diffusers']}, commit {machine['commit']}{suffix}."
     )
 
 
