@@ -4,7 +4,8 @@
 
 A quantized model takes turns with copies of itself that leave a part out, or repeat what it gave the first time. Their
 outputs mean nothing; the milliseconds that they save are the most that any work on the part could bring. A profiler's
-share is not: what a part leaves in the cache is worth something to the next one.
+share is not: what a part leaves in the cache is worth something to the next one. Whole copies differ, too, by where
+they lie in memory: a second one shows by how much.
 """
 
 import copy
@@ -34,7 +35,7 @@ class Settings(harness.FieldSettings):
 
     batch_size: int = 2
     sample_size: int | None = None  # height and width of the input; default: the model's own
-    num_rounds: int = 40
+    num_rounds: int = 100
     warmup_rounds: int = 3
     contestants: list[str] = dataclasses.field(default_factory=lambda: ["W8A8"])  # names or globs, of ours
 
@@ -104,7 +105,14 @@ def constant(output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return output
 
 
+def whole(unet: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
+    """Return a step of `unet`."""
+    return partial(eager(unet).step, inputs)
+
+
 PARTS: dict[str, Callable[[Any, Inputs], Callable[[], Tensor]]] = {
+    WHOLE: whole,
+    "nothing, a second copy": whole,
     "concatenations (of skips)": without_joins,
     "timestep's embedding and projections": without_time,
     "first and last convolution (fp32)": without_float_convolutions,
@@ -122,8 +130,7 @@ def benchmark(settings: Settings) -> dict[str, Any]:
             continue
         if contestant.unet is None:
             raise ValueError(f"contestants: the parts of {name!r} are not modules of PyTorch.")
-        steps: dict[str, Callable[[], Tensor]] = {WHOLE: partial(contestant.step, field.inputs)}
-        steps |= {part: leave_out(copy.deepcopy(contestant.unet), field.inputs) for part, leave_out in PARTS.items()}
+        steps = {part: leave_out(copy.deepcopy(contestant.unet), field.inputs) for part, leave_out in PARTS.items()}
         latencies = interleaved_latency(steps, num_rounds=settings.num_rounds, warmup_rounds=settings.warmup_rounds)
         contestants.append({"name": name, "parts": [{"part": part, **latencies[part]._asdict()} for part in steps]})
     return harness.result_of(settings, field, machine, contestants=contestants)
