@@ -196,7 +196,7 @@ int attend(const float *q, const float *k, const float *v, const Shape *shape, f
             pack_keys(k + start, shape, room.row, keys + head * key_panels_size(shape));
             pack_values(v + start, shape, values + head * value_panels_size(shape));
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic) /* cores may be busy, or of several kinds */
         for (int64_t task = 0; task < heads * tiles; task++) {
             if (!own) continue;
             int64_t head = task / tiles, first = task % tiles * ROWS;

@@ -7,7 +7,9 @@
    - narrow levels: many steps are added in 16 bits before they are widened, in windows that cannot overflow. The time of
      vpmaddwd is saved: half of what the multiplier does.
    - levels of 8 bits: the codes are shifted to -128..127. Of two products of magnitudes up to 128 and 127, the sum fits;
-     each is widened. */
+     each is widened.
+
+   What takes long is dealt out as threads ask for it, for cores may be busy, or of several kinds. */
 #include <float.h>
 #include <immintrin.h>
 #include <omp.h>
@@ -548,7 +550,7 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
     int64_t blocks = (output.out_channels + OUTPUTS - 1) / OUTPUTS, runs = (tiles + TILES - 1) / TILES;
     int32_t biases[TERMS];
     for (int k = 0; k < TERMS; k++) memset(biases + k, term_of(k, zero_point, layer->qmax).bias, sizeof(int32_t));
-#pragma omp parallel for schedule(static) if (blocks * runs > 1)
+#pragma omp parallel for schedule(dynamic) if (blocks * runs > 1)
     for (int64_t task = 0; task < blocks * runs; task++) {
         int64_t start = task % runs * TILES, stop = start + TILES < tiles ? start + TILES : tiles;
         int64_t channel = task / runs * OUTPUTS;
@@ -781,7 +783,7 @@ int quantize(const float *x, Image image, Affine affine, float inverse_scale, in
     Term terms[TERMS];
     for (int k = 0; k < TERMS; k++) terms[k] = term_of(k, zero_point, qmax);
     int is_dense = 0;
-#pragma omp parallel for schedule(static) reduction(| : is_dense) if (image.images * height > 1)
+#pragma omp parallel for schedule(dynamic) reduction(| : is_dense) if (image.images * height > 1)
     for (int64_t line = 0; line < image.images * height; line++) {
         int64_t y = line % height - image.border_y, before = image.border_x;
         Affine local = of_image(affine, line / height * image.channels);
