@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusers_pqcad.kernels import native, onednn, ranges, scratch
@@ -39,7 +38,6 @@ SPARE_EXCESSES = 16  # as in the C file
 CACHE_LINE = 64  # bytes
 MAX_NARROW_BITS = 6  # two steps of the largest levels still fit 16 bits, and sums of three 8
 MIN_PAIRED_INPUTS = 48  # of a column: with fewer, pairs cost more than the products that they save
-LEVEL_MAX = 2**7 - 1  # of 8 bits
 SUM_MAX = 2**15 - 1  # of 16 bits
 MAX_LINE = 32  # pixels
 NO_RANGE = ScalarQParams(0.0, 0)  # asks for the range of each input
@@ -92,6 +90,18 @@ class Weights(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("weight", "windows", "window_starts", "level_sum", "scale")),
         ("steps", ctypes.c_int64),
         ("is_signed", ctypes.c_int64),
+    ]
+
+
+class Filters(ctypes.Structure):
+    """Levels and scales as PyTorch has them: as `Filters` in the C file."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("levels", "scale")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("outputs", "channels", "height", "width", "padded_channels", "in_pairs")
+        ),
     ]
 
 
@@ -188,10 +198,12 @@ def library() -> ctypes.CDLL | str:
     loaded.block_bytes.argtypes = [ctypes.POINTER(ResidualBlock)]
     loaded.run_block.argtypes = [address, address, ctypes.POINTER(ResidualBlock), address, address]
     loaded.read_seconds.argtypes = [address]
+    loaded.pack_filters.argtypes = [ctypes.POINTER(Filters), address, address, address]
     # The next two are parts of `run_layers`, for tests.
     loaded.choose_range.argtypes = [address, Image, Affine, integer, address, address]
     loaded.quantize.argtypes = [address, Image, Affine, ctypes.c_float, integer, integer, integer, address]
     loaded.choose_range.restype = None
+    loaded.pack_filters.restype = None
     loaded.normalize.restype = loaded.run_layers.restype = loaded.run_block.restype = None
     loaded.read_seconds.restype, loaded.block_bytes.restype = None, long
     loaded.plan_windows.argtypes = [address, long, long, long, address, integer, address, address]
@@ -242,58 +254,49 @@ def takes_pairs(layer: nn.Module) -> bool:
     return layer.in_channels * layer.kernel_size[0] >= MIN_PAIRED_INPUTS and bool(compiled().has_vnni())
 
 
-def pair_filters(rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the filters int8 (4, O, H, 1, C) of F(2, 3) for `rows` int8 (O, H, 3, C), and their scales (4, O).
+def pack_filters(levels: Tensor, scale: Tensor, *, in_pairs: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return weight, level sums and scales, as `PackedLayer` has them, of `levels` int8 (O, C, H, W) and `scale` (O,).
 
-    With the inputs d and a filter g, m = (d0 - d2) g0, (d1 + d2) (g0 + g1 + g2) / 2, (d2 - d1) (g0 - g1 + g2) / 2 and
-    (d1 - d3) g2 make the outputs m0 + m1 + m2 and m1 - m2 - m3 (Lavin and Gray 2016, 4.1). The scales have the halves.
-    A filter whose sums exceed 8 bits is rounded to them, an error of at most 0.75 of a level.
+    `in_pairs`: as the filters of F(2, 3), of which those that exceed 8 bits are rounded to them (`read_terms` in the C
+    file).
     """
-    first, middle, last = rows.to(torch.int16).unbind(2)
-    sums = torch.stack([first + middle + last, first - middle + last])
-    step = (sums.abs().amax((2, 3)) / LEVEL_MAX).clamp(min=1)
-    rounded = (sums / step[..., None, None]).round()
-    filters = torch.stack([first, *rounded, last]).to(torch.int8)
-    return filters.unsqueeze(3), torch.stack([scale, *(scale * step / 2), scale])
+    size, outputs = levels.shape, compiled().block_outputs()
+    levels, scale = levels.contiguous(), scale.float().contiguous()
+    filters = Filters(levels.data_ptr(), scale.data_ptr(), *size, round_up(size[1], DEPTH), in_pairs)
+    blocks = round_up(size[0], outputs) // outputs * (TERMS if in_pairs else 1)
+    steps = size[2] * (1 if in_pairs else size[3]) * filters.padded_channels // DEPTH
+    weight = torch.empty(blocks, steps, outputs, DEPTH, dtype=torch.int8, device="cpu")
+    level_sum = torch.empty(blocks * outputs, dtype=torch.int32, device="cpu")
+    scales = torch.empty(blocks * outputs, dtype=torch.float32, device="cpu")
+    compiled().pack_filters(filters, weight.data_ptr(), level_sum.data_ptr(), scales.data_ptr())
+    return weight, level_sum, scales
 
 
 def pack(layer: "QuantizedLayer") -> PackedLayer:
     """Return the weights in blocks and their windows, and the static activation ranges as plain numbers."""
     assert layer.activation_bits is not None  # refused
     levels, scale = layer.channel_levels()
+    levels = levels.view(*levels.shape, 1, 1) if levels.dim() == 2 else levels
     dilation = layer.dilation if isinstance(layer, nn.Conv2d) else (1, 1)
-    rows = levels.view(*levels.shape, 1, 1) if levels.dim() == 2 else levels
-    rows = rows.permute(0, 2, 3, 1)  # as the inputs lie: height, width, C
-    outputs = compiled().block_outputs()
-    channels, surplus = round_up(rows.shape[-1], DEPTH), round_up(len(rows), outputs) - len(rows)
-    rows = F.pad(rows, (0, channels - rows.shape[-1], 0, 0, 0, 0, 0, surplus))
-    filters, scale = rows.unsqueeze(0), F.pad(scale, (0, surplus)).unsqueeze(0)
-    in_pairs = takes_pairs(layer)
-    if in_pairs:
-        filters, scale = pair_filters(rows, scale[0])
-    terms, steps = len(filters), filters[0, 0].numel() // DEPTH
-    blocks = filters.reshape(terms, -1, outputs, steps, DEPTH).permute(1, 0, 3, 2, 4)
-    weight = blocks.reshape(-1, steps, outputs, DEPTH).contiguous()
-    level_sum, scale = (
-        each.view(terms, -1, outputs).transpose(0, 1).flatten().contiguous()
-        for each in (filters.sum((2, 3, 4), dtype=torch.int32), scale)
-    )
+    in_pairs, channels = takes_pairs(layer), round_up(levels.shape[1], DEPTH)
+    weight, level_sum, scale = pack_filters(levels, scale, in_pairs=in_pairs)
     has_vnni = bool(compiled().has_vnni())
     is_signed = is_wide(layer) and not has_vnni
     fits = has_vnni or is_signed
     limit = torch.iinfo(torch.int32).max if fits else SUM_MAX // activation_qmax(layer.activation_bits)
-    segments = segment_starts(filters.shape[2:], dilation)
+    height, width = levels.shape[2:]
+    segments = segment_starts(height, 1 if in_pairs else width, channels, dilation)
     windows, window_starts = plan_windows(weight, segments, limit)
-    term = torch.arange(len(weight), dtype=torch.int32, device="cpu") % terms
-    windows[:, 1] += (term * channels).repeat_interleave(window_starts.diff())  # its codes follow those of the others
+    if in_pairs:
+        term = torch.arange(len(weight), dtype=torch.int32, device="cpu") % TERMS
+        windows[:, 1] += (term * channels).repeat_interleave(window_starts.diff())  # its codes follow the others'
     tensors = (weight, windows, window_starts, level_sum, scale)
-    weights = Weights(*(tensor.data_ptr() for tensor in tensors), steps, is_signed)
+    weights = Weights(*(tensor.data_ptr() for tensor in tensors), weight.shape[1], is_signed)
     return PackedLayer(*tensors, weights, in_pairs, ranges.static_ranges(layer), {}, {}, {})
 
 
-def segment_starts(shape: torch.Size, dilation: tuple[int, ...]) -> Tensor:
+def segment_starts(height: int, width: int, channels: int, dilation: tuple[int, ...]) -> Tensor:
     """Return int32 (K, 3): from which row and byte of a receptive field (height, width, C) on it is consecutive."""
-    height, width, channels = shape
     columns = range(1) if dilation[1] == 1 else range(width)
     starts = [(y * dilation[0], x * dilation[1] * channels, 0) for y in range(height) for x in columns]
     return torch.tensor(starts, dtype=torch.int32, device="cpu")

@@ -16,6 +16,7 @@ from diffusers_pqcad.qparams import ACTIVATION_BITS, WEIGHT_BITS, ActivationQPar
 
 HAS_VNNI = not isinstance(x86.library(), str) and bool(x86.compiled().has_vnni())
 needs_vnni = pytest.mark.skipif(not HAS_VNNI, reason="pairs are for VNNI")
+needs_x86 = pytest.mark.skipif(isinstance(x86.library(), str), reason=str(x86.library()))
 NARROW_BITS = [bits for bits in WEIGHT_BITS if bits <= 6]
 
 
@@ -24,8 +25,39 @@ def draw_levels(generator: np.random.Generator, bits: int, shape: tuple[int, ...
     return generator.integers(-largest, largest + 1, shape)
 
 
+def filters_of(levels: np.ndarray, scale: np.ndarray, *, in_pairs: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The filters (terms, O, H, W, C) and scales (terms, O) in the blocks made of `levels` (O, H, W, C); 1 or 4 terms.
+
+    What fills up a block, or four channels, is zero, and the sums of levels are those.
+    """
+    outputs, height, width, channels = levels.shape
+    weight, level_sum, scales = x86.pack_filters(
+        torch.from_numpy(levels).to(torch.int8).permute(0, 3, 1, 2), torch.from_numpy(scale).float(), in_pairs=in_pairs
+    )
+    terms = 4 if in_pairs else 1
+    columns, padded = 1 if in_pairs else width, -(-channels // 4) * 4
+    in_blocks = weight.view(-1, terms, *weight.shape[1:]).permute(1, 0, 3, 2, 4)  # terms, blocks, outputs, steps, 4
+    filters = in_blocks.reshape(terms, -1, height, columns, padded)
+    sums, scales = (each.view(-1, terms, weight.shape[2]).transpose(0, 1).flatten(1) for each in (level_sum, scales))
+    assert filters.shape[1] == scales.shape[1] == -(-outputs // weight.shape[2]) * weight.shape[2]
+    assert torch.equal(sums, filters.sum((2, 3, 4), dtype=torch.int32))
+    assert not filters[:, outputs:].any()
+    assert not filters[..., channels:].any()
+    assert not scales[:, outputs:].any()
+    return filters[:, :outputs, ..., :channels].numpy(), scales[:, :outputs].numpy()
+
+
+def pair_filters(rows: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What `filters_of` should find for `rows` (O, H, 3, C), in fp32 as the C file computes."""
+    first, middle, last = np.moveaxis(rows, 2, 0)
+    sums = np.stack([first + middle + last, first - middle + last]).astype(np.float32)
+    step = np.maximum(np.abs(sums).max((2, 3)) / np.float32(127), 1)
+    filters = np.stack([first, *np.rint(sums / step[..., None, None]), last])
+    return filters[:, :, :, None], np.stack([scale, *(scale * step / 2), scale])
+
+
 def outputs_of(codes: np.ndarray, filters: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Both outputs (2, O) of `codes` (H, 4, C), by the formula in the docstring of `pair_filters`, in float64."""
+    """Both outputs (2, O) of `codes` (H, 4, C), by the formula at `read_terms` in the C file, in float64."""
     d0, d1, d2, d3 = codes.transpose(1, 0, 2)
     terms = [d0 - d2, d1 + d2, d2 - d1, d1 - d3]
     products = [
@@ -35,6 +67,26 @@ def outputs_of(codes: np.ndarray, filters: np.ndarray, scale: np.ndarray) -> np.
     return np.stack([products[0] + products[1] + products[2], products[1] - products[2] - products[3]])
 
 
+@needs_x86
+@given(
+    seed=st.integers(0, 2**31),
+    bits=st.sampled_from(WEIGHT_BITS),
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 3), st.integers(1, 4), st.integers(1, 70)),
+    in_pairs=st.booleans(),
+)
+@settings(max_examples=100)
+def test_levels_are_in_blocks(seed: int, bits: int, shape: tuple[int, int, int, int], in_pairs: bool) -> None:
+    generator = np.random.default_rng(seed)
+    outputs, height, width, channels = shape
+    levels = draw_levels(generator, bits, (outputs, height, 3 if in_pairs else width, channels))
+    scale = generator.random(outputs, dtype=np.float32)
+    filters, scales = filters_of(levels, scale, in_pairs=in_pairs)
+    wanted, wanted_scales = pair_filters(levels, scale) if in_pairs else (levels[None], scale[None])
+    assert np.array_equal(filters, wanted)
+    assert np.array_equal(scales, wanted_scales)
+
+
+@needs_x86
 @given(
     seed=st.integers(0, 2**31),
     bits=st.sampled_from(WEIGHT_BITS),
@@ -46,8 +98,7 @@ def test_four_products_make_the_outputs_of_six(seed: int, bits: int, shape: tupl
     outputs, height, channels = shape
     levels = draw_levels(generator, bits, (outputs, height, 3, channels))
     codes = generator.integers(0, 256, (height, 4, channels))
-    filters, scale = x86.pair_filters(torch.from_numpy(levels).to(torch.int8), torch.ones(outputs))
-    found = outputs_of(codes, filters.numpy(), scale.numpy())
+    found = outputs_of(codes, *filters_of(levels, np.ones(outputs), in_pairs=True))
     wanted = np.stack([np.einsum("hkc,ohkc->o", codes[:, k : k + 3], levels) for k in (0, 1)])
     if bits in NARROW_BITS:
         assert np.array_equal(found, wanted)
@@ -55,10 +106,11 @@ def test_four_products_make_the_outputs_of_six(seed: int, bits: int, shape: tupl
         assert np.all(np.abs(found - wanted) <= 0.75 * 2 * 255 * height * channels)
 
 
+@needs_x86
 def test_filters_of_8_bits_are_rounded_only_where_their_sums_are_larger() -> None:
-    rows = torch.tensor([[[[40], [40], [47]]], [[[100], [100], [54]]]], dtype=torch.int8)  # (2, 1, 3, 1)
-    filters, scale = x86.pair_filters(rows, torch.tensor([1.0, 10.0]))
-    assert filters.flatten(1).tolist() == [[40, 100], [127, 127], [47, 54], [47, 54]]  # 254 = 127 * 2 in the second
+    rows = np.array([[[[40], [40], [47]]], [[[100], [100], [54]]]])  # (2, 1, 3, 1)
+    filters, scale = filters_of(rows, np.array([1.0, 10.0]), in_pairs=True)
+    assert filters.reshape(4, 2).tolist() == [[40, 100], [127, 127], [47, 54], [47, 54]]  # 254 = 127 * 2 in the second
     assert scale.tolist() == [[1, 10], [0.5, 10], [0.5, 5], [1, 10]]
 
 
