@@ -1,5 +1,5 @@
-/* Weights rounded onto their grid, packed, and what that costs, in one pass. Compiled on first use, by native.py. Codes
-   are those of qparams.py and packing.py, to the last; sums of errors are rounded otherwise. */
+/* Weights rounded onto their grid, packed, and what that costs, in one pass; and levels of packed weights. Compiled on
+   first use, by native.py. Codes are those of qparams.py and packing.py, to the last; sums of errors are rounded otherwise. */
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
@@ -38,6 +38,10 @@ void largest_magnitudes(const float *weight, int64_t groups, int64_t length, flo
 typedef struct {
     int32_t bits, level_max, level_step;
 } Grid;
+
+/* All grids, and codes and bytes of their blocks, for a `switch` with a CASE of these: constant grids are vectorized. */
+#define GRIDS                                                                                                              \
+    CASE(2, 3, 2, 4, 1) CASE(3, 3, 1, 8, 3) CASE(4, 7, 1, 2, 1) CASE(6, 31, 1, 4, 3) CASE(8, 127, 1, 1, 1)
 
 INLINE float to_level(float weight, float scale, float level_max, int is_odd)
 {
@@ -115,18 +119,48 @@ void quantize_rows(const float *weight, float *scale, int64_t rows, int64_t grou
         const float *from = weight + row * groups * length;
         float *scales = scale + row * groups;
         double *sums = errors + 2 * row;
-        switch (bits) { /* constant grids are vectorized */
+        switch (bits) {
 #define CASE(BITS, LEVEL_MAX, LEVEL_STEP, CODES, BYTES)                                                                    \
     case BITS:                                                                                                             \
         if (BITS == 8) own = target;                                                                                       \
         round_row(from, scales, groups, length, finds_scale, (Grid){BITS, LEVEL_MAX, LEVEL_STEP}, own, sums);              \
         if (BITS < 8) pack(own, row_codes, BITS, CODES, BYTES, target);                                                    \
         break;
-            CASE(2, 3, 2, 4, 1)
-            CASE(3, 3, 1, 8, 3)
-            CASE(4, 7, 1, 2, 1)
-            CASE(6, 31, 1, 4, 3)
-            CASE(8, 127, 1, 1, 1)
+            GRIDS
+#undef CASE
+        }
+    }
+}
+
+/* Levels of `length` codes in packed blocks. */
+INLINE void unpack(const uint8_t *packed, int64_t length, Grid grid, int block_codes, int block_bytes, int8_t *levels)
+{
+    const uint32_t mask = (1u << grid.bits) - 1;
+    for (int64_t i = 0; i < length; i += block_codes, packed += block_bytes) {
+        uint32_t word = 0;
+        for (int k = 0; k < block_bytes; k++) word |= (uint32_t)packed[k] << 8 * k;
+        int8_t block[8]; /* 8 codes at most */
+        for (int k = 0; k < block_codes; k++)
+            block[k] = (int8_t)((int32_t)(word >> grid.bits * k & mask) * grid.level_step - grid.level_max);
+        if (length - i >= block_codes) memcpy(levels + i, block, block_codes);
+        else memcpy(levels + i, block, length - i);
+    }
+}
+
+/* Write the levels (rows, length) of `packed`, whole blocks for each row. */
+void unpack_rows(const uint8_t *packed, int64_t rows, int64_t length, int bits, int8_t *levels)
+{
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        int8_t *target = levels + row * length;
+        switch (bits) {
+#define CASE(BITS, LEVEL_MAX, LEVEL_STEP, CODES, BYTES)                                                                    \
+    case BITS:                                                                                                             \
+        unpack(packed + row * ((length + CODES - 1) / CODES * BYTES), length, (Grid){BITS, LEVEL_MAX, LEVEL_STEP}, CODES,   \
+               BYTES, target);                                                                                             \
+        break;
+            GRIDS
+#undef CASE
         }
     }
 }

@@ -1,6 +1,6 @@
-"""Weights rounded onto their grid and packed, and what that costs, in one pass of C where there is a compiler.
+"""Weights rounded onto their grid and packed, and what that costs; and unpacked: in C where there is a compiler.
 
-Apart, these are a dozen passes; a model of 860 M weights spends most of its loading in them.
+By PyTorch, these are a dozen passes; a model of 860 M weights spends most of its loading in them.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_pqcad.kernels import native, scratch
-from diffusers_pqcad.packing import block_shape, pack_levels, packed_row_bytes, unpack_codes
+from diffusers_pqcad.packing import block_shape, pack_levels, packed_row_bytes, unpack_codes, unpack_levels
 from diffusers_pqcad.qparams import (
     WeightSpec,
     as_groups,
@@ -38,7 +38,8 @@ def library() -> ctypes.CDLL | str:
     ]
     loaded.largest_magnitudes.argtypes = [address, long, long, address]
     loaded.highest_code.argtypes = [address, long, integer]
-    loaded.quantize_rows.restype = loaded.largest_magnitudes.restype = None
+    loaded.unpack_rows.argtypes = [address, long, long, integer, address]
+    loaded.quantize_rows.restype = loaded.largest_magnitudes.restype = loaded.unpack_rows.restype = None
     return loaded
 
 
@@ -120,6 +121,23 @@ def quantize_rows(
         threads, room.data_ptr(), packed.data_ptr(), errors.data_ptr(),
     )  # fmt: skip
     return errors.sum(0).float()
+
+
+def unpack(packed: Tensor, spec: WeightSpec, shape: torch.Size) -> Tensor:
+    """Return the int8 levels, in `shape` (R, ...), of `packed` (R, packed_row_bytes) uint8: `packing.unpack_levels`.
+
+    Numbers, and no part of a graph: what is traced takes the other function. Raises ValueError for rows of another
+    length.
+    """
+    loaded, length = compiled_for(packed), shape[1:].numel()
+    if loaded is None:
+        return unpack_levels(packed, spec, shape)
+    if packed.shape != (shape[0], packed_row_bytes(length, spec.bits)):
+        raise ValueError(f"expected ({shape[0]}, {packed_row_bytes(length, spec.bits)}), got {tuple(packed.shape)}.")
+    packed = packed.contiguous()
+    levels = torch.empty(shape, dtype=torch.int8, device="cpu")
+    loaded.unpack_rows(packed.data_ptr(), shape[0], length, spec.bits, levels.data_ptr())
+    return levels
 
 
 def highest_code(packed: Tensor, bits: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusers_pqcad.kernels import weights
 from diffusers_pqcad.layers import PQCADLinear
-from diffusers_pqcad.packing import pack_codes, pack_levels
+from diffusers_pqcad.packing import pack_codes, pack_levels, packed_row_bytes, unpack_levels
 from diffusers_pqcad.qparams import WEIGHT_BITS, WeightSpec, as_groups, min_max_weight_scale, quantize_weight
 
 needs_compiler = pytest.mark.skipif(isinstance(weights.library(), str), reason=str(weights.library()))
@@ -47,6 +47,31 @@ def test_codes_are_those_of_pytorch(seed, bits, rows, groups, size, clip, dtype)
         assert packed.dtype == torch.uint8
         # Of a weight and its near level, fp32 knows the difference to 6e-8 of the weight.
         torch.testing.assert_close(errors.double(), exact_errors, rtol=1e-5, atol=2e-7 * exact_errors[1].item())
+
+
+@needs_compiler
+@given(
+    seed=st.integers(0, 2**31),
+    bits=st.sampled_from(WEIGHT_BITS),
+    shape=st.lists(st.integers(1, 9), min_size=2, max_size=4),
+)
+@settings(max_examples=100)
+def test_levels_are_those_of_pytorch(seed: int, bits: int, shape: list[int]) -> None:
+    """Of any bytes: a file may hold codes that no weight has."""
+    torch.manual_seed(seed)
+    size, spec = torch.Size(shape), WeightSpec(bits)
+    packed = torch.randint(0, 256, (2 * size[0], packed_row_bytes(size[1:].numel(), bits)), dtype=torch.uint8)[::2]
+    levels = weights.unpack(packed, spec, size)
+    assert levels.dtype == torch.int8
+    assert torch.equal(levels, unpack_levels(packed, spec, size))
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [(2, 9), (3, 7), (2, 17)])
+def test_rows_of_another_length_are_not_unpacked(size: tuple[int, int]) -> None:
+    """C would read or write beyond them."""
+    with pytest.raises(ValueError, match=r"expected \(\d, \d\), got \(2, 4\)"):
+        weights.unpack(torch.zeros(2, 4, dtype=torch.uint8), WeightSpec(4), torch.Size(size))
 
 
 @needs_compiler
