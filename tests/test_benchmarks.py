@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_pqcad.kernels import fused, x86
 from diffusers_pqcad.layers import PQCADLinear, average_bits, kernel_cache_bytes, packed_layers
@@ -79,6 +81,18 @@ def same_number_of_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+class Operators(TorchDispatchMode):
+    """Counts the calls of PyTorch's operators, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def tiny_settings(script: ModuleType, **changes: object) -> object:
     return script.Settings(**{"model": "tiny", "batch_size": 1, "num_rounds": 2} | changes)
 
@@ -130,6 +144,13 @@ class TestUNetStep:
         for fact in ("16x16", "seed 0", "threads: 1 ", "VNNI: ", "load before the run", f"torch {torch.__version__}"):
             assert fact in table
         assert result["settings"]["num_threads"] == result["environment"]["num_threads"] == 1
+
+    def test_flags_of_the_compiler_are_a_circumstance(self, unet_step, monkeypatch, capsys):
+        for flags in ("-DVECTOR_BYTES=32", None):
+            monkeypatch.setenv("CFLAGS", flags) if flags else monkeypatch.delenv("CFLAGS", raising=False)
+            result = unet_step.main(tiny_settings(unet_step, num_rounds=1, contestants=["fp32, channels_last"]))
+            assert result["environment"]["CFLAGS"] == flags
+            assert (", CFLAGS=-DVECTOR_BYTES=32.\n" in capsys.readouterr().out) == bool(flags)
 
     def test_errors_and_sizes_are_those_of_the_formats(self, unet_step, contestants):
         result = unet_step.benchmark(
@@ -259,15 +280,22 @@ class TestBounds:
     def test_what_is_repeated_is_right_and_what_is_left_out_is_gone(self, bounds, model):
         field = bounds.harness.prepare(tiny_settings(bounds, model=model, contestants=["W8A8"]), 1)
         contestant = field.contestants["W8A8"]
-        wanted = contestant.step(field.inputs)
+        wanted, concatenate = contestant.step(field.inputs), torch.cat
+        with Operators() as whole:
+            contestant.step(field.inputs)
         for part, leave_out in bounds.PARTS.items():
             unet = copy.deepcopy(contestant.unet)
-            before = torch.cat
             step = leave_out(unet, field.inputs)
-            outputs = step(), step()
-            assert torch.cat is before, part
-            if leave_out is not bounds.without_time:
-                assert all(torch.equal(output, wanted) for output in outputs), part
+            for _ in range(2):
+                with Operators() as used:
+                    output = step()
+                assert torch.equal(output, wanted) or leave_out is bounds.without_time, part
+                missing = {name: number - used.calls[name] for name, number in whole.calls.items()}
+                if leave_out is not bounds.without_time:  # whose own embedding is made by concatenation
+                    assert missing["cat"] == (whole.calls["cat"] if leave_out is bounds.without_joins else 0), part
+                assert missing["convolution"] == (2 if leave_out is bounds.without_float_convolutions else 0), part
+            assert torch.cat is concatenate, part
+            assert not any(module._forward_hooks for module in unet.modules()), part
 
     @torch.no_grad()
     def test_without_time_the_rest_is_the_same_blocks_at_once(self, bounds, monkeypatch):
