@@ -23,12 +23,10 @@
 #else
 #define VNNI 0
 #endif
-#ifndef VECTOR_BYTES /* tests may ask for the vectors of other CPUs */
 #ifdef __AVX512VNNI__
 #define VECTOR_BYTES 64
 #else
 #define VECTOR_BYTES 32
-#endif
 #endif
 
 /* A tile of the output is ROWS pixels by OUTPUTS channels, two vectors of sums. These stay in registers, of which there are
@@ -128,13 +126,16 @@ typedef struct {
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* Vectors, of which `count` bytes or numbers are real: others are read as zeros, and not written; a `count` may be beyond the
-   vector. Then the bits of those steps in which two vectors differ. */
+/* Vectors of bytes and of numbers. Those with a `count` read zeros beyond it, write nothing there, and take counts beyond the
+   vector. Whole ones are moved by intrinsics: of memcpy, GCC keeps the vector on the stack where it is tuned for some CPUs.
+   `differing_steps` are the bits of those steps in which two vectors differ. */
 #if VECTOR_BYTES == 64
 #define OF_VECTORS(name) _mm512_##name
 typedef __m512i Vector;
 typedef __m512 Numbers;
 
+INLINE Vector load(const void *from) { return _mm512_loadu_si512(from); }
+INLINE void store(void *to, Vector vector) { _mm512_storeu_si512(to, vector); }
 INLINE uint64_t first_bits(int64_t count) { return count > 63 ? ~0ull : count > 0 ? (1ull << count) - 1 : 0; }
 INLINE Vector load_bytes(const uint8_t *from, int64_t count) { return _mm512_maskz_loadu_epi8(first_bits(count), from); }
 INLINE void store_bytes(uint8_t *to, Vector bytes, int64_t count)
@@ -155,47 +156,47 @@ INLINE unsigned differing_steps(Vector a, Vector b) { return _mm512_cmpneq_epi32
 typedef __m256i Vector;
 typedef __m256 Numbers;
 
-/* Bytes of a vector to or from which `count` items of `size` bytes are copied: a constant where it is full. */
-#define COPY(to, from, count, size)                                                                                        \
-    do {                                                                                                                   \
-        if ((count) * (size) >= VECTOR_BYTES) memcpy(to, from, VECTOR_BYTES);                                              \
-        else if ((count) > 0) memcpy(to, from, (count) * (size));                                                          \
-    } while (0)
+INLINE Vector load(const void *from) { return _mm256_loadu_si256((const __m256i *)from); }
+INLINE void store(void *to, Vector vector) { _mm256_storeu_si256((__m256i *)to, vector); }
 INLINE Vector load_bytes(const uint8_t *from, int64_t count)
 {
-    Vector bytes = {0};
-    COPY(&bytes, from, count, 1);
-    return bytes;
+    if (count >= VECTOR_BYTES) return load(from);
+    uint8_t bytes[VECTOR_BYTES] = {0};
+    if (count > 0) memcpy(bytes, from, count);
+    return load(bytes);
 }
-INLINE void store_bytes(uint8_t *to, Vector bytes, int64_t count) { COPY(to, &bytes, count, 1); }
+INLINE void store_bytes(uint8_t *to, Vector vector, int64_t count)
+{
+    uint8_t bytes[VECTOR_BYTES];
+    if (count >= VECTOR_BYTES) return store(to, vector);
+    store(bytes, vector);
+    if (count > 0) memcpy(to, bytes, count);
+}
 INLINE Numbers load_numbers(const float *from, int64_t count)
 {
-    Numbers numbers = {0};
-    COPY(&numbers, from, count, (int)sizeof(float));
-    return numbers;
+    return _mm256_castsi256_ps(load_bytes((const uint8_t *)from, count * (int64_t)sizeof(float)));
 }
-INLINE void store_numbers(float *to, Numbers numbers, int64_t count) { COPY(to, &numbers, count, (int)sizeof(float)); }
+INLINE void store_numbers(float *to, Numbers numbers, int64_t count)
+{
+    store_bytes((uint8_t *)to, _mm256_castps_si256(numbers), count * (int64_t)sizeof(float));
+}
 INLINE unsigned differing_steps(Vector a, Vector b)
 {
     return 0xff & ~(unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)));
 }
 #endif
 
-INLINE Vector load(const void *from)
-{
-    Vector vector;
-    memcpy(&vector, from, sizeof vector);
-    return vector;
-}
-
 #if VNNI
 /* sum += codes * levels, four products each, in place: as an intrinsic, GCC 12 spills the sums to the stack. Assemblers take
-   the form of AVX-512 unless they are told. */
+   the encoding of AVX-512 unless they are told; tests, on a CPU that has only that one, do not tell them (-DVEX=). */
 #ifdef __AVX512VNNI__
 #define ADD_PRODUCTS(sum, codes, levels) __asm__ volatile("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(levels))
 #else
+#ifndef VEX
+#define VEX "%{vex%} "
+#endif
 #define ADD_PRODUCTS(sum, codes, levels)                                                                                   \
-    __asm__ volatile("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(levels))
+    __asm__ volatile(VEX "vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(levels))
 #endif
 
 /* sums[i][o] = the products of row i and output o, summed over all windows. Codes are unsigned. */
@@ -217,7 +218,7 @@ INLINE void multiply_rows(int rows, const uint8_t *const *codes, int64_t row_byt
         }
     }
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < 2; j++) memcpy(sums[i] + LANES * j, &wide[i][j], sizeof(Vector));
+        for (int j = 0; j < 2; j++) store(sums[i] + LANES * j, wide[i][j]);
 }
 
 INLINE void multiply_tile(int count, int is_signed, const uint8_t *const *codes, int64_t row_bytes, const int8_t *weight,
@@ -503,7 +504,7 @@ INLINE void add_excesses_of_line(const Image *image, const Row *row, int64_t end
                 ADD_PRODUCTS(more, excess, levels);
                 ADD_PRODUCTS(less, bias, levels);
                 more = OF_VECTORS(add_epi32)(load(sum + j), OF_VECTORS(sub_epi32)(more, less));
-                memcpy(sum + j, &more, sizeof more);
+                store(sum + j, more);
             }
         }
         at += (int64_t)window->steps * DEPTH * OUTPUTS;
@@ -682,7 +683,7 @@ INLINE int list_excesses(Vector bytes, unsigned exceeds, int64_t place, int64_t 
 {
     int32_t steps[VECTOR_BYTES / DEPTH];
     int count = 0;
-    memcpy(steps, &bytes, sizeof bytes);
+    store(steps, bytes);
     for (; exceeds; exceeds &= exceeds - 1) {
         const int64_t step = __builtin_ctz(exceeds);
         list[count++] = (Excess){steps[step], (int32_t)place, (int32_t)((channel + step * DEPTH) * OUTPUTS)};
@@ -847,7 +848,7 @@ static void find_range(const float *x, Image image, Affine affine, float *least,
         }
         bad |= _mm256_movemask_ps(bads) != 0;
     }
-    float ends[8] = {high, above, below < -FLT_MAX ? 0 : below};
+    float ends[8] = {high, above, below <= -FLT_MAX ? 0 : below};
     _mm256_storeu_ps(ends, activate(ends, silu, 0, 8));
     *least = bad ? __builtin_nanf("") : ends[1] < ends[2] ? ends[1] : ends[2];
     *largest = bad ? __builtin_nanf("") : ends[0];

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,8 +20,6 @@ pytestmark = pytest.mark.skipif(isinstance(x86.library(), str), reason=str(x86.l
 SEGMENTS = torch.tensor([[0, 0, 0], [1, 8, 0], [3, 0, 0]], dtype=torch.int32)
 
 
-AVX_VNNI = ("-mavxvnni", "-mno-avx512f")
-AVX2 = ("-mno-avxvnni", "-mno-avx512f")
 OUTPUTS = 16 if isinstance(x86.library(), str) else x86.compiled().block_outputs()
 
 
@@ -153,8 +152,9 @@ def test_the_outputs_of_large_inputs_are_clamped() -> None:
 
 
 def assembly(*flags: str) -> str:
-    """The C file as the compiler makes it with `flags`, which come before the computer's own."""
-    command = [str(native.compiler()), *flags, *native.FLAGS, "-S", str(x86.SOURCE), "-o", "-"]
+    """The C file as the compiler makes it for the CPU that `flags` name; other tests are for the computer's own."""
+    common = [flag for flag in native.FLAGS if not flag.startswith("-march")]
+    command = [str(native.compiler()), *common, *flags, "-S", str(x86.SOURCE), "-o", "-"]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         pytest.skip(f"this compiler does not know {flags}")
@@ -163,11 +163,24 @@ def assembly(*flags: str) -> str:
 
 def test_without_avx512_vnni_is_that_of_avx() -> None:
     """CPUs of laptops have it; assemblers would take the encoding of AVX-512, which is no instruction there."""
-    lines = [line for line in assembly(*AVX_VNNI).splitlines() if "vpdpbusd" in line]
-    assert len(lines) > 2 * 6  # of a whole tile
-    assert all(re.match(r"\s*\{vex\} vpdpbusd \S*%ymm\d+", line) for line in lines)
+    lines = [line for line in assembly("-march=alderlake").splitlines() if "vpdpbusd" in line]
+    assert lines
+    assert all(re.match(r"\s*\{vex\}\s+vpdpbusd\s+\S*%ymm\d+", line) for line in lines)
 
 
-@pytest.mark.parametrize("flags", [AVX_VNNI, AVX2])
-def test_what_other_cpus_lack_is_not_in_their_code(flags: tuple[str, ...]) -> None:
-    assert not re.search(r"%zmm|%k[0-7]", assembly(*flags))
+@pytest.mark.parametrize("cpu", ["alderlake", "haswell"])
+def test_what_other_cpus_lack_is_not_in_their_code(cpu: str) -> None:
+    assert not re.search(r"%zmm|%k[0-7]", assembly(f"-march={cpu}"))
+
+
+@pytest.mark.parametrize("cpu", ["alderlake", "cascadelake", "icelake-client", "sapphirerapids", "znver4", "native"])
+def test_sums_stay_in_registers(cpu: str) -> None:
+    """Between the products of a tile nothing is moved to the stack or back: it would take longer than they do."""
+    lines = [line.strip() for line in assembly(f"-march={cpu}").splitlines()]
+    lines = [line for line in lines if not line.startswith(("#", "."))]  # instructions
+    places = [i for i, line in enumerate(lines) if "vpdpbusd" in line]
+    if not places:
+        pytest.skip("this computer has no VNNI")
+    near = [lines[before:after] for before, after in pairwise(places) if after - before < 8]
+    assert len(near) > 12  # as many as a tile has sums, but one
+    assert not [line for between in near for line in between if re.match(r"vmov\S+\s.*\(%r[sb]p\)", line)]
