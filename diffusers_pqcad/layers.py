@@ -133,7 +133,11 @@ class QuantizedLayer(nn.Module):
         Scales per output channel keep the stored levels as they are, at any bit-width. Rows of several scales (groups)
         are re-quantized to 8 bits per channel, an error of at most 1/254 of a row's range.
         """
-        levels, scale = weights.unpack(self.qweight, self.spec, self.weight_shape), self.weight_scale
+        try:
+            levels = weights.unpack(self.qweight, self.spec, self.weight_shape)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+        scale = self.weight_scale
         if scale.shape[1] > 1:
             weight, spec = dequantize_weight(levels, scale), WeightSpec(8)
             scale = min_max_weight_scale(weight, spec)

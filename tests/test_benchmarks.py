@@ -146,11 +146,11 @@ class TestUNetStep:
         assert result["settings"]["num_threads"] == result["environment"]["num_threads"] == 1
 
     def test_flags_of_the_compiler_are_a_circumstance(self, unet_step, monkeypatch, capsys):
-        for flags in ("-DVECTOR_BYTES=32", None):
+        for flags in ("-DVEX=", None):
             monkeypatch.setenv("CFLAGS", flags) if flags else monkeypatch.delenv("CFLAGS", raising=False)
             result = unet_step.main(tiny_settings(unet_step, num_rounds=1, contestants=["fp32, channels_last"]))
             assert result["environment"]["CFLAGS"] == flags
-            assert (", CFLAGS=-DVECTOR_BYTES=32.\n" in capsys.readouterr().out) == bool(flags)
+            assert (", CFLAGS=-DVEX=.\n" in capsys.readouterr().out) == bool(flags)
 
     def test_errors_and_sizes_are_those_of_the_formats(self, unet_step, contestants):
         result = unet_step.benchmark(

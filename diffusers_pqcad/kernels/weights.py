@@ -132,8 +132,12 @@ def unpack(packed: Tensor, spec: WeightSpec, shape: torch.Size) -> Tensor:
     loaded, length = compiled_for(packed), shape[1:].numel()
     if loaded is None:
         return unpack_levels(packed, spec, shape)
-    if packed.shape != (shape[0], packed_row_bytes(length, spec.bits)):
-        raise ValueError(f"expected ({shape[0]}, {packed_row_bytes(length, spec.bits)}), got {tuple(packed.shape)}.")
+    expected = (shape[0], packed_row_bytes(length, spec.bits))
+    if packed.shape != expected:
+        raise ValueError(
+            f"packed weights: expected {expected} bytes for {tuple(shape)} weights of {spec.bits} bits, got "
+            f"{tuple(packed.shape)}. They were replaced; load the model again."
+        )
     packed = packed.contiguous()
     levels = torch.empty(shape, dtype=torch.int8, device="cpu")
     loaded.unpack_rows(packed.data_ptr(), shape[0], length, spec.bits, levels.data_ptr())

@@ -70,8 +70,18 @@ def test_levels_are_those_of_pytorch(seed: int, bits: int, shape: list[int]) -> 
 @pytest.mark.parametrize("size", [(2, 9), (3, 7), (2, 17)])
 def test_rows_of_another_length_are_not_unpacked(size: tuple[int, int]) -> None:
     """C would read or write beyond them."""
-    with pytest.raises(ValueError, match=r"expected \(\d, \d\), got \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"expected \(\d, \d\) bytes for .* weights of 4 bits, got \(2, 4\)"):
         weights.unpack(torch.zeros(2, 4, dtype=torch.uint8), WeightSpec(4), torch.Size(size))
+
+
+@needs_compiler
+def test_the_layer_whose_weights_have_another_length_is_named() -> None:
+    layer = PQCADLinear(8, 2)
+    layer.name = "mid_block.proj"
+    layer.pack_(WeightSpec(4), activation_bits=8)
+    layer.qweight = layer.qweight[:, :3]
+    with pytest.raises(ValueError, match=r"mid_block.proj: packed weights: expected \(2, 4\) .*, got \(2, 3\)"):
+        layer.channel_levels()
 
 
 @needs_compiler

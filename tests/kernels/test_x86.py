@@ -161,7 +161,7 @@ def assembly(*flags: str) -> str:
     return result.stdout
 
 
-def test_without_avx512_vnni_is_that_of_avx() -> None:
+def test_the_vnni_of_avx_is_told_from_that_of_avx512() -> None:
     """CPUs of laptops have it; assemblers would take the encoding of AVX-512, which is no instruction there."""
     lines = [line for line in assembly("-march=alderlake").splitlines() if "vpdpbusd" in line]
     assert lines
