@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any, Literal
 
 from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
@@ -126,6 +127,8 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         self.bit_choices = tuple(map(int, self.bit_choices))
         if self.method not in ("progressive", "fixed"):
             raise ValueError(f"method: expected 'progressive' or 'fixed', got {self.method!r}.")
+        if not isinstance(self.weight_bits, Real):
+            raise ValueError(f"weight_bits: expected a number, got {self.weight_bits!r}.")
         if self.method == "fixed" and self.weight_bits not in WEIGHT_BITS:
             raise ValueError(
                 f"weight_bits: method 'fixed' takes one width out of {WEIGHT_BITS}, got {self.weight_bits}. "

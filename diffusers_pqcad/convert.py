@@ -150,6 +150,7 @@ def quantize_(model: nn.Module, config: PQCADConfig) -> nn.Module:
     Needs no data: bits come from the weights alone, activation ranges from each call. `requantize_` lowers the bits of
     a quantized model. Raises ValueError, with the model unchanged, for settings that do not fit it.
     """
+    refuse_other_than_model(model)
     if packed_layers(model):
         raise ValueError(
             f"{type(model).__name__} is quantized already. requantize_() changes its bits; dequantize() undoes it."
@@ -193,13 +194,23 @@ def quantization_config_of(model: Any) -> PQCADConfig:
     return PQCADConfig.from_dict(found) if isinstance(found, dict) else found
 
 
+def refuse_other_than_model(model: Any) -> None:
+    """Raise ValueError for a pipeline, or anything else that is no module."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"expected a model, got {type(model).__name__}. Give its parts one by one, such as `pipe.unet`, or load "
+            "the pipeline by from_pretrained(..., quantization_config=...)."
+        )
+
+
 def requantize_(model: Any, config: PQCADConfig) -> nn.Module:
     """Quantize the quantized `model` anew as `config` says, in place and layer by layer, and return it.
 
     The same as `quantize_(model.dequantize(), config)`, but only one weight at a time is in floating point. The layers
     and the steps of a student stay the same; activation ranges are dynamic afterwards. Raises ValueError, with the
-    model unchanged, for settings that do not fit it, or a model that is not quantized.
+    model unchanged, for more bits than it has, settings that do not fit it, or a model that is not quantized.
     """
+    refuse_other_than_model(model)
     layers = packed_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} is not quantized; call quantize_().")
@@ -211,6 +222,11 @@ def requantize_(model: Any, config: PQCADConfig) -> nn.Module:
                 f"{setting}: the layers of a quantized model stay the same; expected {getattr(before, setting)}, got "
                 f"{getattr(config, setting)}. Leave it out, or quantize the float model."
             )
+    if config.weight_bits > before.weight_bits:
+        raise ValueError(
+            f"weight_bits: expected at most {before.weight_bits}, those of this model, got {config.weight_bits}. What "
+            "was rounded away does not come back: quantize the float model."
+        )
     kept = {
         setting: getattr(before, setting)
         for setting in ("modules_to_not_convert", "search_all_modules", "num_inference_steps")

@@ -251,7 +251,12 @@ class Run:
     def load_teacher(self) -> Any:
         """Return the full-precision pipeline with a DDIM scheduler on a trailing grid."""
 
-        pipeline = DiffusionPipeline.from_pretrained(self.teacher_path)
+        path = str(self.teacher_path)
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            where = "cannot be loaded" if Path(path).is_dir() else "no such folder, and not to be had from the Hub"
+            raise ValueError(f"--pretrained_model_name_or_path {path!r}: {where}. {error}") from error
         if set(pipeline.components) != {"unet", "scheduler"}:
             raise ValueError(
                 f"{type(pipeline).__name__}: expected an unconditional pipeline of a `unet` and a `scheduler`, got "
@@ -550,7 +555,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     license_id = settings.license or ("mit" if run.is_bundled else None)
     hub.write_card(run.folder, hub.model_card(metrics, repo=repo, license_id=license_id))
     print("\n" + hub.results_table(metrics) + "\n\n" + hub.table_notes(metrics))
-    print(f"\nSaved in {run.folder}. Load it: DiffusionPipeline.from_pretrained({str(run.folder)!r})")
+    print(
+        f"\nSaved in {run.folder}. Load it: pipe = DiffusionPipeline.from_pretrained({str(run.folder)!r}); it was "
+        f"distilled for pipe(num_inference_steps={half})"
+    )
     if settings.push_to_hub:
         say(f"pushed: {hub.push(run.folder, settings.hub_model_id or '', private=settings.hub_private_repo)}")
     return metrics

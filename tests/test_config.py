@@ -152,6 +152,8 @@ BAD_VALUES = [
     ({"modules_to_not_convert": "to_q"}, "modules_to_not_convert: expected a list of names, got the string 'to_q'"),
     ({"components": "unet"}, "components: expected a list of names, got the string 'unet'"),
     ({"bit_choices": ()}, "bit_choices: expected some of"),
+    ({"weight_bits": "4"}, "weight_bits: expected a number, got '4'"),
+    ({"weight_bits": None, "method": "fixed"}, "weight_bits: expected a number, got None"),
     ({"weight_bits": 9}, "weight_bits: an average of 9 cannot be met"),
     ({"weight_bits": 1.5}, "weight_bits: an average of 1.5 cannot be met"),
     ({"weight_bits": 3.0, "bit_choices": (8, 4)}, r"cannot be met with bit_choices \[8, 4\]; expected 4 to 8"),

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDIMPipeline, DDIMScheduler
 from torch import nn
 
 from diffusers_pqcad import PQCADConfig, kernels, quantize_, requantize_
@@ -396,8 +397,9 @@ def test_requantizing_is_quantizing_the_dequantized_model_without_holding_it(tin
         (PQCADConfig(group_size=5), "group_size=5 must divide"),
         (PQCADConfig(search_all_modules=True), "search_all_modules: the layers of a quantized model stay the same"),
         (PQCADConfig(modules_to_not_convert=["to_q"]), "modules_to_not_convert: the layers"),
+        (PQCADConfig(weight_bits=6), "weight_bits: expected at most 4.0, those of this model, got 6"),
     ],
-    ids=["group_size", "search_all_modules", "modules_to_not_convert"],
+    ids=["group_size", "search_all_modules", "modules_to_not_convert", "weight_bits"],
 )
 def test_a_refused_requantization_leaves_the_model_unchanged(tiny_unet, config, message):
     with pytest.raises(ValueError, match=r"UNet2DModel is not quantized; call quantize_\(\)"):
@@ -406,6 +408,13 @@ def test_a_refused_requantization_leaves_the_model_unchanged(tiny_unet, config, 
     with pytest.raises(ValueError, match=message):
         requantize_(tiny_unet, config)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_unet.state_dict().items())
+
+
+@pytest.mark.parametrize("function", [quantize_, requantize_])
+def test_a_pipeline_is_not_a_model(tiny_unet, function):
+    pipeline = DDIMPipeline(unet=tiny_unet, scheduler=DDIMScheduler())
+    with pytest.raises(ValueError, match="expected a model, got DDIMPipeline. Give its parts one by one"):
+        function(pipeline, PQCADConfig())
 
 
 def test_quantizing_twice_is_refused(tiny_unet):

@@ -142,6 +142,8 @@ def test_changed_settings_on_an_old_folder_are_refused(teacher, finished):
         (("--weight_bits", "1"), "weight_bits"),
         (("--activation_bits", "5"), "activation_bits"),
         (("--train_device", "abacus"), "--train_device abacus: expected 'cpu' or the kind of accelerator"),
+        (("--pretrained_model_name_or_path", "./no"), "'./no': no such folder, and not to be had from the Hub"),
+        (("--pretrained_model_name_or_path", "my/no"), "'my/no': no such folder, and not to be had from the Hub"),
     ],
 )
 def test_bad_settings_are_refused(teacher, tmp_path, monkeypatch, flags, message):
