@@ -150,7 +150,6 @@ def quantize_(model: nn.Module, config: PQCADConfig) -> nn.Module:
     Needs no data: bits come from the weights alone, activation ranges from each call. `requantize_` lowers the bits of
     a quantized model. Raises ValueError, with the model unchanged, for settings that do not fit it.
     """
-    refuse_other_than_model(model)
     if packed_layers(model):
         raise ValueError(
             f"{type(model).__name__} is quantized already. requantize_() changes its bits; dequantize() undoes it."
@@ -194,15 +193,6 @@ def quantization_config_of(model: Any) -> PQCADConfig:
     return PQCADConfig.from_dict(found) if isinstance(found, dict) else found
 
 
-def refuse_other_than_model(model: Any) -> None:
-    """Raise ValueError for a pipeline, or anything else that is no module."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"expected a model, got {type(model).__name__}. Give its parts one by one, such as `pipe.unet`, or load "
-            "the pipeline by from_pretrained(..., quantization_config=...)."
-        )
-
-
 def requantize_(model: Any, config: PQCADConfig) -> nn.Module:
     """Quantize the quantized `model` anew as `config` says, in place and layer by layer, and return it.
 
@@ -210,7 +200,6 @@ def requantize_(model: Any, config: PQCADConfig) -> nn.Module:
     and the steps of a student stay the same; activation ranges are dynamic afterwards. Raises ValueError, with the
     model unchanged, for more bits than it has, settings that do not fit it, or a model that is not quantized.
     """
-    refuse_other_than_model(model)
     layers = packed_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} is not quantized; call quantize_().")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_pqcad import qparams
-from diffusers_pqcad.layers import QuantizedLayer
+from diffusers_pqcad.layers import QuantizedLayer, refuse_other_than_model
 
 DECIMALS = "{:.1e}"
 
@@ -82,8 +82,9 @@ def inspect(model: nn.Module, reference: nn.Module | None = None) -> Inspection:
 
     The perturbation of a layer is known from its packing (after PQ: to the latent weights), and lost when the model is
     saved. With `reference`, the float model, it is measured to its weights of the same names. Raises ValueError where
-    those do not fit.
+    those do not fit, and for a pipeline.
     """
+    refuse_other_than_model(model)
     floats = None if reference is None else dict(reference.named_modules())
     return Inspection(
         [

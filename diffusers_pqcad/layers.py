@@ -415,8 +415,18 @@ def per_sample(values: Tensor, x: Tensor, name: str) -> Tensor:
     return values.repeat_interleave(x.shape[0] // len(values)).view(-1, *[1] * (x.dim() - 1))
 
 
+def refuse_other_than_model(model: Any) -> None:
+    """Raise ValueError for a pipeline, or anything else that is no module."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"expected a model, got {type(model).__name__}. Give its parts one by one, such as `pipe.unet`, or load "
+            "the pipeline by from_pretrained(..., quantization_config=...)."
+        )
+
+
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Return the quantized layers of `model`, packed or not yet, by name, in registration order."""
+    refuse_other_than_model(model)
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
 
 

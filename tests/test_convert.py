@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 from torch import nn
 
-from diffusers_pqcad import PQCADConfig, kernels, quantize_, requantize_
+from diffusers_pqcad import PQCADConfig, inspect, kernels, quantize_, requantize_
 from diffusers_pqcad.convert import decide_bits, dequantize_, log_once, match_modules, relative_weight_error
 from diffusers_pqcad.kernels import native, onednn, x86
 from diffusers_pqcad.layers import (
@@ -410,11 +410,13 @@ def test_a_refused_requantization_leaves_the_model_unchanged(tiny_unet, config, 
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_unet.state_dict().items())
 
 
-@pytest.mark.parametrize("function", [quantize_, requantize_])
+@pytest.mark.parametrize(
+    "function", [lambda it: quantize_(it, PQCADConfig()), lambda it: requantize_(it, PQCADConfig()), inspect]
+)
 def test_a_pipeline_is_not_a_model(tiny_unet, function):
     pipeline = DDIMPipeline(unet=tiny_unet, scheduler=DDIMScheduler())
     with pytest.raises(ValueError, match="expected a model, got DDIMPipeline. Give its parts one by one"):
-        function(pipeline, PQCADConfig())
+        function(pipeline)
 
 
 def test_quantizing_twice_is_refused(tiny_unet):
