@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusers_pqcad import graph_ops, kernels
+from diffusers_pqcad.computed_weight import ComputedWeight, PackedMetadata
 from diffusers_pqcad.kernels import weights
 from diffusers_pqcad.packing import packed_row_bytes, unpack_levels
 from diffusers_pqcad.pending import PendingActivation
@@ -30,38 +31,6 @@ HOOKS = (
 )
 SCALE_BUFFERS = ("weight_scale", "input_scale")  # always fp32, whatever the model's dtype
 DTYPE_MARKER = "dtype_marker"
-WRITING_OPERATORS = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
-
-
-class ComputedWeight(Tensor):
-    """The float weight of a packed layer: a temporary that refuses to be written to, as the write would be lost.
-
-    peft fuses an adapter by `weight.data += delta`. What is computed from this tensor is a plain tensor again.
-    """
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    layer_name = ""
-    _is_hf_initialized = True  # transformers writes random numbers into weights that it takes for missing
-
-    def refuse(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise ValueError."""
-        raise ValueError(
-            f"{self.layer_name}: the weight of a packed layer is computed from its integers and cannot be written to, "
-            "so no adapter can be fused or merged into it. Use the adapter unfused, or call dequantize() first."
-        )
-
-    data = property(lambda self: self, refuse)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.detach().__reduce_ex__(protocol)
-
-    def __deepcopy__(self, memo: Any) -> Tensor:
-        return self.detach().clone()
-
-
-for _name in (*WRITING_OPERATORS, *(name for name in dir(Tensor) if name[0] != "_" and name.endswith("_"))):
-    if _name != "requires_grad_":
-        setattr(ComputedWeight, _name, ComputedWeight.refuse)
 
 
 class QuantizedLayer(nn.Module):
@@ -98,15 +67,21 @@ class QuantizedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The float weight: the parameter of an unpacked layer, else dequantized from `qweight` at each access."""
+        """The float weight: the parameter of an unpacked layer, else a `ComputedWeight` (a plain one in a graph)."""
         parameters = self.__dict__.get("_parameters", {})
         if "weight" not in parameters:
             raise AttributeError("weight")
         if parameters["weight"] is not None:
             return parameters["weight"]
-        weight = self.dequantized_weight().to(self.weight_dtype).as_subclass(ComputedWeight)
-        weight.layer_name = self.name
-        return weight
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph drops what nothing is computed from
+            return self.dequantized_weight().to(self.weight_dtype)
+        return ComputedWeight.of_packed(
+            dict(self._buffers),
+            self.spec,
+            shape=self.weight_shape,
+            dtype=self.weight_dtype,
+            layer_name=self.name,
+        )
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -195,7 +170,7 @@ class QuantizedLayer(nn.Module):
     @torch.no_grad()
     def unpack_(self) -> None:
         """Undo `pack_`: this layer holds its dequantized weight as a parameter again, and nothing else."""
-        weight = self.weight.detach().as_subclass(Tensor).clone()
+        weight = self.weight.clone()
         for buffer in (DTYPE_MARKER, "qweight", "weight_scale", "input_scale", "input_zero_point"):
             self._buffers[buffer] = None
         self._parameters["weight"] = nn.Parameter(weight)
@@ -323,9 +298,47 @@ class QuantizedLayer(nn.Module):
         self._cache = None
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Add the packed tensors, or, where a part of the model is asked for, the float weight in their place.
+
+        The parts of a model are read by others, such as `ControlNetModel.from_unet`, as float weights. `prefix` is
+        then shorter than this layer's name.
+        """
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.packed:
+            return
+        if self.name and prefix.count(".") <= self.name.count("."):
+            for name in self._buffers:
+                destination.pop(prefix + name, None)
+            destination[prefix + "weight"] = self.weight
+        elif hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]] = PackedMetadata(version=self._version, name=self.name)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        if self.packed:
+            local_metadata = dict(local_metadata)  # of a packed layer, readable to this one
+            if prefix + "weight" in state_dict:
+                state_dict |= self.packed_tensors_of(state_dict.pop(prefix + "weight"), prefix)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self._cache = None
+
+    def packed_tensors_of(self, weight: Tensor, prefix: str) -> dict[str, Tensor]:
+        """Return what the packed layer was read from as `weight`, as entries of a state dict.
+
+        Raises ValueError for the weight of a float layer, or of one with another grid or other activation ranges.
+        """
+        buffers = {name for name, buffer in self._buffers.items() if buffer is not None}
+        packed = getattr(weight, "packed", None)
+        found = {name: buffer for name, buffer in (packed or {}).items() if buffer is not None}
+        if not found or weight.spec != self.spec or found.keys() != buffers:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{self.name}: a packed layer ({self.spec.bits} bits, activations {self.activation_scheme()}) cannot "
+                f"take {'weights of another grid' if found else 'a float weight'}. Call dequantize() on its model, "
+                "load the weights, and quantize it again."
+            )
+        return {prefix + name: buffer for name, buffer in found.items() if name != DTYPE_MARKER}
 
     def __getstate__(self) -> dict[str, Any]:
         # oneDNN's packed tensors can be neither copied nor pickled; they are rebuilt on the next call.
