@@ -4,6 +4,7 @@ Swapped first, with float placeholders, because device hooks are attached before
 because a bit budget needs all the weights.
 """
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -92,6 +93,22 @@ def complete_(model: nn.Module, config: PQCADConfig, *, pre_quantized: bool) -> 
         pack_layers_(layers, config)
     finish_(model, config)
     return config
+
+
+def holds_floats(names: Iterable[str], model_name: str) -> bool:
+    """Return whether a checkpoint of the tensors `names` holds no packed layer, with a warning if so.
+
+    Its config says that it does: a model made by `from_config` of a quantized model's config inherits the entry.
+    """
+    if any(name.endswith(".qweight") for name in names):
+        return False
+    warnings.warn(
+        f"{model_name}: the config holds a quantization_config, but the weights are in floating point, as those of a "
+        "model that was made by from_config() of a quantized one. They are loaded as they are, without the entry. "
+        "Save the model again to be rid of it, or call quantize_() to quantize it.",
+        stacklevel=2,
+    )
+    return True
 
 
 def check_loaded(model: nn.Module) -> None:

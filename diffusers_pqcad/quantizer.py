@@ -8,9 +8,9 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from diffusers_pqcad.config import PQCADConfig
-from diffusers_pqcad.convert import dequantize_
+from diffusers_pqcad.convert import dequantize_, unmark_quantized_
 from diffusers_pqcad.layers import SCALE_BUFFERS, QuantizedLayer
-from diffusers_pqcad.loading import complete_, prepare_, refuse_disk, refuse_missing
+from diffusers_pqcad.loading import check_loaded, complete_, holds_floats, prepare_, refuse_disk, refuse_missing
 
 
 class PQCADQuantizer(DiffusersQuantizer):
@@ -25,6 +25,7 @@ class PQCADQuantizer(DiffusersQuantizer):
         # A copy: diffusers hands over the user's own object, and would store it in the model.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.torch_dtype = torch.float32
+        self.holds_floats = False  # the checkpoint, whatever its config says
 
     @property
     def is_serializable(self) -> bool:
@@ -50,6 +51,11 @@ class PQCADQuantizer(DiffusersQuantizer):
         self.torch_dtype = torch.float32 if torch_dtype is None else torch_dtype
         return self.torch_dtype
 
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Note whether the checkpoint of a model that says it is quantized holds floats; see `holds_floats`."""
+        self.holds_floats = self.pre_quantized and holds_floats(loaded_keys, str(checkpoint_files[0]))
+        return loaded_keys
+
     def _process_model_before_weight_loading(
         self,
         model: nn.Module,
@@ -57,6 +63,8 @@ class PQCADQuantizer(DiffusersQuantizer):
         keep_in_fp32_modules: list[str] | None = None,
         **kwargs: Any,
     ) -> nn.Module:
+        if self.holds_floats:
+            return model
         if state_dict is not None:
             # from_single_file claims that everything is pre-quantized; the file itself knows.
             self.pre_quantized = any(key.endswith(".qweight") for key in state_dict)
@@ -110,6 +118,10 @@ class PQCADQuantizer(DiffusersQuantizer):
         model.get_submodule(module_name)._buffers[tensor_name] = scale
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.holds_floats:
+            check_loaded(model)
+            unmark_quantized_(model)
+            return model
         self.quantization_config = complete_(model, self.quantization_config, pre_quantized=self.pre_quantized)
         self.pre_quantized = True
         # Not by attribute: only the registered entry is saved, and the single-file path has none.

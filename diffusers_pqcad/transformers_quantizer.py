@@ -4,13 +4,14 @@ import copy
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from diffusers_pqcad.config import PQCADConfig, matches
-from diffusers_pqcad.convert import dequantize_, quantizable_layers
+from diffusers_pqcad.convert import dequantize_, quantizable_layers, unmark_quantized_
 from diffusers_pqcad.layers import FloatLayer
-from diffusers_pqcad.loading import complete_, prepare_, refuse_disk, refuse_missing
+from diffusers_pqcad.loading import complete_, holds_floats, prepare_, refuse_disk, refuse_missing
 
 
 class PQCADTransformersQuantizer(HfQuantizer):
@@ -22,6 +23,7 @@ class PQCADTransformersQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: PQCADConfig, **kwargs: Any) -> None:
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        self.holds_floats = False  # the checkpoint, whatever its config says
 
     def is_serializable(self) -> bool:
         """Packed weights are ordinary tensors: `save_pretrained` writes them."""
@@ -42,9 +44,17 @@ class PQCADTransformersQuantizer(HfQuantizer):
         refuse_disk(kwargs.get("device_map"))
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs: Any
+        self,
+        model: nn.Module,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: list[str] | None = None,
+        **kwargs: Any,
     ) -> nn.Module:
         config = self.quantization_config
+        if self.pre_quantized and checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
+            self.holds_floats = holds_floats(tensor_names(checkpoint_files), checkpoint_files[0])
+        if self.holds_floats:
+            return model
         if not self.pre_quantized:
             layers = quantizable_layers(model)
             exempt = {*self.get_modules_to_not_convert(model), *convolutions(layers)}
@@ -64,6 +74,10 @@ class PQCADTransformersQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.holds_floats:
+            self.remove_quantization_config(model)
+            unmark_quantized_(model)
+            return model
         if self.pre_quantized:
             # transformers fills what a checkpoint lacks with anything; what it has loaded or tied carries a mark.
             tensors = model.state_dict(keep_vars=True)
@@ -80,3 +94,12 @@ class PQCADTransformersQuantizer(HfQuantizer):
 def convolutions(layers: dict[str, FloatLayer]) -> list[str]:
     """Return the names of the convolutions among `layers`: the first layers of a vision model."""
     return [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]
+
+
+def tensor_names(files: list[str]) -> list[str]:
+    """Return the names of the tensors in safetensors `files`."""
+    names: list[str] = []
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            names += tensors.keys()
+    return names

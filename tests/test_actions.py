@@ -18,9 +18,12 @@ import pytest
 import torch
 from diffusers import (
     AutoModel,
+    ControlNetModel,
     DDIMPipeline,
     DDIMScheduler,
     DiTPipeline,
+    FluxControlNetModel,
+    SD3ControlNetModel,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
 )
@@ -361,9 +364,41 @@ def test_trap_07_student(family: str, tmp_path: Path) -> None:
     student = type(teacher).from_config(config)
     student.save_pretrained(tmp_path)
     assert not packed_layers(load(family, tmp_path))
-    type(teacher).from_config(teacher.config).save_pretrained(tmp_path / "inherited")
-    with pytest.raises(ValueError, match="the checkpoint lacks"):  # never silently wrong
-        load(family, tmp_path / "inherited")
+    student = type(teacher).from_config(teacher.config)
+    student.save_pretrained(tmp_path / "inherited")
+    with pytest.warns(UserWarning, match=r"the config holds a quantization_config, but .* in floating point"):
+        loaded = load(family, tmp_path / "inherited")
+    assert_same_tensors(loaded, student)
+    assert "quantization_config" not in loaded.config
+
+
+def controlnet_of(model: Any, family: str) -> Any:
+    """Return the ControlNet of the first layers of `model`; what is new in it is the same each time."""
+    torch.manual_seed(0)
+    if family == "SD3":
+        return SD3ControlNetModel.from_transformer(model, num_layers=1)
+    if family == "Flux":
+        sizes = {"attention_head_dim": 8, "num_attention_heads": 2}
+        return FluxControlNetModel.from_transformer(model, num_layers=1, num_single_layers=1, **sizes)
+    return ControlNetModel.from_unet(model, conditioning_embedding_out_channels=(4, 8))
+
+
+@action("ControlNet from a quantized model", ("SD-1.5 UNet", "SD-2 UNet", "SDXL UNet", "SD3", "Flux"))
+@pytest.mark.filterwarnings("ignore:.*the config holds a quantization_config")
+def test_controlnet_from_a_quantized_model(family: str, tmp_path: Path) -> None:
+    """It starts from the dequantized weights, and stays a float model when it is saved and loaded."""
+    model = quantized(family, W8)
+    controlnet = controlnet_of(model, family)
+    assert_same_tensors(controlnet, controlnet_of(copy.deepcopy(model).dequantize(), family))
+    floats = controlnet_of(build(family), family).state_dict()
+    compared = [name for name in controlnet.state_dict() if f"{name.removesuffix('.weight')}" in packed_layers(model)]
+    assert compared
+    for name in compared:
+        assert 0 < relative_error(controlnet.state_dict()[name], floats[name]) < 0.01
+    controlnet.save_pretrained(tmp_path)
+    loaded = type(controlnet).from_pretrained(tmp_path)
+    assert_same_tensors(loaded, controlnet)
+    assert not packed_layers(loaded)
 
 
 @action("a W4 config for a W8 checkpoint: the checkpoint wins, with one warning")

@@ -27,6 +27,7 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_pqcad import PQCADConfig, PQCADQuantizer, kernels, quantize_, requantize_
 from diffusers_pqcad.convert import finish_, mark_quantized_
@@ -518,12 +519,42 @@ def test_trap_07_a_student_of_a_dequantized_teacher_is_plain(quantized, tmp_path
     assert_same_tensors(loaded.state_dict(), student.state_dict())
 
 
-def test_trap_07_a_student_with_an_inherited_config_fails_loudly(quantized, tmp_path):
+def test_trap_07_a_student_with_an_inherited_config_loads_as_the_float_model_that_it_is(quantized, tmp_path):
     student = UNet2DModel.from_config(quantized.config)
-    assert "quantization_config" in student.config  # diffusers' doing; the checkpoint of this student lies
+    assert "quantization_config" in student.config  # diffusers' doing; the config of this student lies
+    student.save_pretrained(tmp_path / "student")
+    student.save_pretrained(tmp_path / "sharded", max_shard_size="16KB")
+    for directory in ("student", "sharded"):
+        with pytest.warns(
+            UserWarning, match="the config holds a quantization_config, but the weights are in floating"
+        ):
+            loaded = UNet2DModel.from_pretrained(tmp_path / directory)
+        assert_same_tensors(loaded.state_dict(), student.state_dict())
+        assert not loaded.is_quantized
+    loaded.half().float().save_pretrained(tmp_path / "again")
+    assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert not packed_layers(UNet2DModel.from_pretrained(tmp_path / "again"))
+    path = tmp_path / "student" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(path).items() if "conv1" not in name}, path)
+    with pytest.warns(UserWarning, match="in floating"), pytest.raises(ValueError, match="the checkpoint lacks"):
+        UNet2DModel.from_pretrained(tmp_path / "student")
+
+
+def test_trap_07_a_text_encoder_with_an_inherited_config_loads_as_the_float_model_that_it_is(tmp_path):
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    encoder = CLIPTextModel(CLIPTextConfig(**sizes, num_attention_heads=2, max_position_embeddings=8))
+    student = CLIPTextModel(quantize_(encoder, PQCADConfig()).config)
     student.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"the checkpoint lacks \d+ tensors .*qweight"):
-        UNet2DModel.from_pretrained(tmp_path)
+    assert "quantization_config" in json.loads((tmp_path / "config.json").read_text())
+    with pytest.warns(UserWarning, match="the config holds a quantization_config, but the weights are in floating"):
+        loaded = CLIPTextModel.from_pretrained(tmp_path)
+    assert_same_tensors(loaded.state_dict(), student.state_dict())
+    assert not hasattr(loaded.config, "quantization_config")
+    assert not loaded.is_quantized
+    loaded.half().save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 
 def test_trap_08_the_config_may_be_a_dict_after_saving(quantized, tmp_path):
