@@ -48,12 +48,24 @@ def fuse_qkv_projections(model: Any) -> None:
     )
 
 
+def save_motion_modules(model: Any, *args: Any, **kwargs: Any) -> None:
+    """Save the motion modules; raise ValueError where they are packed: the file is that of a float `MotionAdapter`."""
+    packed = [name for name in packed_layers(model) if "motion_modules" in name]
+    if packed:
+        raise ValueError(
+            f"{type(model).__name__}.save_motion_modules: {packed[0]} is quantized, and a MotionAdapter is not. Call "
+            "dequantize() on a copy of the model first, or save the whole model with save_pretrained()."
+        )
+    type(model).save_motion_modules(model, *args, **kwargs)
+
+
 # With the method whose presence in the class makes each of them necessary.
 OVERRIDES: dict[Callable[..., Any], str] = {
     num_parameters: "num_parameters",
     to: "enable_layerwise_casting",  # that is, a diffusers model; other modules know that no dtype is no cast
     enable_layerwise_casting: "enable_layerwise_casting",
     fuse_qkv_projections: "fuse_qkv_projections",
+    save_motion_modules: "save_motion_modules",
 }
 
 

@@ -139,3 +139,32 @@ def test_a_controlnet_that_reads_the_whole_state_dict_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^text_embedder.*packed integers of a quantized model.*dequantize\(\)"):
         HunyuanDiT2DControlNetModel.from_transformer(transformer, transformer_num_layers=4)
     HunyuanDiT2DControlNetModel.from_transformer(transformer.dequantize(), transformer_num_layers=4)
+
+
+def test_motion_modules_that_are_packed_are_not_saved_as_a_float_adapter(tmp_path: Path) -> None:
+    exempt = PQCADConfig(method="fixed", weight_bits=8, modules_to_not_convert=["motion_modules"])
+    quantize_(motion(sd15()), exempt).save_motion_modules(tmp_path / "floats")
+    expected = motion(sd15()).state_dict()
+    for name, tensor in MotionAdapter.from_pretrained(tmp_path / "floats").state_dict().items():
+        assert torch.equal(tensor, expected[name])
+    model = quantize_(motion(sd15()), W8)
+    with pytest.raises(ValueError, match=r"save_motion_modules: .*motion_modules.* dequantize\(\)"):
+        model.save_motion_modules(tmp_path / "packed")
+    model.dequantize().save_motion_modules(tmp_path / "dequantized")
+    adapter = MotionAdapter.from_pretrained(tmp_path / "dequantized")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in adapter.state_dict().items())
+
+
+def test_packed_motion_modules_are_loaded_dequantized() -> None:
+    torch.manual_seed(3)
+    adapter = MotionAdapter(
+        block_out_channels=(8, 16), motion_layers_per_block=1, motion_num_attention_heads=2, motion_norm_num_groups=4,
+        motion_mid_block_layers_per_block=1,
+    )  # fmt: skip
+    quantize_(adapter, W8)
+    layers = packed_layers(adapter)
+    model = motion(sd15())
+    model.load_motion_modules(adapter)
+    assert layers
+    for name, layer in layers.items():
+        assert torch.equal(model.get_parameter(f"{name}.weight"), layer.dequantized_weight())
