@@ -29,6 +29,7 @@ HOOKS = (
     "_forward_hooks_always_called",
 )
 SCALE_BUFFERS = ("weight_scale", "input_scale")  # always fp32, whatever the model's dtype
+PACKED_BUFFERS = ("qweight", "input_zero_point", *SCALE_BUFFERS)  # which no cast changes
 DTYPE_MARKER = "dtype_marker"
 WRITING_OPERATORS = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
 
@@ -314,13 +315,14 @@ class QuantizedLayer(nn.Module):
         raise NotImplementedError
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        scales = {name: self._buffers.get(name) for name in SCALE_BUFFERS}
+        packed = {name: self._buffers.get(name) for name in PACKED_BUFFERS}
         super()._apply(fn, recurse)
-        for name, before in scales.items():
+        for name, before in packed.items():
             after = self._buffers.get(name)
-            if before is not None and after is not None and after.dtype != torch.float32:
+            if before is not None and after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
-        self._cache = None
+        if any(self._buffers.get(name) is not before for name, before in packed.items()):
+            self._cache = None  # moved; a cast alone leaves what kernels have packed
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

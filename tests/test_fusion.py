@@ -293,13 +293,35 @@ def test_threads_may_call_a_block_at_once_and_move_it_meanwhile(model: nn.Module
     def move() -> None:
         starts.wait()
         for layer in layers * 5:
-            layer._apply(lambda tensor: tensor)
+            layer._apply(torch.clone)
 
     with ThreadPoolExecutor(4) as pool:
         calls = [pool.submit(torch.no_grad()(call_all)) for _ in range(3)]
         pool.submit(move).result()
         outputs = [output for future in calls for output in future.result()]
     assert all(torch.equal(output, expected) for output in outputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_plans_after_a_cast_and_back_are_those_of_the_new_parameters(
+    model: nn.ModuleList, kind: str, dtype: torch.dtype
+) -> None:
+    inputs, block = inputs_of(kind), model[0]
+    expected = call(block, *inputs)
+    model.to(dtype)
+    rounded = call(block, *(tensor.to(dtype) for tensor in inputs))
+    assert rounded.dtype == dtype
+    torch.testing.assert_close(rounded.float(), expected, rtol=0.1, atol=0.1)
+    model.float()
+    filler = [torch.full_like(tensor, torch.nan) for tensor in model.parameters()]  # where the old ones were, perhaps
+    actual = call(block, *inputs)
+    del filler
+    if dtype == torch.float64:  # where fp32 is not rounded
+        assert torch.equal(actual, expected)
+    for layer in packed_layers(model).values():
+        layer._cache = None
+    assert torch.equal(actual, call(block, *inputs))  # by plans that are made anew
 
 
 @torch.no_grad()
