@@ -250,15 +250,15 @@ class QuantizedLayer(nn.Module):
         """Return the name of the fastest kernel that can run this layer here without a gradient."""
         return next(name for name, kernel in kernels.KERNELS.items() if kernel.refusal(self) is None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output in the dtype of `x`."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the layer's output in the dtype of `input`, which has the name that callers of a float layer use."""
         if not self.packed:
-            return super().forward(x)
+            return super().forward(input)
         if not torch.compiler.is_compiling():
-            return self.compute(x)
-        if kernels.needs_gradient(self, x):  # the operator has none; the reference kernel can be traced
-            return kernels.reference.run(self, None, x)
-        return graph_ops.call(self, x)
+            return self.compute(input)
+        if kernels.needs_gradient(self, input):  # the operator has none; the reference kernel can be traced
+            return kernels.reference.run(self, None, input)
+        return graph_ops.call(self, input)
 
     def compute(self, x: Tensor) -> Tensor:
         """Return the output of the packed layer by the kernel that this call takes, without hooks."""

@@ -21,16 +21,18 @@ from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
     DiTPipeline,
+    MotionAdapter,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    UNetMotionModel,
 )
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.quantizers import PipelineQuantizationConfig
 from diffusers.training_utils import EMAModel
-from families import FAMILIES, SIZE, build, call, inputs_of, noise, output_of
+from families import FAMILIES, SIZE, build, call, inputs_of, noise, output_of, text
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -1088,6 +1090,88 @@ def test_pipeline_lora(family: str, pipeline_dir: Path, tmp_path: Path) -> None:
     assert abs(images_of(pipeline) - adapted_images).max() < 1e-5
     pipeline.unload_lora_weights()
     assert abs(images_of(pipeline) - before).max() < 1e-5
+
+
+UNETS = ("SD-1.5 UNet", "SD-2 UNet", "SDXL UNet")
+
+
+def load_ip_adapter(model: Any, family: str) -> Any:
+    """Load a random IP-Adapter onto `model`, the same each time, and return the pipeline around it."""
+    generator = torch.Generator().manual_seed(3)
+    image = {"proj.weight": torch.randn(32, 16, generator=generator), "proj.bias": torch.zeros(32)}
+    image |= {"norm.weight": torch.ones(8), "norm.bias": torch.zeros(8)}
+    layers = {
+        f"{2 * index + 1}.to_{letter}_ip.weight": torch.randn(module.inner_dim, 8, generator=generator)
+        for index, module in enumerate(module for name, module in model.named_modules() if name.endswith("attn2"))
+        for letter in "kv"
+    }
+    pipeline = sdxl_pipeline(None) if family == "SDXL UNet" else build_pipeline(family)
+    pipeline.unet = model
+    adapter = {"image_proj": image, "ip_adapter": layers}
+    pipeline.load_ip_adapter(adapter, subfolder="", weight_name="", image_encoder_folder=None)
+    return pipeline
+
+
+@torch.no_grad()
+def call_with_image(model: Any, family: str) -> Tensor:
+    inputs = inputs_of(family)
+    inputs["added_cond_kwargs"] = {**inputs.get("added_cond_kwargs", {}), "image_embeds": [noise(2, 1, 16)]}
+    return output_of(model, inputs)
+
+
+@action("IP-Adapter: load, run, unload", UNETS)
+def test_ip_adapter(family: str) -> None:
+    plain, model = build(family), quantized(family, W8)
+    without, before = call(plain, family), call(model, family)
+    load_ip_adapter(plain, family)
+    pipeline = load_ip_adapter(model, family)
+    expected = call_with_image(plain, family)
+    error = relative_error(call_with_image(model, family), expected)
+    assert 0 < error < 0.1
+    assert relative_error(expected, without) > 3 * error
+    pipeline.unload_ip_adapter()
+    assert_same_model(model, quantized(family, W8), family)
+    assert torch.equal(call(model, family), before)
+
+
+@action("IP-Adapter, then quantize_, requantize_, dequantize()", UNETS)
+def test_ip_adapter_before_quantizing(family: str) -> None:
+    model = build(family)
+    without = call(model, family)
+    load_ip_adapter(model, family)
+    expected = call_with_image(model, family)
+    for change in (
+        lambda: quantize_(model, W8),
+        lambda: requantize_(model, PQCADConfig(method="fixed", weight_bits=8, activation_bits=None)),
+        lambda: model.dequantize(),
+    ):
+        change()
+        assert model.config.encoder_hid_dim_type == "ip_image_proj"
+        error = relative_error(call_with_image(model, family), expected)
+        assert 0 < error < 0.1
+        assert relative_error(expected, without) > 3 * error
+
+
+@action("AnimateDiff: motion modules around a UNet, quantized", ["SD-1.5 UNet"])
+def test_animate_diff(family: str, tmp_path: Path) -> None:
+    adapter = MotionAdapter(
+        block_out_channels=(8, 16), motion_layers_per_block=1, motion_num_attention_heads=2, motion_norm_num_groups=4
+    )
+    model = UNetMotionModel.from_unet2d(build(family), adapter).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.1)  # motion modules start at zero
+    inputs = {"sample": noise(1, 4, 2, SIZE, SIZE), "timestep": 10, "encoder_hidden_states": text(2)}
+    with torch.no_grad():
+        expected = output_of(model, inputs)
+        quantize_(model, W8)
+        assert any("motion_modules" in name for name in packed_layers(model))
+        output = output_of(model, inputs)
+        model.save_pretrained(tmp_path)
+        loaded = UNetMotionModel.from_pretrained(tmp_path)
+        assert_same_tensors(loaded, model)
+        torch.testing.assert_close(output_of(loaded, inputs), output)
+    assert 0 < relative_error(output, expected) < 0.1
 
 
 @action("a quantized ControlNet with a float UNet", ["ControlNet"])

@@ -87,6 +87,35 @@ def builds(block: nn.Module, *inputs: Tensor) -> int:
     return build.call_count
 
 
+ARGUMENTS = {"tuple": lambda x: (x, x), "list": lambda x: [x], "number": lambda x: 1.0, "absent": lambda x: None}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", ARGUMENTS)
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_arguments_that_are_no_tensors_do_as_in_the_plain_block(
+    model: nn.ModuleList, kind: str, value: str, position: int
+) -> None:
+    """An IP-Adapter's context is a tuple; its processor is not the common one, and knows what to do with it."""
+    block, plain = model[0], copy.deepcopy(model[0])
+    remove_fused_(plain)
+    arguments: list[Any] = list(inputs_of(kind))
+    arguments += [None] * (position + 1 - len(arguments))
+    arguments[position] = ARGUMENTS[value](arguments[0])
+
+    def outcome(block: nn.Module) -> Any:
+        try:
+            return call(block, *arguments)
+        except Exception as error:
+            return type(error), str(error)
+
+    expected, actual = outcome(plain), outcome(block)
+    if isinstance(expected, Tensor):
+        assert (actual - expected).norm() <= 2e-2 * expected.norm()
+    else:
+        assert actual == expected
+
+
 def test_one_plan_for_each_size(model: nn.ModuleList, kind: str) -> None:
     small, large = inputs_of(kind), inputs_of(kind, height=7)
     assert [builds(model[0], *inputs) for inputs in (small, small, large, small, large)] == [1, 0, 1, 0, 0]
