@@ -35,15 +35,16 @@ class FusedAttention(fusion.FusedBlock, Attention):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        **kwargs: Any,
+        **cross_attention_kwargs: Any,
     ) -> Tensor:
         """Return what `Attention` returns."""
+        inputs = hidden_states, encoder_hidden_states
         if type(self) is not FusedAttention:  # somebody kept this method, as hooks do, longer than it was there
-            return Attention.forward(self, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+            return Attention.forward(self, *inputs, attention_mask, **cross_attention_kwargs)
         # Residual blocks of UNets name their time embedding, for a norm that the common kind does not have.
-        others = attention_mask is not None or not set(kwargs) <= {"temb"}
-        if others or not self.is_common(hidden_states, encoder_hidden_states):
-            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        others = attention_mask is not None or not set(cross_attention_kwargs) <= {"temb"}
+        if others or not self.is_common(*inputs):
+            return super().forward(*inputs, attention_mask, **cross_attention_kwargs)
         if torch.compiler.is_compiling():
             return graph_ops.call_attention(self, hidden_states, encoder_hidden_states)
         return self.compute(hidden_states, encoder_hidden_states)
@@ -63,15 +64,13 @@ class FusedAttention(fusion.FusedBlock, Attention):
         y = y.transpose(1, 2).unflatten(2, x.shape[2:]) if x.dim() == 4 else y
         return y if self.rescale_output_factor == 1 else y / self.rescale_output_factor
 
-    def is_common(self, x: Tensor, context: Tensor | None) -> bool:
+    def is_common(self, x: Any, context: Any) -> bool:
         """Return whether this is a call of the common kind, for inference in fp32 on a CPU: no number is looked at."""
-        if type(self.processor) is not AttnProcessor2_0:
+        if type(self.processor) is not AttnProcessor2_0 or not fusion.is_inference(self, x, context):
             return False
         if any(getattr(self, name, None) is not None for name in ABSENT):
             return False
-        if not fusion.is_packed(self.to_q) or x.dim() not in (3, 4) or (context is not None and context.dim() != 3):
-            return False
-        return fusion.is_inference(self, x, context)
+        return fusion.is_packed(self.to_q) and x.dim() in (3, 4) and (context is None or context.dim() == 3)
 
     def build_plan(
         self, packed: x86.PackedLayer | None, dim: int, x_size: torch.Size, context_size: torch.Size | None = None

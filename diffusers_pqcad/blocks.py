@@ -39,15 +39,15 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
         packed, plan = self.plan_of(inputs, key, lambda packed: self.build_plan(packed, *sizes))
         return super().forward(x, temb) if packed is None or plan is None else fused.run_block(plan, x, temb)
 
-    def is_common(self, x: Tensor, temb: Tensor | None) -> bool:
+    def is_common(self, x: Any, temb: Any) -> bool:
         """Return whether this is a call of the common kind, for inference in fp32 on a CPU: no number is looked at."""
+        if not fusion.is_inference(self, x, temb):
+            return False
         if self.upsample or self.downsample or self.output_scale_factor != 1 or x.dim() != 4:
             return False
         if self.time_embedding_norm != "default" or (temb is None) != (self.time_emb_proj is None):
             return False
-        if not fusion.is_packed(self.conv1):
-            return False
-        return fusion.is_inference(self, x, temb)
+        return fusion.is_packed(self.conv1)
 
     def build_plan(
         self, packed: x86.PackedLayer, x_size: torch.Size, time_size: torch.Size | None = None

@@ -271,12 +271,25 @@ def share_timestep_groups(model: nn.Module, groups: TimestepGroups) -> None:
             layer.timestep_groups = groups
 
 
+def replace_config_(model: Any, entries: Mapping[str, Any]) -> None:
+    """Make `entries` the config of a diffusers `model`; what others set on it as an attribute stays.
+
+    An IP-Adapter names its kind by `model.config.encoder_hid_dim_type = ...`, which is no entry, and which
+    `register_to_config` loses.
+    """
+    before = model._internal_dict
+    config = type(before)(entries)
+    theirs = {name: value for name, value in vars(before).items() if before.get(name, ...) is not value}
+    vars(config).update(theirs)
+    model._internal_dict = config
+
+
 def mark_quantized_(model: Any, config: PQCADConfig) -> None:
     """Make a diffusers or transformers `model` that was quantized in memory look as if loaded so; else do nothing."""
     if hasattr(model, "register_to_config"):
         from diffusers.quantizers.auto import DiffusersAutoQuantizer as AutoQuantizer
 
-        model.register_to_config(quantization_config=config)
+        replace_config_(model, {**model.config, "quantization_config": config})
     elif type(model).__module__.startswith("transformers."):
         from transformers.quantizers.auto import AutoHfQuantizer as AutoQuantizer
 
@@ -302,7 +315,7 @@ def unmark_quantized_(model: Any) -> None:
             for key, value in model._internal_dict.items()
             if key not in ("quantization_config", "_pre_quantization_dtype")
         }
-        model._internal_dict = type(model._internal_dict)(kept)
+        replace_config_(model, kept)
     model.__dict__.pop("quantization_method", None)
     model.is_quantized = False
 

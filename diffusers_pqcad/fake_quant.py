@@ -78,9 +78,16 @@ class InputFakeQuantize(nn.Module):
         return fake_quantize_activation(x, qparams, self.bits)
 
 
-def round_input(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the input of a layer's call; motion modules name it."""
+    return args[0] if args else kwargs["input"]
+
+
+def round_input(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward-pre-hook: pass the layer's input through its `InputFakeQuantize`."""
-    return (layer.input_fake_quantize(args[0]), *args[1:])  # type: ignore[operator]
+    return (layer.input_fake_quantize(input_of(args, kwargs)),), {}  # type: ignore[operator]
 
 
 def prepare_(model: nn.Module, config: PQCADConfig, bits: Mapping[str, int]) -> nn.Module:
@@ -103,7 +110,7 @@ def prepare_(model: nn.Module, config: PQCADConfig, bits: Mapping[str, int]) -> 
         parametrize.register_parametrization(layer, "weight", quantizers[name])
         if config.activation_bits is not None:
             layer.input_fake_quantize = InputFakeQuantize(name, config.activation_bits)
-            layer.register_forward_pre_hook(round_input)
+            layer.register_forward_pre_hook(round_input, with_kwargs=True)
     model.pqcad_config = config
     return model.requires_grad_(True)  # latents are trained, also where the float model was frozen
 
@@ -212,13 +219,13 @@ def calibrate_activations_(
     ]
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def watch(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        low, high = args[0].amin(), args[0].amax()
+    def watch(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        low, high = (x := input_of(args, kwargs)).amin(), x.amax()
         before = seen.get(id(layer))
         seen[id(layer)] = (low, high) if before is None else (before[0].minimum(low), before[1].maximum(high))
 
     enable_activations_(model, False)
-    hooks = [layer.register_forward_pre_hook(watch) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in layers]
     timesteps, lows, highs = [], [], []
     try:
         for timestep, samples in steps:
@@ -328,7 +335,7 @@ def convert_(model: nn.Module, *, num_inference_steps: int | None = None) -> nn.
             del layer.input_fake_quantize
             for key, hook in list(layer._forward_pre_hooks.items()):
                 if hook is round_input:
-                    del layer._forward_pre_hooks[key]
+                    del layer._forward_pre_hooks[key], layer._forward_pre_hooks_with_kwargs[key]
     groups = None if config.timestep_boundaries is None else install_timestep_groups(model, config.timestep_boundaries)
     for name, layer in swap_(model, layers).items():
         layer.pack_(specs[name], activation_bits=config.activation_bits, scale=scales[name])

@@ -36,7 +36,7 @@ class FusedFeedForward(fusion.FusedBlock, FeedForward):
         packed, plan = self.plan_of([x], (x.shape,), lambda packed: self.build_plan(packed, x.shape))
         return super().forward(x) if packed is None or plan is None else fused.run_feed_forward(plan, x)
 
-    def is_common(self, x: Tensor) -> bool:
+    def is_common(self, x: Any) -> bool:
         """Return whether this is a call of the common kind, for inference in fp32 on a CPU: no number is looked at."""
         if len(self.net) not in (3, 4) or not fusion.is_packed(self.first_layer(self)):
             return False

@@ -107,9 +107,15 @@ def is_packed(layer: Any) -> bool:
     return type(layer) in (PQCADConv2d, PQCADLinear) and layer.packed
 
 
-def is_inference(block: nn.Module, *inputs: Tensor | None) -> bool:
-    """Return whether `block` computes no gradient of any kind, in fp32 on a CPU; no number is looked at."""
-    tensors = [tensor for tensor in inputs if tensor is not None]
+def is_inference(block: nn.Module, x: Any, *others: Any) -> bool:
+    """Return whether `block` computes no gradient of any kind, in fp32 on a CPU; no number is looked at.
+
+    Asked first of every call: `x`, and what else is not `None`, are tensors then, and not what a processor of
+    somebody's own may take (an IP-Adapter's gets text and images in a tuple).
+    """
+    tensors = [x, *(other for other in others if other is not None)]
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        return False
     if block.training or any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
         return False
     if torch.autograd.forward_ad._current_level >= 0:

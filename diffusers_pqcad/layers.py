@@ -30,6 +30,7 @@ HOOKS = (
     "_forward_hooks_always_called",
 )
 SCALE_BUFFERS = ("weight_scale", "input_scale")  # always fp32, whatever the model's dtype
+PACKED_BUFFERS = ("qweight", "input_zero_point", *SCALE_BUFFERS)  # which no cast changes
 DTYPE_MARKER = "dtype_marker"
 
 
@@ -224,15 +225,15 @@ class QuantizedLayer(nn.Module):
         """Return the name of the fastest kernel that can run this layer here without a gradient."""
         return next(name for name, kernel in kernels.KERNELS.items() if kernel.refusal(self) is None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output in the dtype of `x`."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the layer's output in the dtype of `input`, which has the name that callers of a float layer use."""
         if not self.packed:
-            return super().forward(x)
+            return super().forward(input)
         if not torch.compiler.is_compiling():
-            return self.compute(x)
-        if kernels.needs_gradient(self, x):  # the operator has none; the reference kernel can be traced
-            return kernels.reference.run(self, None, x)
-        return graph_ops.call(self, x)
+            return self.compute(input)
+        if kernels.needs_gradient(self, input):  # the operator has none; the reference kernel can be traced
+            return kernels.reference.run(self, None, input)
+        return graph_ops.call(self, input)
 
     def compute(self, x: Tensor) -> Tensor:
         """Return the output of the packed layer by the kernel that this call takes, without hooks."""
@@ -289,13 +290,14 @@ class QuantizedLayer(nn.Module):
         raise NotImplementedError
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        scales = {name: self._buffers.get(name) for name in SCALE_BUFFERS}
+        packed = {name: self._buffers.get(name) for name in PACKED_BUFFERS}
         super()._apply(fn, recurse)
-        for name, before in scales.items():
+        for name, before in packed.items():
             after = self._buffers.get(name)
-            if before is not None and after is not None and after.dtype != torch.float32:
+            if before is not None and after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
-        self._cache = None
+        if any(self._buffers.get(name) is not before for name, before in packed.items()):
+            self._cache = None  # moved; a cast alone leaves what kernels have packed
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -3,7 +3,8 @@
 They sit on the instance, so the class and other models keep theirs, and `dequantize()` takes them off again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,16 +21,36 @@ def num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings:
     return count + sum(layer.weight_shape.numel() for layer in packed_layers(model).values())
 
 
-def to(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Move the model. `dtype=None` means no dtype: diffusers takes the bare word for a cast and refuses it.
+@contextmanager
+def as_float(model: Any) -> Iterator[None]:
+    """Let `model` say that it is not quantized: both libraries refuse to cast what is, even to the dtype that it has.
 
-    Its own `save_lora_adapter` calls `to(dtype=None)`, and so fails on every quantized model.
+    Packed layers compute in any dtype, and a cast leaves their integers and scales as they are.
     """
-    if kwargs.get("dtype", ...) is None:
-        kwargs = {key: value for key, value in kwargs.items() if key != "dtype"}
-        if not args and not kwargs:
-            return model
-    return type(model).to(model, *args, **kwargs)
+    mark = model.__dict__.pop("is_quantized", None)
+    try:
+        yield
+    finally:
+        if mark is not None:
+            model.is_quantized = mark
+
+
+def to(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Move the model, or cast what stays in floating point, as the class does with a float model."""
+    with as_float(model):
+        return type(model).to(model, *args, **kwargs)
+
+
+def half(model: Any, *args: Any) -> Any:
+    """Cast what stays in floating point to fp16, as the class does with a float model."""
+    with as_float(model):
+        return type(model).half(model, *args)
+
+
+def float_(model: Any, *args: Any) -> Any:
+    """Cast what stays in floating point to fp32, as the class does with a float model."""
+    with as_float(model):
+        return type(model).float(model, *args)
 
 
 def enable_layerwise_casting(model: Any, *args: Any, **kwargs: Any) -> None:
@@ -59,25 +80,26 @@ def save_motion_modules(model: Any, *args: Any, **kwargs: Any) -> None:
     type(model).save_motion_modules(model, *args, **kwargs)
 
 
-# With the method whose presence in the class makes each of them necessary.
-OVERRIDES: dict[Callable[..., Any], str] = {
-    num_parameters: "num_parameters",
-    to: "enable_layerwise_casting",  # that is, a diffusers model; other modules know that no dtype is no cast
-    enable_layerwise_casting: "enable_layerwise_casting",
-    fuse_qkv_projections: "fuse_qkv_projections",
-    save_motion_modules: "save_motion_modules",
+OVERRIDES: dict[str, Callable[..., Any]] = {
+    "num_parameters": num_parameters,
+    "to": to,
+    "half": half,
+    "float": float_,
+    "enable_layerwise_casting": enable_layerwise_casting,
+    "fuse_qkv_projections": fuse_qkv_projections,
+    "save_motion_modules": save_motion_modules,
 }
 
 
 def override_methods_(model: nn.Module) -> None:
-    """Give the quantized `model` those of `OVERRIDES` that its class makes necessary."""
-    for function, method in OVERRIDES.items():
-        if hasattr(type(model), method):
+    """Give the quantized `model` those of `OVERRIDES` that its class has beside, or instead of, a module's own."""
+    for name, function in OVERRIDES.items():
+        if getattr(type(model), name, None) is not getattr(nn.Module, name, None):
             # Not a bound method: pickle looks those up by name, and would bring back the class's own.
-            setattr(model, function.__name__, partial(function, model))
+            setattr(model, name, partial(function, model))
 
 
 def restore_methods_(model: nn.Module) -> None:
     """Undo `override_methods_`."""
-    for function in OVERRIDES:
-        model.__dict__.pop(function.__name__, None)
+    for name in OVERRIDES:
+        model.__dict__.pop(name, None)

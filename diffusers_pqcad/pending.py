@@ -96,9 +96,9 @@ def moves_nothing(x: Tensor, *args: Any, **kwargs: Any) -> bool:
 class PendingGroupNorm(nn.GroupNorm):
     """A group norm before a SiLU and an int8 convolution: its output waits for them where it can."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the group norm of `x`, pending where a kernel could take it apart."""
-        return PendingActivation.of(x, Norm.of(self)) if self.can_wait(x) else super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the group norm of `input`, pending where a kernel could take it apart."""
+        return PendingActivation.of(input, Norm.of(self)) if self.can_wait(input) else super().forward(input)
 
     def can_wait(self, x: Tensor) -> bool:
         """Return whether a kernel could take the group norm of `x` apart: numbers in memory, and no gradient."""
@@ -119,11 +119,11 @@ class PendingGroupNorm(nn.GroupNorm):
 class PendingSiLU(nn.SiLU):
     """A SiLU after a group norm that may wait."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the SiLU of `x`, pending where `x` is."""
-        if isinstance(x, PendingActivation) and not x.has_silu and x.computed is None:
-            return PendingActivation.of(x.source, x.group_norm, has_silu=True)
-        return super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the SiLU of `input`, pending where `input` is."""
+        if isinstance(input, PendingActivation) and not input.has_silu and input.computed is None:
+            return PendingActivation.of(input.source, input.group_norm, has_silu=True)
+        return super().forward(input)
 
 
 WAITING: dict[type[nn.Module], type[nn.Module]] = {nn.GroupNorm: PendingGroupNorm, nn.SiLU: PendingSiLU}

@@ -8,7 +8,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from diffusers_pqcad.config import PQCADConfig
-from diffusers_pqcad.convert import dequantize_, unmark_quantized_
+from diffusers_pqcad.convert import dequantize_, replace_config_, unmark_quantized_
 from diffusers_pqcad.layers import SCALE_BUFFERS, QuantizedLayer
 from diffusers_pqcad.loading import check_loaded, complete_, holds_floats, prepare_, refuse_disk, refuse_missing
 
@@ -124,8 +124,8 @@ class PQCADQuantizer(DiffusersQuantizer):
             return model
         self.quantization_config = complete_(model, self.quantization_config, pre_quantized=self.pre_quantized)
         self.pre_quantized = True
-        # Not by attribute: only the registered entry is saved, and the single-file path has none.
-        model.register_to_config(quantization_config=self.quantization_config)  # type: ignore[operator]
+        # Not by attribute: only the entry is saved, and the single-file path has none.
+        replace_config_(model, {**model.config, "quantization_config": self.quantization_config})  # type: ignore[dict-item]
         return model
 
     def get_state_dict_and_metadata(

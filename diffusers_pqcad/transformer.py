@@ -72,11 +72,11 @@ class FusedTransformer2DModel(fusion.FusedBlock, Transformer2DModel):
             return Transformer2DModel.forward(self, x, context, return_dict=False)[0]
         return fused.run_transformer(plan, x, context)
 
-    def is_common(self, x: Tensor, context: Tensor | None) -> bool:
+    def is_common(self, x: Any, context: Any) -> bool:
         """Return whether this is a call of the common kind, for inference in fp32 on a CPU: no number is looked at."""
-        if not self.is_input_continuous or x.dim() != 4 or not fusion.is_packed(self.proj_in):
+        if not fusion.is_inference(self, x, context) or not self.is_input_continuous or x.dim() != 4:
             return False
-        return fusion.is_inference(self, x, context) and all(
+        return fusion.is_packed(self.proj_in) and all(
             is_common_block(block, x, context) for block in self.transformer_blocks
         )
 

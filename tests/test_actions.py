@@ -23,15 +23,19 @@ from diffusers import (
     DDIMScheduler,
     DiTPipeline,
     FluxControlNetModel,
+    MotionAdapter,
     SD3ControlNetModel,
     StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNetMotionModel,
 )
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.quantizers import PipelineQuantizationConfig
 from diffusers.training_utils import EMAModel
-from families import FAMILIES, SIZE, build, call, inputs_of, noise, output_of
+from families import FAMILIES, SIZE, build, call, inputs_of, noise, output_of, text
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -490,20 +494,60 @@ def test_inference_mode(family: str) -> None:
     assert torch.equal(call(model, family), expected)
 
 
-@action(".to(dtype), .half(), .float() (trap 13)", refused=True)
+CASTS: dict[str, tuple[Callable[[Any], Any], torch.dtype]] = {
+    "to(dtype)": (lambda model: model.to(torch.bfloat16), torch.bfloat16),
+    "half": (lambda model: model.half(), torch.float16),
+    "float": (lambda model: model.float(), torch.float32),
+    "bfloat16": (lambda model: model.bfloat16(), torch.bfloat16),
+    "to(device, dtype)": (lambda model: model.to("cpu", torch.float32), torch.float32),
+    "to(device=, dtype=)": (lambda model: model.to(device="cpu", dtype=torch.float64), torch.float64),
+    "to(tensor)": (lambda model: model.to(torch.empty(0, dtype=torch.float16)), torch.float16),
+    "to(device=, dtype=None)": (lambda model: model.to(device="cpu", dtype=None), torch.float16),
+    "to(None, dtype)": (lambda model: model.to(None, torch.float32), torch.float32),  # as a pipeline does
+}
+
+
+@action(".to(dtype), .half(), .float(), .bfloat16() (trap 13)")
 def test_trap_13_casts(family: str) -> None:
-    model = quantized(family)
-    for cast in (
-        lambda: model.to(torch.float16),
-        lambda: model.to("cpu", dtype=torch.float16),
-        model.half,
-        model.float,
-    ):
-        with pytest.raises(ValueError, match="quantized model"):
-            cast()
-    model.to("cpu")
-    model.to(device="cpu", dtype=None)
-    assert_same_tensors(model, quantized(family))
+    plain, model = build(family), quantized(family, W8)
+    packed = {name: value.clone() for name, value in model.state_dict().items() if name not in plain.state_dict()}
+    exact = call(plain, family)
+    for name, (cast, dtype) in CASTS.items():
+        assert cast(model) is model
+        cast(plain)
+        assert model.dtype == plain.dtype == dtype, name
+        assert model.is_quantized
+        floats = plain.state_dict()
+        for key, tensor in model.state_dict().items():
+            expected = floats[key] if key not in packed else packed[key]
+            assert tensor.dtype == expected.dtype, (name, key)
+            assert torch.equal(tensor, expected), (name, key)
+        assert {layer.weight_dtype for layer in packed_layers(model).values()} == {dtype}
+        buffers = {key: value for key, value in plain.named_buffers() if key not in floats}
+        extra = sum(value.numel() * value.element_size() for value in buffers.values())
+        stored = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+        assert model.get_memory_footprint() == stored + extra
+        if call(plain, family, dtype=dtype).isfinite().all():  # Flux overflows in fp16
+            output = call(model, family, dtype=dtype)
+            assert output.dtype == dtype
+            assert relative_error(output, exact) < 0.1, name
+    for kind in (torch.int8, torch.uint8):
+        with pytest.raises(TypeError, match="floating point or complex dtypes"):
+            model.to(kind)
+
+
+@action("a cast, save_pretrained, reload")
+def test_a_model_that_was_cast_is_saved_and_loaded(family: str, tmp_path: Path) -> None:
+    plain, model = build(family).to(torch.bfloat16), quantized(family).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "quantized")
+    plain.save_pretrained(tmp_path / "float")
+    loaded = load(family, tmp_path / "quantized", torch_dtype=torch.bfloat16)
+    assert_same_tensors(loaded, model)
+    # A cast also rounds what is not saved, such as the position embeddings of DiT, where a loader computes it anew.
+    assert_same_model(loaded.to(torch.bfloat16), model, family)
+    again = load(family, tmp_path / "quantized")
+    assert again.dtype == load(family, tmp_path / "float").dtype
+    assert_same_tensors(again, model.to(again.dtype))
 
 
 # ---- training and adapters
@@ -990,14 +1034,69 @@ def test_two_components(family: str, pipeline_dir: Path) -> None:
     assert images_of(pipeline).shape[0] == 1
 
 
-@action("pipe.to(device); pipe.to(dtype) is refused", CORE)
+@action("pipe.to(device), pipe.to(dtype)", CORE)
 def test_pipeline_to(family: str, pipeline_dir: Path) -> None:
-    pipeline = load_pipeline(family, pipeline_dir, quantization_config=W4)
+    pipeline = load_pipeline(family, pipeline_dir, quantization_config=W8)
     expected = images_of(pipeline)
     pipeline.to("cpu")
     assert abs(images_of(pipeline) - expected).max() < 1e-5
-    with pytest.raises(ValueError, match="Casting a quantized model"):
-        pipeline.to(torch.float16)
+    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+        pipeline.to(dtype)
+        parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+        assert {part.dtype for part in parts} == {pipeline.dtype} == {dtype}
+    assert abs(images_of(pipeline) - expected).max() < 0.1  # what was not packed has been rounded to bf16
+
+
+@action("from_pipe", ["SD-1.5 UNet"])
+def test_another_pipeline_shares_the_parts(family: str, pipeline_dir: Path) -> None:
+    pipeline = load_pipeline(family, pipeline_dir, quantization_config=W4)
+    expected, before = images_of(pipeline), copy.deepcopy(pipeline.unet)
+    layer = next(iter(packed_layers(pipeline.unet).values()))
+    held = layer._cache
+    again = StableDiffusionImg2ImgPipeline.from_pipe(pipeline)
+    assert again.unet is pipeline.unet
+    assert layer._cache is held  # what the kernel has packed: the cast changes nothing
+    assert_same_tensors(again.unet, before)
+    assert abs(images_of(StableDiffusionPipeline.from_pipe(again)) - expected).max() < 1e-5
+    for dtype in (torch.bfloat16, torch.float32):
+        assert StableDiffusionPipeline.from_pipe(pipeline, torch_dtype=dtype).unet.dtype == dtype
+
+
+def sdxl_pipeline(vae: Any) -> StableDiffusionXLPipeline:
+    parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    return StableDiffusionXLPipeline(
+        vae=vae, unet=build("SDXL UNet").half(), scheduler=scheduler(), force_zeros_for_empty_prompt=False,
+        add_watermarker=False, **parts,
+    )  # fmt: skip
+
+
+def sdxl_images(pipeline: StableDiffusionXLPipeline) -> Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    embeds = {"prompt_embeds": noise(1, 3, 8), "pooled_prompt_embeds": noise(1, 8)}
+    return pipeline(
+        **{name: value.half() for name, value in embeds.items()}, guidance_scale=1.0, num_inference_steps=2,
+        height=16, width=16, output_type="pt", generator=torch.Generator().manual_seed(0),
+    ).images  # fmt: skip
+
+
+@action("an fp16 SDXL pipeline moves the VAE to fp32 to decode (force_upcast)", ["AutoencoderKL"])
+def test_the_vae_is_upcast_to_decode(family: str, float_dir: Path) -> None:
+    vaes = [load(family, float_dir, config, torch_dtype=torch.float16) for config in (None, W8)]
+    assert vaes[1].config.force_upcast
+    seen = []
+    vaes[1].decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    before = {name: tensor.clone() for name, tensor in vaes[1].state_dict().items()}
+    pipeline = sdxl_pipeline(vaes[1])
+    first = sdxl_images(pipeline)
+    assert 0 < relative_error(first, sdxl_images(sdxl_pipeline(vaes[0]))) < 0.1
+    assert seen == [torch.float32]
+    assert vaes[1].dtype == torch.float16
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vaes[1].state_dict().items())
+    held = [layer._cache for layer in packed_layers(vaes[1].decoder).values()]
+    assert torch.equal(sdxl_images(pipeline), first)
+    assert all(
+        layer._cache is cache for layer, cache in zip(packed_layers(vaes[1].decoder).values(), held, strict=True)
+    )
 
 
 @action("pipe.enable_model_cpu_offload", CORE)
@@ -1026,6 +1125,88 @@ def test_pipeline_lora(family: str, pipeline_dir: Path, tmp_path: Path) -> None:
     assert abs(images_of(pipeline) - adapted_images).max() < 1e-5
     pipeline.unload_lora_weights()
     assert abs(images_of(pipeline) - before).max() < 1e-5
+
+
+UNETS = ("SD-1.5 UNet", "SD-2 UNet", "SDXL UNet")
+
+
+def load_ip_adapter(model: Any, family: str) -> Any:
+    """Load a random IP-Adapter onto `model`, the same each time, and return the pipeline around it."""
+    generator = torch.Generator().manual_seed(3)
+    image = {"proj.weight": torch.randn(32, 16, generator=generator), "proj.bias": torch.zeros(32)}
+    image |= {"norm.weight": torch.ones(8), "norm.bias": torch.zeros(8)}
+    layers = {
+        f"{2 * index + 1}.to_{letter}_ip.weight": torch.randn(module.inner_dim, 8, generator=generator)
+        for index, module in enumerate(module for name, module in model.named_modules() if name.endswith("attn2"))
+        for letter in "kv"
+    }
+    pipeline = sdxl_pipeline(None) if family == "SDXL UNet" else build_pipeline(family)
+    pipeline.unet = model
+    adapter = {"image_proj": image, "ip_adapter": layers}
+    pipeline.load_ip_adapter(adapter, subfolder="", weight_name="", image_encoder_folder=None)
+    return pipeline
+
+
+@torch.no_grad()
+def call_with_image(model: Any, family: str) -> Tensor:
+    inputs = inputs_of(family)
+    inputs["added_cond_kwargs"] = {**inputs.get("added_cond_kwargs", {}), "image_embeds": [noise(2, 1, 16)]}
+    return output_of(model, inputs)
+
+
+@action("IP-Adapter: load, run, unload", UNETS)
+def test_ip_adapter(family: str) -> None:
+    plain, model = build(family), quantized(family, W8)
+    without, before = call(plain, family), call(model, family)
+    load_ip_adapter(plain, family)
+    pipeline = load_ip_adapter(model, family)
+    expected = call_with_image(plain, family)
+    error = relative_error(call_with_image(model, family), expected)
+    assert 0 < error < 0.1
+    assert relative_error(expected, without) > 3 * error
+    pipeline.unload_ip_adapter()
+    assert_same_model(model, quantized(family, W8), family)
+    assert torch.equal(call(model, family), before)
+
+
+@action("IP-Adapter, then quantize_, requantize_, dequantize()", UNETS)
+def test_ip_adapter_before_quantizing(family: str) -> None:
+    model = build(family)
+    without = call(model, family)
+    load_ip_adapter(model, family)
+    expected = call_with_image(model, family)
+    for change in (
+        lambda: quantize_(model, W8),
+        lambda: requantize_(model, PQCADConfig(method="fixed", weight_bits=8, activation_bits=None)),
+        lambda: model.dequantize(),
+    ):
+        change()
+        assert model.config.encoder_hid_dim_type == "ip_image_proj"
+        error = relative_error(call_with_image(model, family), expected)
+        assert 0 < error < 0.1
+        assert relative_error(expected, without) > 3 * error
+
+
+@action("AnimateDiff: motion modules around a UNet, quantized", ["SD-1.5 UNet"])
+def test_animate_diff(family: str, tmp_path: Path) -> None:
+    adapter = MotionAdapter(
+        block_out_channels=(8, 16), motion_layers_per_block=1, motion_num_attention_heads=2, motion_norm_num_groups=4
+    )
+    model = UNetMotionModel.from_unet2d(build(family), adapter).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.1)  # motion modules start at zero
+    inputs = {"sample": noise(1, 4, 2, SIZE, SIZE), "timestep": 10, "encoder_hidden_states": text(2)}
+    with torch.no_grad():
+        expected = output_of(model, inputs)
+        quantize_(model, W8)
+        assert any("motion_modules" in name for name in packed_layers(model))
+        output = output_of(model, inputs)
+        model.save_pretrained(tmp_path)
+        loaded = UNetMotionModel.from_pretrained(tmp_path)
+        assert_same_tensors(loaded, model)
+        torch.testing.assert_close(output_of(loaded, inputs), output)
+    assert 0 < relative_error(output, expected) < 0.1
 
 
 @action("a quantized ControlNet with a float UNet", ["ControlNet"])
@@ -1102,6 +1283,30 @@ def test_text_encoders_in_memory(family: str, tmp_path: Path) -> None:
     loaded = type(model).from_pretrained(tmp_path)
     assert loaded.is_quantized
     assert packed_layers(loaded)
+    assert_same_tensors(loaded, model)
+
+
+@action("... a cast, save, reload", ["CLIP", "T5"])
+def test_text_encoders_are_cast(family: str, tmp_path: Path) -> None:
+    tokens = torch.tensor([[3, 4, 5, 1]])
+    plain, model = text_model(family), quantize_(text_model(family), W8)
+    packed = {name: value.clone() for name, value in model.state_dict().items() if name not in plain.state_dict()}
+    with torch.no_grad():
+        expected = plain(tokens)[0]
+    for name, (cast, dtype) in CASTS.items():
+        assert cast(model) is model
+        cast(plain)
+        assert model.dtype == plain.dtype == dtype, name
+        floats = plain.state_dict()
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(tensor, packed[key] if key in packed else floats[key]), (name, key)
+        with torch.no_grad():
+            output = model(tokens)[0]
+        assert output.dtype == dtype
+        assert relative_error(output, expected) < 0.1, name
+    model.half().save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.dtype == torch.float16  # as transformers loads a float model
     assert_same_tensors(loaded, model)
 
 

@@ -479,6 +479,27 @@ def test_ranges_of_timesteps_are_not_promised_without_data(tiny_unet, tmp_path):
         torch.testing.assert_close(loaded(x, 300).sample, tiny_unet(x, 300).sample, rtol=0, atol=1e-5)
 
 
+def test_what_others_set_on_the_config_stays(tiny_unet):
+    """As an attribute, which is no entry: `unet.config.encoder_hid_dim_type = "ip_image_proj"` of an IP-Adapter."""
+    entries, class_of_config = dict(tiny_unet.config), type(tiny_unet.config)
+    tiny_unet.config.encoder_hid_dim_type = "ip_image_proj"
+    tiny_unet.config.sample_size = 99  # an entry, too
+    for change in (
+        lambda: quantize_(tiny_unet, PQCADConfig(method="fixed", weight_bits=8)),
+        lambda: requantize_(tiny_unet, PQCADConfig(method="fixed", weight_bits=4)),
+        tiny_unet.dequantize,
+    ):
+        change()
+        assert type(tiny_unet.config) is class_of_config
+        assert tiny_unet.config.encoder_hid_dim_type == "ip_image_proj"
+        assert (tiny_unet.config.sample_size, tiny_unet.config["sample_size"]) == (99, 8)
+        found = getattr(tiny_unet.config, "quantization_config", None)
+        assert found is tiny_unet.config.get("quantization_config")
+        assert (found is None) == (change == tiny_unet.dequantize)
+    assert dict(tiny_unet.config) == entries
+    assert not hasattr(tiny_unet.config, "quantization_config")
+
+
 def test_a_model_quantized_in_memory_says_so(tiny_unet):
     quantize_(tiny_unet, PQCADConfig(method="fixed"))
     assert tiny_unet.is_quantized

@@ -87,6 +87,35 @@ def builds(block: nn.Module, *inputs: Tensor) -> int:
     return build.call_count
 
 
+ARGUMENTS = {"tuple": lambda x: (x, x), "list": lambda x: [x], "number": lambda x: 1.0, "absent": lambda x: None}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", ARGUMENTS)
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_arguments_that_are_no_tensors_do_as_in_the_plain_block(
+    model: nn.ModuleList, kind: str, value: str, position: int
+) -> None:
+    """An IP-Adapter's context is a tuple; its processor is not the common one, and knows what to do with it."""
+    block, plain = model[0], copy.deepcopy(model[0])
+    remove_fused_(plain)
+    arguments: list[Any] = list(inputs_of(kind))
+    arguments += [None] * (position + 1 - len(arguments))
+    arguments[position] = ARGUMENTS[value](arguments[0])
+
+    def outcome(block: nn.Module) -> Any:
+        try:
+            return call(block, *arguments)
+        except Exception as error:
+            return type(error), str(error)
+
+    expected, actual = outcome(plain), outcome(block)
+    if isinstance(expected, Tensor):
+        assert (actual - expected).norm() <= 2e-2 * expected.norm()
+    else:
+        assert actual == expected
+
+
 def test_one_plan_for_each_size(model: nn.ModuleList, kind: str) -> None:
     small, large = inputs_of(kind), inputs_of(kind, height=7)
     assert [builds(model[0], *inputs) for inputs in (small, small, large, small, large)] == [1, 0, 1, 0, 0]
@@ -293,13 +322,35 @@ def test_threads_may_call_a_block_at_once_and_move_it_meanwhile(model: nn.Module
     def move() -> None:
         starts.wait()
         for layer in layers * 5:
-            layer._apply(lambda tensor: tensor)
+            layer._apply(torch.clone)
 
     with ThreadPoolExecutor(4) as pool:
         calls = [pool.submit(torch.no_grad()(call_all)) for _ in range(3)]
         pool.submit(move).result()
         outputs = [output for future in calls for output in future.result()]
     assert all(torch.equal(output, expected) for output in outputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_plans_after_a_cast_and_back_are_those_of_the_new_parameters(
+    model: nn.ModuleList, kind: str, dtype: torch.dtype
+) -> None:
+    inputs, block = inputs_of(kind), model[0]
+    expected = call(block, *inputs)
+    model.to(dtype)
+    rounded = call(block, *(tensor.to(dtype) for tensor in inputs))
+    assert rounded.dtype == dtype
+    torch.testing.assert_close(rounded.float(), expected, rtol=0.1, atol=0.1)
+    model.float()
+    filler = [torch.full_like(tensor, torch.nan) for tensor in model.parameters()]  # where the old ones were, perhaps
+    actual = call(block, *inputs)
+    del filler
+    if dtype == torch.float64:  # where fp32 is not rounded
+        assert torch.equal(actual, expected)
+    for layer in packed_layers(model).values():
+        layer._cache = None
+    assert torch.equal(actual, call(block, *inputs))  # by plans that are made anew
 
 
 @torch.no_grad()

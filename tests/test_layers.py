@@ -181,7 +181,9 @@ def test_casts_leave_the_integers_and_scales(case: str, dtype: torch.dtype) -> N
     layer.timestep_groups.current = 0
     before = {name: tensor.clone() for name, tensor in stored(layer).items()}
     layer(input_of(case))
+    held = layer._cache
     layer.to(dtype)
+    assert layer._cache is held  # a cast is no reason to pack again
     for name in ("qweight", "weight_scale", "input_scale", "input_zero_point"):
         assert stored(layer)[name].dtype == before[name].dtype
         assert torch.equal(stored(layer)[name], before[name])
@@ -192,9 +194,20 @@ def test_casts_leave_the_integers_and_scales(case: str, dtype: torch.dtype) -> N
         reference = layer(x)
     tolerance = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float64: 1e-5}[dtype]
     torch.testing.assert_close(layer(x), reference, rtol=tolerance, atol=tolerance)
-    layer.float()
-    assert torch.equal(layer.weight_scale, before["weight_scale"])
+    layer.requires_grad_(False).type(torch.float32)  # which casts integers too, of other modules
+    for name in ("qweight", "weight_scale", "input_scale", "input_zero_point"):
+        assert layer.state_dict()[name].dtype == before[name].dtype
+        assert torch.equal(layer.state_dict()[name], before[name])
     assert layer.weight.dtype == torch.float32
+
+
+def test_a_layer_that_moves_is_packed_again() -> None:
+    """Into other memory of the same device, too: what comes there is not known."""
+    layer, x = packed("linear", 4), input_of("linear")
+    layer(x)
+    state = layer.state_dict()
+    layer.to_empty(device="cpu").load_state_dict(state)
+    assert layer._cache is None
 
 
 def test_loading_a_state_replaces_what_the_kernel_holds() -> None:
@@ -376,7 +389,7 @@ def test_kernel_cache_bytes_counts_one_byte_per_cached_weight() -> None:
     model[0](input_of("linear"))
     model[1](input_of("linear"))
     assert kernel_cache_bytes(model) == (12 * 7 if model[0].kernel_name() != "reference" else 0)
-    model.float()
+    model.to("meta")
     assert kernel_cache_bytes(model) == 0
 
 

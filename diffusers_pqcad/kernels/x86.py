@@ -382,7 +382,8 @@ def call_of(layer: "QuantizedLayer", packed: PackedLayer, size: torch.Size) -> C
             *qparams,
             activation_qmax(layer.activation_bits),
         )
-    bias = None if layer.bias is None else layer.bias.float().contiguous()
+    # Detached: it holds the memory, of which a parameter lets go when another thread casts or moves the layer.
+    bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
     known.bias = None if bias is None else bias.data_ptr()
     return Call(known, geometry.size, geometry.image.code_bytes(), bias)
 
