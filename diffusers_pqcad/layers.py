@@ -1,5 +1,6 @@
 """Quantized layers: float layers whose weights are stored as packed integers."""
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -7,6 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusers_pqcad import graph_ops, kernels
+from diffusers_pqcad.checksums import (
+    CHECKSUM,
+    PACKED_BUFFERS,
+    empty_checksum,
+    layer_checksum,
+    refuse_other_checksum,
+)
 from diffusers_pqcad.kernels import weights
 from diffusers_pqcad.packing import packed_row_bytes, unpack_levels
 from diffusers_pqcad.pending import PendingActivation
@@ -70,7 +78,8 @@ class QuantizedLayer(nn.Module):
     Buffers once packed: `qweight` uint8 (C_out, packed_row_bytes); `weight_scale` fp32 (C_out, G); where calibrated,
     `input_scale` fp32 and `input_zero_point` int32, both (number of timestep groups,). `weight` is then computed, with
     the dtype of `dtype_marker`: an empty buffer that is never saved, and that diffusers finds before the fp32 scales
-    when it asks a layer without bias for its dtype.
+    when it asks a layer without bias for its dtype. State dicts also hold a `checksum`, as checksums.py has it: a
+    buffer only while a file is being loaded, and computed anew for each state dict.
     """
 
     # Class-level defaults: peft builds adapters with `type(base_layer)(...)`, and those must be plain float layers.
@@ -92,7 +101,7 @@ class QuantizedLayer(nn.Module):
         super().__init__(*args, **kwargs)
         # Registered as None from the start: a parallel loader walks the buffers while others are being filled.
         self.register_buffer(DTYPE_MARKER, None, persistent=False)
-        for buffer in ("qweight", "weight_scale", "input_scale", "input_zero_point"):
+        for buffer in (*PACKED_BUFFERS, CHECKSUM):
             self.register_buffer(buffer, None)
         self.handle = graph_ops.register(self)
 
@@ -196,7 +205,7 @@ class QuantizedLayer(nn.Module):
     def unpack_(self) -> None:
         """Undo `pack_`: this layer holds its dequantized weight as a parameter again, and nothing else."""
         weight = self.weight.detach().as_subclass(Tensor).clone()
-        for buffer in (DTYPE_MARKER, "qweight", "weight_scale", "input_scale", "input_zero_point"):
+        for buffer in (DTYPE_MARKER, *PACKED_BUFFERS, CHECKSUM):
             self._buffers[buffer] = None
         self._parameters["weight"] = nn.Parameter(weight)
         self.packed, self.activation_bits, self.timestep_groups, self._cache = False, None, None, None
@@ -323,9 +332,50 @@ class QuantizedLayer(nn.Module):
         self._cache = None
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """Return the packed tensors of this layer by name, in the order of PACKED_BUFFERS."""
+        return {name: tensor for name in PACKED_BUFFERS if (tensor := self._buffers[name]) is not None}
+
+    def checksum_of(self, name: str) -> Tensor:
+        """Return the checksum of this packed layer as the layer `name` of a file."""
+        groups = self.timestep_groups
+        boundaries = None if groups is None else [float(boundary) for boundary in groups.boundaries]
+        settings = [self.spec.bits, self.spec.group_size, self.activation_bits, boundaries]
+        return layer_checksum(name, settings, self.packed_tensors())
+
+    def allocate_checksum_(self) -> None:
+        """Make room for the checksum of a file that is about to be loaded; see `verify_`."""
+        self._buffers[CHECKSUM] = empty_checksum(self.packed_tensors())
+
+    def verify_(self, name: str, owners: Mapping[int, str]) -> None:
+        """Compare the loaded tensors with the file's checksum, if there is one, and drop that.
+
+        Raises ValueError as `refuse_other_checksum`.
+        """
+        stored = self._buffers[CHECKSUM]
+        if stored is not None:
+            refuse_other_checksum(name, stored, self.checksum_of(name), owners)
+            self._buffers[CHECKSUM] = None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.packed or self._buffers[CHECKSUM] is not None:
+            return
+        if all(tensor.device.type != "meta" for tensor in self.packed_tensors().values()):  # else they are not here
+            destination[prefix + CHECKSUM] = self.checksum_of(prefix.removesuffix("."))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        stored = state_dict.get(prefix + CHECKSUM) if self.packed else None
+        if stored is not None and self._buffers[CHECKSUM] is None:  # torch would not expect it
+            state_dict = {name: value for name, value in state_dict.items() if name != prefix + CHECKSUM}
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._cache = None
+        if stored is not None:
+            name, error_messages = prefix.removesuffix("."), args[-1]
+            try:
+                refuse_other_checksum(name, stored, self.checksum_of(name), {})
+            except ValueError as error:
+                error_messages.append(str(error))
 
     def __getstate__(self) -> dict[str, Any]:
         # oneDNN's packed tensors can be neither copied nor pickled; they are rebuilt on the next call.

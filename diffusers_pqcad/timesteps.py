@@ -56,8 +56,8 @@ class TimestepGroups:
         if not isinstance(timestep, Tensor):
             # Not `tensor(timestep)`: a graph would hold the number as a constant.
             timestep = torch.full((), timestep, dtype=torch.float64)
-        # In float64, whatever the timestep's dtype: 500 is not exact in bf16, and 0.25 is no integer. Some accelerators
-        # have no float64, but the CPU has.
+        # In float64, whatever the timestep's dtype: 500 is not exact in bf16, and 0.25 is no integer. On the CPU: some
+        # accelerators have no float64.
         edges = torch.tensor(self.boundaries, dtype=torch.float64, device="cpu")
         index = torch.bucketize(timestep.cpu().double(), edges, right=True)
         return index.reshape(()) if index.numel() == 1 else index
