@@ -1,7 +1,7 @@
 """Progressive quantization and calibration-assisted distillation for diffusers.
 
-Importing this package registers the quantization method "pqcad" with diffusers, and with transformers for
-the text encoders of its pipelines. Everything else loads on first use.
+Importing this package registers its quantization method with diffusers, and with transformers for the text encoders of
+its pipelines: as "pqcad", and under the name in saved configs, "diffusers_pqcad". Everything else loads on first use.
 """
 
 from importlib import import_module
@@ -10,7 +10,7 @@ from typing import Any
 from diffusers.quantizers import auto as _diffusers
 from transformers.quantizers import auto as _transformers
 
-from diffusers_pqcad.config import PQCADConfig
+from diffusers_pqcad.config import METHOD_NAMES, PQCADConfig
 from diffusers_pqcad.quantizer import PQCADQuantizer
 from diffusers_pqcad.transformers_quantizer import PQCADTransformersQuantizer
 
@@ -34,8 +34,9 @@ _LAZY = {
 __all__ = ["PQCADConfig", "PQCADQuantizer", *_LAZY]
 
 for _mappings, _quantizer in ((_diffusers, PQCADQuantizer), (_transformers, PQCADTransformersQuantizer)):
-    _mappings.AUTO_QUANTIZER_MAPPING["pqcad"] = _quantizer
-    _mappings.AUTO_QUANTIZATION_CONFIG_MAPPING["pqcad"] = PQCADConfig
+    for _name in METHOD_NAMES:
+        _mappings.AUTO_QUANTIZER_MAPPING[_name] = _quantizer
+        _mappings.AUTO_QUANTIZATION_CONFIG_MAPPING[_name] = PQCADConfig
 
 
 def __getattr__(name: str) -> Any:

@@ -2,19 +2,20 @@
 
 import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from fnmatch import fnmatchcase
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from diffusers_pqcad.qparams import ACTIVATION_BITS, WEIGHT_BITS, WeightSpec
+from diffusers_pqcad.timesteps import checked_boundaries
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DENOISER_COMPONENTS = ("unet", "transformer", "transformer_2", "prior")
 # Modules kept in floating point by default: few weights, and in an epsilon model conv_out at 8 bits alone costs 16 dB,
 # because the last layer's error is the step's error. Each kind of model has its own names for them.
@@ -48,9 +49,16 @@ EXEMPT_MODULES = (
 
 
 class PQCADMethod(str, Enum):  # noqa: UP042 - StrEnum prints as its value; diffusers' own enum is this one's model
-    """The name under which diffusers knows this package; an Enum because the loader reads `.value`."""
+    """The method's name in saved configs; an Enum because the loader reads `.value`.
 
-    PQCAD = "pqcad"
+    It is the package's name: a loader that does not know the method prints it, and so says what to import.
+    """
+
+    PQCAD = "diffusers_pqcad"
+
+
+SHORT_NAME = "pqcad"  # what users write, and what files of format version 1 say
+METHOD_NAMES = (SHORT_NAME, PQCADMethod.PQCAD.value)
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -59,13 +67,60 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or name.startswith(f"{pattern}.") or pattern in parts or fnmatchcase(name, pattern)
 
 
-def check_format_version(version: int) -> None:
-    """Raise ValueError for a format that only a newer version of this package can read."""
+def is_integer(value: Any) -> bool:
+    """Return whether `value` is an integer; a bool is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_format_version(version: Any) -> int:
+    """Return `version`; raise ValueError for no version, or one that only a newer version of this package can read."""
+    if not is_integer(version) or version < 1:
+        raise ValueError(f"format_version: expected an integer from 1 to {FORMAT_VERSION}, got {version!r}.")
     if version > FORMAT_VERSION:
         raise ValueError(
             f"format_version {version} is newer than this package can read ({FORMAT_VERSION}); upgrade "
             "diffusers-pqcad."
         )
+    return int(version)
+
+
+def positive_integer(setting: str, value: Any) -> int | None:
+    """Return `value` as an int, or `None`; raise ValueError, naming `setting`, for anything else."""
+    if value is not None and not (is_integer(value) and value >= 1):
+        raise ValueError(f"{setting}: expected a positive integer or None, got {value!r}.")
+    return None if value is None else int(value)
+
+
+def list_of_names(setting: str, value: Any) -> list[str]:
+    """Return `value` as a list; raise ValueError, naming `setting`, where it is no list of strings."""
+    if isinstance(value, str):
+        raise ValueError(f"{setting}: expected a list of names, got the string {value!r}.")
+    if not isinstance(value, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{setting}: expected a list of names, got {value!r}.")
+    return list(value)
+
+
+def is_width(value: Any) -> bool:
+    """Return whether `value` is one of WEIGHT_BITS; whole floats are."""
+    return isinstance(value, Real) and not isinstance(value, bool) and value in WEIGHT_BITS
+
+
+def choices_of_bits(value: Any) -> tuple[int, ...]:
+    """Return `value` as widths, each once, the largest first; raise ValueError for others than some of WEIGHT_BITS."""
+    if not isinstance(value, list | tuple | set | frozenset) or not value or not all(map(is_width, value)):
+        given = list(value) if isinstance(value, list | tuple | set | frozenset) else value
+        raise ValueError(f"bit_choices: expected some of {WEIGHT_BITS}, got {given!r}.")
+    return tuple(sorted({int(bits) for bits in value}, reverse=True))
+
+
+def bits_by_name(value: Any) -> dict[str, int]:
+    """Return `value` as widths by layer; raise ValueError for anything but a mapping of names to WEIGHT_BITS."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"weight_bits_by_module: expected a dict of layers' names to widths, got {value!r}.")
+    wrong = {name: bits for name, bits in value.items() if not isinstance(name, str) or not is_width(bits)}
+    if wrong:
+        raise ValueError(f"weight_bits_by_module: expected widths out of {WEIGHT_BITS}, got {wrong}.")
+    return {name: int(bits) for name, bits in value.items()}
 
 
 @dataclass(kw_only=True, repr=False)
@@ -87,9 +142,10 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         search_all_modules: also quantize what is exempt by default (first and last convolution, time embedding).
         components: the pipeline components to quantize, text encoders included; `None`: the denoiser.
         weight_bits_by_module: bits of every quantized layer, as PQ decided; filled on quantization.
-        timestep_boundaries: boundaries of the static activation ranges' timestep groups; `None`: dynamic ranges.
+        timestep_boundaries: boundaries of the static activation ranges' timestep groups, increasing numbers: integers,
+            or floats for models that are called with t / 1000; `None`: dynamic ranges.
         num_inference_steps: the number of sampling steps that a student was distilled for.
-        format_version: version of the stored format.
+        format_version: version of the stored format that a file has; what is saved has the newest.
 
     Raises ValueError for a value outside these.
     """
@@ -103,31 +159,39 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
     search_all_modules: bool = False
     components: list[str] | None = None
     weight_bits_by_module: dict[str, int] = field(default_factory=dict)
-    timestep_boundaries: list[int] | None = None
+    timestep_boundaries: list[int | float] | None = None
     num_inference_steps: int | None = None
     format_version: int = FORMAT_VERSION
     quant_method: PQCADMethod = PQCADMethod.PQCAD
 
     def __post_init__(self) -> None:
-        check_format_version(self.format_version)
-        for name in ("modules_to_not_convert", "components"):
-            if isinstance(getattr(self, name), str):
-                raise ValueError(f"{name}: expected a list of names, got the string {getattr(self, name)!r}.")
-        self.bit_choices = tuple(sorted(set(self.bit_choices), reverse=True))
-        self.modules_to_not_convert = list(self.modules_to_not_convert or [])
-        self.components = None if self.components is None else list(self.components)
-        self.weight_bits_by_module = dict(self.weight_bits_by_module or {})
-        self.timestep_boundaries = None if self.timestep_boundaries is None else list(self.timestep_boundaries)
-        if self.quant_method != PQCADMethod.PQCAD:
-            raise ValueError(f"quant_method: expected 'pqcad', got {self.quant_method!r}.")
+        self.format_version = check_format_version(self.format_version)
+        if self.quant_method not in METHOD_NAMES:
+            raise ValueError(f"quant_method: expected one of {METHOD_NAMES}, got {self.quant_method!r}.")
         self.quant_method = PQCADMethod.PQCAD
-        unknown = [bits for bits in self.bit_choices if bits not in WEIGHT_BITS]
-        if unknown or not self.bit_choices:
-            raise ValueError(f"bit_choices: expected some of {WEIGHT_BITS}, got {list(self.bit_choices)}.")
-        self.bit_choices = tuple(map(int, self.bit_choices))
         if self.method not in ("progressive", "fixed"):
             raise ValueError(f"method: expected 'progressive' or 'fixed', got {self.method!r}.")
-        if not isinstance(self.weight_bits, Real):
+        if not isinstance(self.search_all_modules, bool):
+            raise ValueError(f"search_all_modules: expected True or False, got {self.search_all_modules!r}.")
+        self.bit_choices = choices_of_bits(self.bit_choices)
+        self._check_weight_bits()
+        if not (self.activation_bits is None or is_integer(self.activation_bits)) or (
+            self.activation_bits not in (*ACTIVATION_BITS, None)
+        ):
+            raise ValueError(
+                f"activation_bits: expected one of {ACTIVATION_BITS} or None, got {self.activation_bits!r}."
+            )
+        self.group_size = positive_integer("group_size", self.group_size)
+        self.num_inference_steps = positive_integer("num_inference_steps", self.num_inference_steps)
+        skipped, bits = self.modules_to_not_convert, self.weight_bits_by_module
+        self.modules_to_not_convert = [] if skipped is None else list_of_names("modules_to_not_convert", skipped)
+        self.components = None if self.components is None else list_of_names("components", self.components)
+        self.weight_bits_by_module = {} if bits is None else bits_by_name(bits)
+        if self.timestep_boundaries is not None:
+            self.timestep_boundaries = list(checked_boundaries(self.timestep_boundaries))
+
+    def _check_weight_bits(self) -> None:
+        if not isinstance(self.weight_bits, Real) or isinstance(self.weight_bits, bool):
             raise ValueError(f"weight_bits: expected a number, got {self.weight_bits!r}.")
         if self.method == "fixed" and self.weight_bits not in WEIGHT_BITS:
             raise ValueError(
@@ -140,25 +204,10 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
                 f"weight_bits: an average of {self.weight_bits} cannot be met with bit_choices "
                 f"{list(self.bit_choices)}; expected {low} to {high}."
             )
-        if self.activation_bits not in (*ACTIVATION_BITS, None):
-            raise ValueError(
-                f"activation_bits: expected one of {ACTIVATION_BITS} or None, got {self.activation_bits}."
-            )
-        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
-            raise ValueError(f"group_size: expected a positive integer or None, got {self.group_size!r}.")
-        wrong = {name: bits for name, bits in self.weight_bits_by_module.items() if bits not in WEIGHT_BITS}
-        if wrong:
-            raise ValueError(f"weight_bits_by_module: expected widths out of {WEIGHT_BITS}, got {wrong}.")
-        self.weight_bits_by_module = {name: int(bits) for name, bits in self.weight_bits_by_module.items()}
-        boundaries = self.timestep_boundaries
-        if boundaries is not None and boundaries != sorted(set(boundaries)):
-            raise ValueError(f"timestep_boundaries: expected increasing integers, got {boundaries}.")
-        if self.num_inference_steps is not None and self.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps: expected at least 1 or None, got {self.num_inference_steps}.")
 
     # What PipelineQuantizationConfig's own __init__ would set; class-level, so that none of it is saved.
     quant_mapping = None
-    quant_backend = "pqcad"
+    quant_backend = SHORT_NAME
     quant_kwargs = None
     is_granular = False
 

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from diffusers_pqcad import kernels
 from diffusers_pqcad.allocation import allocate
-from diffusers_pqcad.config import PQCADConfig
+from diffusers_pqcad.config import FORMAT_VERSION, PQCADConfig
 from diffusers_pqcad.fusion import install_fused_, remove_fused_
 from diffusers_pqcad.kernels import onednn, weights, x86
 from diffusers_pqcad.layers import QUANTIZED_LAYERS, FloatLayer, QuantizedLayer, packed_layers
@@ -133,7 +133,11 @@ def decide_config(layers: Mapping[str, FloatLayer], config: PQCADConfig) -> PQCA
     """
     bits = decide_bits(layers, config) if layers else {}
     # Static activation ranges need data; without, a saved model must not ask for them.
-    decisions = {"weight_bits_by_module": {} if config.method == "fixed" else bits, "timestep_boundaries": None}
+    decisions = {
+        "weight_bits_by_module": {} if config.method == "fixed" else bits,
+        "timestep_boundaries": None,
+        "format_version": FORMAT_VERSION,
+    }
     return PQCADConfig(**config.to_dict() | decisions)
 
 

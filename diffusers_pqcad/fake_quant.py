@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from diffusers_pqcad.config import PQCADConfig
+from diffusers_pqcad.config import FORMAT_VERSION, PQCADConfig
 from diffusers_pqcad.convert import finish_, mark_quantized_, match_modules, swap_
 from diffusers_pqcad.layers import FloatLayer, per_sample
 from diffusers_pqcad.qparams import (
@@ -255,7 +255,7 @@ def calibrate_activations_(
     return boundaries
 
 
-def timestep_boundaries(model: nn.Module) -> list[int] | None:
+def timestep_boundaries(model: nn.Module) -> list[int | float] | None:
     """Return the boundaries of a fake-quantized model's static activation ranges; `None` while they are dynamic."""
     for quantizer in input_quantizers(model):
         if quantizer.groups is not None:
@@ -326,6 +326,7 @@ def convert_(model: nn.Module, *, num_inference_steps: int | None = None) -> nn.
     config.method = "progressive"
     config.timestep_boundaries = timestep_boundaries(model)
     config.num_inference_steps = num_inference_steps
+    config.format_version = FORMAT_VERSION
     specs = {name: weight_quantizer(layer).spec for name, layer in layers.items()}
     scales = {name: weight_quantizer(layer).scale.detach().clone().clamp(min=1e-12) for name, layer in layers.items()}
     inputs = {name: getattr(layer, "input_fake_quantize", None) for name, layer in layers.items()}

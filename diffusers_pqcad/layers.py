@@ -1,5 +1,6 @@
 """Quantized layers: float layers whose weights are stored as packed integers."""
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -7,6 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusers_pqcad import graph_ops, kernels
+from diffusers_pqcad.checksums import (
+    CHECKSUM,
+    PACKED_BUFFERS,
+    empty_checksum,
+    layer_checksum,
+    refuse_other_checksum,
+)
 from diffusers_pqcad.computed_weight import ComputedWeight, PackedMetadata
 from diffusers_pqcad.kernels import weights
 from diffusers_pqcad.packing import packed_row_bytes, unpack_levels
@@ -30,7 +38,6 @@ HOOKS = (
     "_forward_hooks_always_called",
 )
 SCALE_BUFFERS = ("weight_scale", "input_scale")  # always fp32, whatever the model's dtype
-PACKED_BUFFERS = ("qweight", "input_zero_point", *SCALE_BUFFERS)  # which no cast changes
 DTYPE_MARKER = "dtype_marker"
 
 
@@ -40,7 +47,8 @@ class QuantizedLayer(nn.Module):
     Buffers once packed: `qweight` uint8 (C_out, packed_row_bytes); `weight_scale` fp32 (C_out, G); where calibrated,
     `input_scale` fp32 and `input_zero_point` int32, both (number of timestep groups,). `weight` is then computed, with
     the dtype of `dtype_marker`: an empty buffer that is never saved, and that diffusers finds before the fp32 scales
-    when it asks a layer without bias for its dtype.
+    when it asks a layer without bias for its dtype. State dicts also hold a `checksum`, as checksums.py has it: a
+    buffer only while a file is being loaded, and computed anew for each state dict.
     """
 
     # Class-level defaults: peft builds adapters with `type(base_layer)(...)`, and those must be plain float layers.
@@ -62,7 +70,7 @@ class QuantizedLayer(nn.Module):
         super().__init__(*args, **kwargs)
         # Registered as None from the start: a parallel loader walks the buffers while others are being filled.
         self.register_buffer(DTYPE_MARKER, None, persistent=False)
-        for buffer in ("qweight", "weight_scale", "input_scale", "input_zero_point"):
+        for buffer in (*PACKED_BUFFERS, CHECKSUM):
             self.register_buffer(buffer, None)
         self.handle = graph_ops.register(self)
 
@@ -172,7 +180,7 @@ class QuantizedLayer(nn.Module):
     def unpack_(self) -> None:
         """Undo `pack_`: this layer holds its dequantized weight as a parameter again, and nothing else."""
         weight = self.weight.clone()
-        for buffer in (DTYPE_MARKER, "qweight", "weight_scale", "input_scale", "input_zero_point"):
+        for buffer in (DTYPE_MARKER, *PACKED_BUFFERS, CHECKSUM):
             self._buffers[buffer] = None
         self._parameters["weight"] = nn.Parameter(weight)
         self.packed, self.activation_bits, self.timestep_groups, self._cache = False, None, None, None
@@ -300,8 +308,33 @@ class QuantizedLayer(nn.Module):
             self._cache = None  # moved; a cast alone leaves what kernels have packed
         return self
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Add the packed tensors, or, where a part of the model is asked for, the float weight in their place.
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """Return the packed tensors of this layer by name, in the order of PACKED_BUFFERS."""
+        return {name: tensor for name in PACKED_BUFFERS if (tensor := self._buffers[name]) is not None}
+
+    def checksum_of(self, name: str) -> Tensor:
+        """Return the checksum of this packed layer as the layer `name` of a file."""
+        groups = self.timestep_groups
+        boundaries = None if groups is None else [float(boundary) for boundary in groups.boundaries]
+        settings = [self.spec.bits, self.spec.group_size, self.activation_bits, boundaries]
+        return layer_checksum(name, settings, self.packed_tensors())
+
+    def allocate_checksum_(self) -> None:
+        """Make room for the checksum of a file that is about to be loaded; see `verify_`."""
+        self._buffers[CHECKSUM] = empty_checksum(self.packed_tensors())
+
+    def verify_(self, name: str, owners: Mapping[int, str]) -> None:
+        """Compare the loaded tensors with the file's checksum, if there is one, and drop that.
+
+        Raises ValueError as `refuse_other_checksum`.
+        """
+        stored = self._buffers[CHECKSUM]
+        if stored is not None:
+            refuse_other_checksum(name, stored, self.checksum_of(name), owners)
+            self._buffers[CHECKSUM] = None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Add the packed tensors and their checksum, or, of a part of the model, the float weight in their place.
 
         The parts of a model are read by others, such as `ControlNetModel.from_unet`, as float weights. `prefix` is
         then shorter than this layer's name.
@@ -313,18 +346,32 @@ class QuantizedLayer(nn.Module):
             for name in self._buffers:
                 destination.pop(prefix + name, None)
             destination[prefix + "weight"] = self.weight
-        elif hasattr(destination, "_metadata"):
+            return
+        if hasattr(destination, "_metadata"):
             destination._metadata[prefix[:-1]] = PackedMetadata(version=self._version, name=self.name)
+        is_here = all(tensor.device.type != "meta" for tensor in self.packed_tensors().values())
+        if is_here and self._buffers[CHECKSUM] is None:
+            destination[prefix + CHECKSUM] = self.checksum_of(prefix.removesuffix("."))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
+        stored = None
         if self.packed:
             local_metadata = dict(local_metadata)  # of a packed layer, readable to this one
             if prefix + "weight" in state_dict:
                 state_dict |= self.packed_tensors_of(state_dict.pop(prefix + "weight"), prefix)
+            stored = state_dict.get(prefix + CHECKSUM)
+            if stored is not None and self._buffers[CHECKSUM] is None:  # torch would not expect it
+                state_dict = {name: value for name, value in state_dict.items() if name != prefix + CHECKSUM}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self._cache = None
+        if stored is not None:
+            name, error_messages = prefix.removesuffix("."), args[-1]
+            try:
+                refuse_other_checksum(name, stored, self.checksum_of(name), {})
+            except ValueError as error:
+                error_messages.append(str(error))
 
     def packed_tensors_of(self, weight: Tensor, prefix: str) -> dict[str, Tensor]:
         """Return what the packed layer was read from as `weight`, as entries of a state dict.

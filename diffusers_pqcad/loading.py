@@ -4,14 +4,16 @@ Swapped first, with float placeholders, because device hooks are attached before
 because a bit budget needs all the weights.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from diffusers_pqcad.config import PQCADConfig, matches
+from diffusers_pqcad.checksums import CHECKSUM, PACKED_BUFFERS, names_by_number
+from diffusers_pqcad.config import FORMAT_VERSION, PQCADConfig, matches
 from diffusers_pqcad.convert import (
     decide_config,
     finish_,
@@ -45,7 +47,8 @@ def prepare_(
 ) -> None:
     """Swap the layers of the empty `model` that `config` quantizes; those of a saved model get packed placeholders.
 
-    `dtype` is that of the computed weights, fp32 for layers that have a part of their name in `keep_in_fp32_modules`.
+    Those of a file of format version 2 or later have a checksum. `dtype` is that of the computed weights, fp32 for
+    layers that have a part of their name in `keep_in_fp32_modules`.
     """
     if not pre_quantized:
         swap_(model, match_modules(model, config))
@@ -61,6 +64,31 @@ def prepare_(
             timestep_groups=groups,
             compute_dtype=torch.float32 if in_fp32 else dtype,
         )
+        if config.format_version > 1:
+            layer.allocate_checksum_()
+
+
+def placeholders(model: nn.Module) -> dict[str, Tensor]:
+    """Return the packed tensors and checksums that a prepared `model` waits for, empty, by their names in a file."""
+    return {
+        f"{name}.{buffer}": tensor
+        for name, layer in packed_layers(model).items()
+        for buffer in (*PACKED_BUFFERS, CHECKSUM)
+        if (tensor := layer._buffers[buffer]) is not None
+    }
+
+
+def refuse_misfit(name: str, dtype: torch.dtype, shape: Iterable[int], expected: Tensor) -> None:
+    """Raise ValueError for a tensor of a file that has not the `expected` one's dtype and shape.
+
+    Asked before the loaders cast the file's tensors, which they do without a word.
+    """
+    for wanted, found in ((expected.dtype, dtype), (f"shape {tuple(expected.shape)}", f"shape {tuple(shape)}")):
+        if wanted != found:
+            raise ValueError(
+                f"{name}: expected {wanted}, got {found}. The file was edited, or does not belong to the "
+                "quantization_config of config.json."
+            )
 
 
 def saved_layers(model: nn.Module, config: PQCADConfig) -> dict[str, FloatLayer]:
@@ -84,10 +112,12 @@ def saved_layers(model: nn.Module, config: PQCADConfig) -> dict[str, FloatLayer]
 def complete_(model: nn.Module, config: PQCADConfig, *, pre_quantized: bool) -> PQCADConfig:
     """Check the filled `model`, pack what is not packed yet, and return the config that says what was done.
 
-    Raises ValueError for tensors that the checkpoint lacked or that no quantizer wrote.
+    Raises ValueError for tensors that the checkpoint lacked, that no quantizer wrote, or that changed since.
     """
     check_loaded(model)
-    if not pre_quantized:
+    if pre_quantized:
+        config = dataclasses.replace(config, format_version=FORMAT_VERSION)  # as the next file will have
+    else:
         layers = {name: layer for name, layer in quantized_layers(model).items() if not layer.packed}
         config = decide_config(layers, config)
         pack_layers_(layers, config)
@@ -112,7 +142,10 @@ def holds_floats(names: Iterable[str], model_name: str) -> bool:
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Raise ValueError for tensors that the checkpoint lacked (diffusers only warns), or that no quantizer wrote."""
+    """Raise ValueError for tensors that the checkpoint lacked (diffusers only warns) or that no quantizer wrote.
+
+    Checksums are compared and dropped.
+    """
     refuse_missing(
         [
             name
@@ -120,9 +153,9 @@ def check_loaded(model: nn.Module) -> None:
             if tensor.device.type == "meta" and not hasattr(model.get_submodule(name.rpartition(".")[0]), "_hf_hook")
         ]
     )
-    for name, layer in packed_layers(model).items():
-        if layer.qweight.dtype != torch.uint8:
-            raise ValueError(f"{name}.qweight: expected uint8, got {layer.qweight.dtype}. The file was edited.")
+    layers = packed_layers(model)
+    owners = names_by_number(layers)
+    for name, layer in layers.items():
         if layer.qweight.device.type != "meta":
             most = 2 * layer.spec.level_max // layer.spec.level_step
             if weights.highest_code(layer.qweight, layer.spec.bits) > most:
@@ -136,6 +169,17 @@ def check_loaded(model: nn.Module) -> None:
             qmax = activation_qmax(layer.activation_bits or max(ACTIVATION_BITS))
             if buffer not in SCALE_BUFFERS and not bool(((values >= 0) & (values <= qmax)).all()):
                 raise ValueError(f"{name}.{buffer}: expected 0 to {qmax}. The file was edited.")
+        layer.verify_(name, owners)
+
+
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and the persistent buffers of `model` by name, the objects themselves."""
+    return {
+        f"{prefix}.{name}".removeprefix("."): tensor
+        for prefix, module in model.named_modules()
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    }
 
 
 def refuse_missing(missing: list[str]) -> None:

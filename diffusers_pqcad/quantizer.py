@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from diffusers_pqcad.config import PQCADConfig
 from diffusers_pqcad.convert import dequantize_, replace_config_, unmark_quantized_
 from diffusers_pqcad.layers import SCALE_BUFFERS, QuantizedLayer
-from diffusers_pqcad.loading import check_loaded, complete_, holds_floats, prepare_, refuse_disk, refuse_missing
+from diffusers_pqcad.loading import (
+    check_loaded,
+    complete_,
+    holds_floats,
+    placeholders,
+    prepare_,
+    refuse_disk,
+    refuse_misfit,
+    refuse_missing,
+)
 
 
 class PQCADQuantizer(DiffusersQuantizer):
@@ -26,6 +35,7 @@ class PQCADQuantizer(DiffusersQuantizer):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.torch_dtype = torch.float32
         self.holds_floats = False  # the checkpoint, whatever its config says
+        self.placeholders: dict[str, Tensor] = {}
 
     @property
     def is_serializable(self) -> bool:
@@ -75,7 +85,16 @@ class PQCADQuantizer(DiffusersQuantizer):
             dtype=self.torch_dtype,
             keep_in_fp32_modules=keep_in_fp32_modules,
         )
+        self.placeholders = placeholders(model)
+        if state_dict is not None:  # of from_single_file, which asked before there was a model
+            self.maybe_update_state_dict(state_dict)
         return model
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of a file as they are; raises ValueError for packed ones of another dtype or shape."""
+        for name in state_dict.keys() & self.placeholders.keys():
+            refuse_misfit(name, state_dict[name].dtype, state_dict[name].shape, self.placeholders[name])
+        return state_dict
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Raise ValueError for tensors that the checkpoint lacks: with a device map, diffusers would crash on them."""
@@ -89,18 +108,6 @@ class PQCADQuantizer(DiffusersQuantizer):
         """Return whether `param_name` is a scale, which the loader would round to its dtype."""
         module_name, _, tensor_name = param_name.rpartition(".")
         return tensor_name in SCALE_BUFFERS and isinstance(model.get_submodule(module_name), QuantizedLayer)
-
-    def check_quantized_param_shape(
-        self, param_name: str, current_param: Tensor | torch.Size, loaded_param: Tensor
-    ) -> bool:
-        """Raise ValueError for a scale of the wrong shape."""
-        expected = getattr(current_param, "shape", current_param)
-        if tuple(expected) != tuple(loaded_param.shape):
-            raise ValueError(
-                f"{param_name}: expected shape {tuple(expected)}, got {tuple(loaded_param.shape)}. The file and the "
-                "quantization_config of config.json do not belong together."
-            )
-        return True
 
     def create_quantized_param(
         self,
@@ -123,7 +130,7 @@ class PQCADQuantizer(DiffusersQuantizer):
             unmark_quantized_(model)
             return model
         self.quantization_config = complete_(model, self.quantization_config, pre_quantized=self.pre_quantized)
-        self.pre_quantized = True
+        self.pre_quantized, self.placeholders = True, {}
         # Not by attribute: only the entry is saved, and the single-file path has none.
         replace_config_(model, {**model.config, "quantization_config": self.quantization_config})  # type: ignore[dict-item]
         return model

@@ -1,10 +1,35 @@
 """Timestep groups: which static activation range a model call uses, decided by the timestep's value."""
 
 import inspect
+from collections.abc import Sequence
+from math import isfinite
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def checked_boundaries(boundaries: Any) -> tuple[int | float, ...]:
+    """Return `boundaries` as ints and floats; ValueError for anything but increasing finite numbers in a sequence.
+
+    They must increase as float64, in which timesteps are compared with them.
+    """
+    is_sequence = isinstance(boundaries, list | tuple)
+    numbers = [value for value in boundaries if is_finite_number(value)] if is_sequence else []
+    as_floats = [float(number) for number in numbers]
+    if not is_sequence or len(numbers) < len(boundaries) or as_floats != sorted(set(as_floats)):
+        given = list(boundaries) if is_sequence else boundaries
+        raise ValueError(f"timestep_boundaries: expected a list of increasing numbers, got {given!r}.")
+    return tuple(int(number) if isinstance(number, Integral) else float(number) for number in numbers)
+
+
+def is_finite_number(value: Any) -> bool:
+    """Return whether `value` is a number that float64 holds; a bool is none."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
 
 
 class TimestepGroups:
@@ -18,10 +43,8 @@ class TimestepGroups:
     that call one model at once would read each other's group: give each a copy of the model.
     """
 
-    def __init__(self, boundaries: list[int] | tuple[int, ...]) -> None:
-        if list(boundaries) != sorted(set(boundaries)):
-            raise ValueError(f"timestep_boundaries: expected increasing integers, got {list(boundaries)}.")
-        self.boundaries = tuple(boundaries)
+    def __init__(self, boundaries: Sequence[int | float]) -> None:
+        self.boundaries = checked_boundaries(boundaries)
         self.current: int | Tensor | None = None
         self.index: Tensor | None = None
 
@@ -33,10 +56,10 @@ class TimestepGroups:
         if not isinstance(timestep, Tensor):
             # Not `tensor(timestep)`: a graph would hold the number as a constant.
             timestep = torch.full((), timestep, dtype=torch.float64)
-        if timestep.is_floating_point():
-            timestep = timestep.double()  # boundaries above 256 are not exact in bf16
-        edges = torch.tensor(self.boundaries, device=timestep.device, dtype=timestep.dtype)
-        index = torch.bucketize(timestep, edges, right=True).cpu()
+        # In float64, whatever the timestep's dtype: 500 is not exact in bf16, and 0.25 is no integer. On the CPU: some
+        # accelerators have no float64.
+        edges = torch.tensor(self.boundaries, dtype=torch.float64, device="cpu")
+        index = torch.bucketize(timestep.cpu().double(), edges, right=True)
         return index.reshape(()) if index.numel() == 1 else index
 
     def select(self, index: Tensor) -> None:
@@ -68,7 +91,7 @@ class TimestepGroups:
             self.select(index)
 
 
-def install_timestep_groups(model: nn.Module, boundaries: list[int] | tuple[int, ...]) -> TimestepGroups:
+def install_timestep_groups(model: nn.Module, boundaries: Sequence[int | float]) -> TimestepGroups:
     """Replace the timestep groups of `model` by those of `boundaries` and return them."""
     remove_timestep_groups(model)
     groups = TimestepGroups(boundaries)

@@ -5,13 +5,22 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
 from diffusers_pqcad.config import PQCADConfig, matches
 from diffusers_pqcad.convert import dequantize_, quantizable_layers, unmark_quantized_
 from diffusers_pqcad.layers import FloatLayer
-from diffusers_pqcad.loading import complete_, holds_floats, prepare_, refuse_disk, refuse_missing
+from diffusers_pqcad.loading import (
+    complete_,
+    holds_floats,
+    placeholders,
+    prepare_,
+    refuse_disk,
+    refuse_misfit,
+    refuse_missing,
+    saved_tensors,
+)
 
 
 class PQCADTransformersQuantizer(HfQuantizer):
@@ -24,6 +33,7 @@ class PQCADTransformersQuantizer(HfQuantizer):
     def __init__(self, quantization_config: PQCADConfig, **kwargs: Any) -> None:
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.holds_floats = False  # the checkpoint, whatever its config says
+        self.placeholders: dict[str, Tensor] = {}
 
     def is_serializable(self) -> bool:
         """Packed weights are ordinary tensors: `save_pretrained` writes them."""
@@ -71,7 +81,20 @@ class PQCADTransformersQuantizer(HfQuantizer):
             # As transformers does: the list names what overflows in fp16.
             keep_in_fp32_modules=getattr(model, "_keep_in_fp32_modules", None) if dtype == torch.float16 else None,
         )
+        self.placeholders = placeholders(model)
         return model
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Return the dtype that a tensor of a file is cast to, `dtype`; raises ValueError for packed ones of others.
+
+        The one place where transformers shows what a file holds: a tensor, or a slice of safetensors, not read yet.
+        """
+        name = converter.target_patterns[0]
+        if name in self.placeholders:
+            shape = param.get_shape() if hasattr(param, "get_shape") else param.shape
+            found = param[:0].dtype if shape else param[...].dtype  # of no elements: a slice does not say it
+            refuse_misfit(name, found, shape, self.placeholders[name])
+        return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.holds_floats:
@@ -80,10 +103,10 @@ class PQCADTransformersQuantizer(HfQuantizer):
             return model
         if self.pre_quantized:
             # transformers fills what a checkpoint lacks with anything; what it has loaded or tied carries a mark.
-            tensors = model.state_dict(keep_vars=True)
+            tensors = saved_tensors(model)
             refuse_missing([name for name in tensors if not getattr(tensors[name], "_is_hf_initialized", False)])
         self.quantization_config = complete_(model, self.quantization_config, pre_quantized=self.pre_quantized)
-        self.pre_quantized = True
+        self.pre_quantized, self.placeholders = True, {}
         model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
         return model
 

@@ -7,6 +7,8 @@ import pickle
 import pytest
 from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from diffusers_pqcad import PQCADConfig
 from diffusers_pqcad.config import DENOISER_COMPONENTS, EXEMPT_MODULES, FORMAT_VERSION, PQCADMethod, matches
@@ -27,7 +29,7 @@ CHANGED = {
     "weight_bits_by_module": {"mid_block.resnets.0.conv1": 3},
     "timestep_boundaries": [250, 500],
     "num_inference_steps": 4,
-    "format_version": 0,
+    "format_version": 1,
 }
 
 
@@ -49,7 +51,7 @@ def test_the_defaults_are_the_documented_ones():
         "timestep_boundaries": None,
         "num_inference_steps": None,
         "format_version": FORMAT_VERSION,
-        "quant_method": "pqcad",
+        "quant_method": "diffusers_pqcad",
     }
 
 
@@ -61,8 +63,14 @@ def test_it_is_a_model_config_and_a_pipeline_config():
 
 
 def test_the_method_is_an_enum_that_hashes_like_its_string():
-    assert PQCADConfig().quant_method.value == "pqcad"
-    assert {"pqcad": 1}[PQCADConfig().quant_method] == 1
+    assert PQCADConfig().quant_method.value == "diffusers_pqcad"
+    assert {"diffusers_pqcad": 1}[PQCADConfig().quant_method] == 1
+
+
+@pytest.mark.parametrize("name", ["pqcad", "diffusers_pqcad", PQCADMethod.PQCAD])
+def test_both_names_of_the_method_are_read_and_one_is_written(name):
+    assert PQCADConfig.from_dict({"quant_method": name}) == PQCADConfig()
+    assert PQCADConfig(quant_method=name).to_dict()["quant_method"] == "diffusers_pqcad"
 
 
 def test_every_changed_field_is_listed_here():
@@ -132,9 +140,9 @@ def test_the_config_shares_nothing_with_its_arguments():
 
 
 def test_repr_and_diff_name_only_what_differs():
-    assert PQCADConfig().to_diff_dict() == {"quant_method": "pqcad"}
-    assert PQCADConfig(weight_bits=3).to_diff_dict() == {"quant_method": "pqcad", "weight_bits": 3}
-    assert repr(PQCADConfig(weight_bits=3)) == 'PQCADConfig({"quant_method": "pqcad", "weight_bits": 3})'
+    assert PQCADConfig().to_diff_dict() == {"quant_method": "diffusers_pqcad"}
+    assert PQCADConfig(weight_bits=3).to_diff_dict() == {"quant_method": "diffusers_pqcad", "weight_bits": 3}
+    assert repr(PQCADConfig(weight_bits=3)) == 'PQCADConfig({"quant_method": "diffusers_pqcad", "weight_bits": 3})'
 
 
 def test_whole_floats_become_widths():
@@ -167,11 +175,27 @@ BAD_VALUES = [
     ({"group_size": -1}, "group_size: expected a positive integer or None, got -1"),
     ({"method": "magic"}, "method: expected 'progressive' or 'fixed', got 'magic'"),
     ({"weight_bits_by_module": {"a": 5}}, r"weight_bits_by_module: expected widths out of .* got \{'a': 5\}"),
-    ({"num_inference_steps": 0}, "num_inference_steps: expected at least 1 or None, got 0"),
-    ({"timestep_boundaries": [500, 250]}, "timestep_boundaries: expected increasing integers"),
-    ({"timestep_boundaries": [250, 250]}, "timestep_boundaries: expected increasing integers"),
-    ({"format_version": FORMAT_VERSION + 1}, "format_version 2 is newer .* upgrade diffusers-pqcad"),
-    ({"quant_method": "torchao"}, "quant_method: expected 'pqcad', got 'torchao'"),
+    ({"num_inference_steps": 0}, "num_inference_steps: expected a positive integer or None, got 0"),
+    ({"timestep_boundaries": [500, 250]}, "timestep_boundaries: expected a list of increasing numbers"),
+    ({"timestep_boundaries": [250, 250]}, "timestep_boundaries: expected a list of increasing numbers"),
+    ({"format_version": FORMAT_VERSION + 1}, "format_version 3 is newer .* upgrade diffusers-pqcad"),
+    ({"format_version": 0}, "format_version: expected an integer from 1 to 2, got 0"),
+    ({"format_version": True}, "format_version: expected an integer from 1 to 2, got True"),
+    ({"weight_bits": True}, "weight_bits: expected a number, got True"),
+    ({"group_size": True}, "group_size: expected a positive integer or None, got True"),
+    ({"search_all_modules": 1}, "search_all_modules: expected True or False, got 1"),
+    ({"bit_choices": 8}, "bit_choices: expected some of .*, got 8"),
+    ({"bit_choices": [[8]]}, r"bit_choices: expected some of .*, got \[\[8\]\]"),
+    ({"components": [1]}, r"components: expected a list of names, got \[1\]"),
+    ({"components": {"unet": 1}}, "components: expected a list of names, got {'unet': 1}"),
+    ({"modules_to_not_convert": 3}, "modules_to_not_convert: expected a list of names, got 3"),
+    ({"weight_bits_by_module": ["a"]}, "weight_bits_by_module: expected a dict of layers' names to widths, got "),
+    ({"weight_bits_by_module": {"a": "4"}}, "weight_bits_by_module: expected widths out of .* got {'a': '4'}"),
+    ({"timestep_boundaries": 500}, "timestep_boundaries: expected a list of increasing numbers, got 500"),
+    ({"timestep_boundaries": [float("nan")]}, "timestep_boundaries: expected a list of increasing numbers, got"),
+    ({"timestep_boundaries": [10**400]}, "timestep_boundaries: expected a list of increasing numbers, got"),
+    ({"timestep_boundaries": [2**60, 2**60 + 1]}, "timestep_boundaries: expected a list of increasing numbers, got"),
+    ({"quant_method": "torchao"}, "quant_method: expected one of .*'diffusers_pqcad'.*, got 'torchao'"),
 ]
 
 
@@ -183,6 +207,43 @@ def test_bad_values_are_refused(values, message):
         PQCADConfig.from_dict(values)
 
 
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([2, 3, 4, 6, 7, 8, 10**400, -1, 0.5, 4.0])
+    | st.floats()
+    | st.sampled_from(["", "fixed", "progressive", "pqcad", "unet", "4"])
+    | st.text(max_size=3),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=3), values, max_size=3),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize("name", [*CHANGED, "quant_method"])
+@given(value=JSON)
+@example(value=[250, 500.5])
+@example(value={"a": 4.0})
+@example(value=[True])
+def test_any_json_value_of_a_field_gives_a_valid_config_or_an_error_that_names_the_field(name, value):
+    try:
+        config = PQCADConfig.from_dict({name: value})
+    except ValueError:
+        with pytest.raises(ValueError, match=name):
+            PQCADConfig.from_dict({name: value})
+        return
+    stored = json.loads(json.dumps(config.to_dict(), allow_nan=False))
+    assert PQCADConfig.from_dict(stored) == config
+    assert [type(value) for value in stored.values()] == [type(value) for value in config.to_dict().values()]
+    assert type(value) is not bool or name == "search_all_modules"
+
+
+def test_boundaries_may_be_floats_and_integers_stay_integers():
+    stored = json.dumps(PQCADConfig(timestep_boundaries=(0, 0.25, 1)).to_dict())
+    assert '"timestep_boundaries": [0, 0.25, 1]' in stored
+    assert PQCADConfig.from_dict(json.loads(stored)).timestep_boundaries == [0, 0.25, 1]
+
+
 def test_unknown_keys_are_refused_not_dropped():
     with pytest.raises(ValueError, match=r"unknown settings \['bits'\]; expected some of .*'weight_bits'"):
         PQCADConfig.from_dict({"quant_method": "pqcad", "bits": 4})
@@ -191,7 +252,7 @@ def test_unknown_keys_are_refused_not_dropped():
 
 
 def test_a_newer_format_is_named_before_its_unknown_keys():
-    with pytest.raises(ValueError, match="format_version 2 is newer"):
+    with pytest.raises(ValueError, match="format_version 3 is newer"):
         PQCADConfig.from_dict({"format_version": FORMAT_VERSION + 1, "a_new_setting": 1})
 
 

@@ -503,7 +503,7 @@ def test_what_others_set_on_the_config_stays(tiny_unet):
 def test_a_model_quantized_in_memory_says_so(tiny_unet):
     quantize_(tiny_unet, PQCADConfig(method="fixed"))
     assert tiny_unet.is_quantized
-    assert tiny_unet.quantization_method.value == "pqcad"
+    assert tiny_unet.quantization_method.value == "diffusers_pqcad"
     assert tiny_unet.config["quantization_config"] == PQCADConfig(method="fixed")
     for refused in (tiny_unet.half, tiny_unet.float, lambda: tiny_unet.to(torch.float16)):
         with pytest.raises(ValueError, match="quantized"):

@@ -27,6 +27,29 @@ def test_intervals_are_half_open(timestep: float, group: int) -> None:
         assert isinstance(groups.current, int)
 
 
+@pytest.mark.parametrize(
+    ("timestep", "group"),
+    [
+        (torch.tensor(0), 0),
+        (torch.tensor(1), 2),
+        (torch.tensor(0.25), 1),
+        (torch.tensor(0.2498), 0),
+        (torch.tensor(0.25, dtype=torch.bfloat16), 1),
+        (torch.tensor([0, 1], dtype=torch.int32), [0, 2]),
+        (0.7, 1),
+    ],
+    ids=str,
+)
+def test_boundaries_may_lie_between_integers(timestep: float | torch.Tensor, group: int | list[int]) -> None:
+    """As of models that are called with t / 1000; an integer timestep is compared with the fraction itself."""
+    assert TimestepGroups([0.25, 0.75]).index_of(timestep).tolist() == group
+
+
+@given(timestep=st.integers(0, 2**53), boundary=st.integers(0, 2**53) | st.floats(0, 2.0**53))
+def test_numbers_are_compared_as_float64(timestep: int, boundary: float) -> None:
+    assert TimestepGroups([boundary]).index_of(torch.tensor(timestep)).item() == (boundary <= timestep)
+
+
 @given(
     boundaries=st.lists(st.integers(0, 999), unique=True, max_size=6).map(sorted),
     timesteps=st.lists(st.integers(0, 999), min_size=2, max_size=8),
