@@ -89,6 +89,7 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         weight_bits_by_module: bits of every quantized layer, as PQ decided; filled on quantization.
         timestep_boundaries: boundaries of the static activation ranges' timestep groups; `None`: dynamic ranges.
         num_inference_steps: the number of sampling steps that a student was distilled for.
+        packed_share: the packed weights as a share (0 to 1) of all weights of the model; filled on quantization.
         format_version: version of the stored format.
 
     Raises ValueError for a value outside these.
@@ -105,6 +106,7 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
     weight_bits_by_module: dict[str, int] = field(default_factory=dict)
     timestep_boundaries: list[int] | None = None
     num_inference_steps: int | None = None
+    packed_share: float | None = None
     format_version: int = FORMAT_VERSION
     quant_method: PQCADMethod = PQCADMethod.PQCAD
 
@@ -155,6 +157,9 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
             raise ValueError(f"timestep_boundaries: expected increasing integers, got {boundaries}.")
         if self.num_inference_steps is not None and self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps: expected at least 1 or None, got {self.num_inference_steps}.")
+        share = self.packed_share
+        if share is not None and not (isinstance(share, Real) and 0 <= share <= 1):
+            raise ValueError(f"packed_share: expected a number from 0 to 1 or None, got {share!r}.")
 
     # What PipelineQuantizationConfig's own __init__ would set; class-level, so that none of it is saved.
     quant_mapping = None

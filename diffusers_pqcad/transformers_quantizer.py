@@ -7,14 +7,13 @@ import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from diffusers_pqcad.config import PQCADConfig, matches
-from diffusers_pqcad.convert import dequantize_, quantizable_layers
-from diffusers_pqcad.layers import FloatLayer
+from diffusers_pqcad.config import PQCADConfig
+from diffusers_pqcad.convert import dequantize_
 from diffusers_pqcad.loading import complete_, prepare_, refuse_disk, refuse_missing
 
 
 class PQCADTransformersQuantizer(HfQuantizer):
-    """As `PQCADQuantizer`, for a transformers model. Patch embeddings and output layers stay as they are."""
+    """As `PQCADQuantizer`, for a transformers model; see `with_model_exemptions` for what stays as it is."""
 
     requires_calibration = False
     quantization_config: PQCADConfig
@@ -44,18 +43,9 @@ class PQCADTransformersQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> nn.Module:
-        config = self.quantization_config
-        if not self.pre_quantized:
-            layers = quantizable_layers(model)
-            exempt = {*self.get_modules_to_not_convert(model), *convolutions(layers)}
-            config.modules_to_not_convert += [
-                pattern
-                for pattern in sorted(exempt - set(config.modules_to_not_convert))
-                if any(matches(name, pattern) for name in layers)
-            ]
-        prepare_(
+        self.quantization_config = prepare_(
             model,
-            config,
+            self.quantization_config,
             pre_quantized=self.pre_quantized,
             dtype=dtype or torch.get_default_dtype(),
             # As transformers does: the list names what overflows in fp16.
@@ -75,8 +65,3 @@ class PQCADTransformersQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         return dequantize_(model)
-
-
-def convolutions(layers: dict[str, FloatLayer]) -> list[str]:
-    """Return the names of the convolutions among `layers`: the first layers of a vision model."""
-    return [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]

@@ -27,6 +27,7 @@ CHANGED = {
     "weight_bits_by_module": {"mid_block.resnets.0.conv1": 3},
     "timestep_boundaries": [250, 500],
     "num_inference_steps": 4,
+    "packed_share": 0.75,
     "format_version": 0,
 }
 
@@ -48,6 +49,7 @@ def test_the_defaults_are_the_documented_ones():
         "weight_bits_by_module": {},
         "timestep_boundaries": None,
         "num_inference_steps": None,
+        "packed_share": None,
         "format_version": FORMAT_VERSION,
         "quant_method": "pqcad",
     }
@@ -168,6 +170,9 @@ BAD_VALUES = [
     ({"method": "magic"}, "method: expected 'progressive' or 'fixed', got 'magic'"),
     ({"weight_bits_by_module": {"a": 5}}, r"weight_bits_by_module: expected widths out of .* got \{'a': 5\}"),
     ({"num_inference_steps": 0}, "num_inference_steps: expected at least 1 or None, got 0"),
+    ({"packed_share": 1.01}, "packed_share: expected a number from 0 to 1 or None, got 1.01"),
+    ({"packed_share": "all"}, "packed_share: expected a number from 0 to 1 or None, got 'all'"),
+    ({"packed_share": float("nan")}, "packed_share: expected a number from 0 to 1 or None, got nan"),
     ({"timestep_boundaries": [500, 250]}, "timestep_boundaries: expected increasing integers"),
     ({"timestep_boundaries": [250, 250]}, "timestep_boundaries: expected increasing integers"),
     ({"format_version": FORMAT_VERSION + 1}, "format_version 2 is newer .* upgrade diffusers-pqcad"),
