@@ -431,7 +431,7 @@ def test_quantizing_twice_is_refused(tiny_unet):
 @pytest.mark.parametrize(
     ("model", "config"),
     [
-        (nn.Sequential(nn.GroupNorm(1, 4), nn.Conv1d(4, 4, 3)), PQCADConfig()),
+        (nn.Sequential(nn.GroupNorm(1, 4), nn.ConvTranspose1d(4, 4, 3)), PQCADConfig()),
         (nn.Sequential(nn.Linear(4, 4)), PQCADConfig(modules_to_not_convert=["*"])),
         (nn.Sequential(nn.Linear(4, 4)), PQCADConfig(method="fixed", modules_to_not_convert=["0"])),
     ],
@@ -484,7 +484,12 @@ def test_a_model_quantized_in_memory_says_so(tiny_unet):
     quantize_(tiny_unet, PQCADConfig(method="fixed"))
     assert tiny_unet.is_quantized
     assert tiny_unet.quantization_method.value == "pqcad"
-    assert tiny_unet.config["quantization_config"] == PQCADConfig(method="fixed")
+    config = tiny_unet.config["quantization_config"]
+    layers = packed_layers(tiny_unet)
+    assert config.weight_bits_by_module == dict.fromkeys(layers, 4)
+    assert 0.9 < config.packed_share < 1
+    config.weight_bits_by_module, config.packed_share = {}, None
+    assert config == PQCADConfig(method="fixed")
     for refused in (tiny_unet.half, tiny_unet.float, lambda: tiny_unet.to(torch.float16)):
         with pytest.raises(ValueError, match="quantized"):
             refused()
