@@ -19,7 +19,9 @@ __version__ = "0.1.0"
 _LAZY = {
     "CalibrationSet": "calibration",
     "DistillConfig": "distillation",
+    "PQCADConv1d": "layers",
     "PQCADConv2d": "layers",
+    "PQCADConv3d": "layers",
     "PQCADLinear": "layers",
     "ProgressiveConfig": "progressive",
     "collect_calibration_set": "calibration",

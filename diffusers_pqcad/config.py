@@ -145,6 +145,7 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         timestep_boundaries: boundaries of the static activation ranges' timestep groups, increasing numbers: integers,
             or floats for models that are called with t / 1000; `None`: dynamic ranges.
         num_inference_steps: the number of sampling steps that a student was distilled for.
+        packed_share: the packed weights as a share (0 to 1) of all weights of the model; filled on quantization.
         format_version: version of the stored format that a file has; what is saved has the newest.
 
     Raises ValueError for a value outside these.
@@ -161,6 +162,7 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
     weight_bits_by_module: dict[str, int] = field(default_factory=dict)
     timestep_boundaries: list[int | float] | None = None
     num_inference_steps: int | None = None
+    packed_share: float | None = None
     format_version: int = FORMAT_VERSION
     quant_method: PQCADMethod = PQCADMethod.PQCAD
 
@@ -189,6 +191,9 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         self.weight_bits_by_module = {} if bits is None else bits_by_name(bits)
         if self.timestep_boundaries is not None:
             self.timestep_boundaries = list(checked_boundaries(self.timestep_boundaries))
+        share = self.packed_share
+        if share is not None and (isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1):
+            raise ValueError(f"packed_share: expected a number from 0 to 1 or None, got {share!r}.")
 
     def _check_weight_bits(self) -> None:
         if not isinstance(self.weight_bits, Real) or isinstance(self.weight_bits, bool):

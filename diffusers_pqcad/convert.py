@@ -8,14 +8,20 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from diffusers_pqcad import kernels
 from diffusers_pqcad.allocation import allocate
-from diffusers_pqcad.config import FORMAT_VERSION, PQCADConfig
+from diffusers_pqcad.config import FORMAT_VERSION, PQCADConfig, matches
+from diffusers_pqcad.coverage import report
 from diffusers_pqcad.fusion import install_fused_, remove_fused_
 from diffusers_pqcad.kernels import onednn, weights, x86
-from diffusers_pqcad.layers import QUANTIZED_LAYERS, FloatLayer, QuantizedLayer, packed_layers
+from diffusers_pqcad.layers import (
+    FloatLayer,
+    QuantizedLayer,
+    is_quantizable,
+    packed_layers,
+    quantized_type,
+)
 from diffusers_pqcad.memory_format import install_channels_last_, remove_channels_last_
 from diffusers_pqcad.overrides import override_methods_, restore_methods_
 from diffusers_pqcad.pending import install_pending_, remove_pending_
@@ -34,8 +40,33 @@ def quantizable_layers(model: nn.Module) -> dict[str, FloatLayer]:
     return {
         name: cast(FloatLayer, module)
         for name, module in model.named_modules()
-        if type(module) in QUANTIZED_LAYERS or (isinstance(module, QuantizedLayer) and not module.packed)
+        if is_quantizable(module) or (isinstance(module, QuantizedLayer) and not module.packed)
     }
+
+
+def with_model_exemptions(model: nn.Module, config: PQCADConfig) -> PQCADConfig:
+    """Return a copy of `config` that also excludes the layers which stay in floating point in a model of its kind.
+
+    In transformers models: tied weights, output layers and the last module, by transformers' own choice for all
+    methods; and convolutions, the first layers of vision and audio models.
+    """
+    layers = quantizable_layers(model)
+    exempt: set[str] = set()
+    if is_transformers_model(model):
+        from transformers.quantizers.base import get_keys_to_not_convert
+
+        convolutions = [name for name, layer in layers.items() if not isinstance(layer, nn.Linear)]
+        exempt = {*get_keys_to_not_convert(model), *convolutions} - set(config.modules_to_not_convert)
+    added = [pattern for pattern in sorted(exempt) if any(matches(name, pattern) for name in layers)]
+    return PQCADConfig(**config.to_dict() | {"modules_to_not_convert": [*config.modules_to_not_convert, *added]})
+
+
+def is_transformers_model(model: nn.Module) -> bool:
+    """Return whether `model` is one of transformers, or derived from one."""
+    return any(
+        kind.__name__ == "PreTrainedModel" and kind.__module__.startswith("transformers.")
+        for kind in type(model).__mro__
+    )
 
 
 def match_modules(model: nn.Module, config: PQCADConfig) -> dict[str, FloatLayer]:
@@ -50,8 +81,8 @@ def match_modules(model: nn.Module, config: PQCADConfig) -> dict[str, FloatLayer
     searched = {name: module for name, module in layers.items() if not config.is_exempt(name)}
     if not searched:
         warnings.warn(
-            f"{type(model).__name__} has nothing to quantize: {len(layers)} Linear and Conv2d layers, all of them "
-            "exempt. It stays as it is. See modules_to_not_convert and search_all_modules.",
+            f"{type(model).__name__} has nothing to quantize: {len(layers)} Linear and convolution layers, all of "
+            "them exempt. It stays as it is. See modules_to_not_convert and search_all_modules.",
             stacklevel=3,
         )
     check_group_size(searched, config.group_size)
@@ -72,9 +103,8 @@ def swap_(model: nn.Module, names: Mapping[str, nn.Module]) -> dict[str, Quantiz
     """Replace the named float layers by unpacked quantized layers that share their parameters; return those."""
     swapped = {}
     for name, module in names.items():
-        layer = (
-            module if isinstance(module, QuantizedLayer) else QUANTIZED_LAYERS[type(module)].from_float(module, name)
-        )
+        kind = quantized_type(type(module))
+        layer = module if isinstance(module, QuantizedLayer) else kind.from_float(module, name)  # type: ignore[union-attr]
         model.set_submodule(name, layer)
         swapped[name] = layer
     return swapped
@@ -133,11 +163,7 @@ def decide_config(layers: Mapping[str, FloatLayer], config: PQCADConfig) -> PQCA
     """
     bits = decide_bits(layers, config) if layers else {}
     # Static activation ranges need data; without, a saved model must not ask for them.
-    decisions = {
-        "weight_bits_by_module": {} if config.method == "fixed" else bits,
-        "timestep_boundaries": None,
-        "format_version": FORMAT_VERSION,
-    }
+    decisions = {"weight_bits_by_module": bits, "timestep_boundaries": None, "format_version": FORMAT_VERSION}
     return PQCADConfig(**config.to_dict() | decisions)
 
 
@@ -158,11 +184,13 @@ def quantize_(model: nn.Module, config: PQCADConfig) -> nn.Module:
         raise ValueError(
             f"{type(model).__name__} is quantized already. requantize_() changes its bits; dequantize() undoes it."
         )
-    if any(parametrize.is_parametrized(module, "weight") for module in model.modules()):
+    if hasattr(model, "pqcad_config"):
         raise ValueError(
-            f"{type(model).__name__} has parametrized weights; if progressive_quantize left them, call convert_."
+            f"{type(model).__name__} has the fake-quantized weights of progressive_quantize. Call convert_ to pack "
+            "them."
         )
     refuse_adapters(model)
+    config = with_model_exemptions(model, config)
     searched = match_modules(model, config)
     refuse_not_finite(searched)
     decided = decide_config(searched, config)
@@ -238,12 +266,17 @@ def requantize_(model: Any, config: PQCADConfig) -> nn.Module:
 
 
 def finish_(model: nn.Module, config: PQCADConfig) -> None:
-    """Do what every packed model needs once: share the timestep groups, count parameters right, log the kernels."""
+    """Do what every packed model needs once: share the timestep groups, count parameters right, log the kernels.
+
+    `config.packed_share` becomes that of `model`.
+    """
     layers = packed_layers(model)
     for name, layer in layers.items():
         layer.name = name
     if config.timestep_boundaries is not None:
         share_timestep_groups(model, install_timestep_groups(model, config.timestep_boundaries))
+    coverage = report(model, config)
+    config.packed_share = round(coverage.share(coverage.packed), 6)
     if layers:
         override_methods_(model)
         convolutions = [layer for layer in layers.values() if isinstance(layer, nn.Conv2d)]
@@ -259,7 +292,8 @@ def finish_(model: nn.Module, config: PQCADConfig) -> None:
             install_pending_(model, fusing)
             install_fused_(model, (FusedAttention, FusedFeedForward, FusedResnetBlock2D, FusedTransformer2DModel))
         found = list(layers.values())
-        log_once(type(model).__name__, kernels.summary(found), slow=kernels.lacks_fast_kernel(found))
+        summary = f"{coverage}; {kernels.summary(found)}"
+        log_once(type(model).__name__, summary, slow=kernels.lacks_fast_kernel(found))
 
 
 @cache
@@ -294,7 +328,7 @@ def mark_quantized_(model: Any, config: PQCADConfig) -> None:
         from diffusers.quantizers.auto import DiffusersAutoQuantizer as AutoQuantizer
 
         replace_config_(model, {**model.config, "quantization_config": config})
-    elif type(model).__module__.startswith("transformers."):
+    elif is_transformers_model(model):
         from transformers.quantizers.auto import AutoHfQuantizer as AutoQuantizer
 
         model.config.quantization_config = config

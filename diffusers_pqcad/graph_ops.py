@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from diffusers_pqcad.transformer import FusedTransformer2DModel
 
 MODULES: WeakValueDictionary[int, Any] = WeakValueDictionary()
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _numbers = count()
 
 
@@ -35,11 +36,13 @@ def register(module: nn.Module) -> Tensor:
 def call(layer: "QuantizedLayer", x: Tensor) -> Tensor:
     """Return what `layer(x)` returns, by an operator. `layer` is traced: its shapes become part of the graph."""
     group = group_of(layer)
-    if not isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.Linear):
         return packed_linear(x, group, layer.handle, layer.out_features)
-    padding = layer._reversed_padding_repeated_twice  # numbers, where `padding` may be a word
-    geometry = ([padding[2] + padding[3], padding[0] + padding[1]], list(layer.dilation), list(layer.stride))
-    return packed_conv2d(x, group, layer.handle, layer.out_channels, list(layer.kernel_size), *geometry)
+    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    ends = layer._reversed_padding_repeated_twice[::-1]  # numbers, where `padding` may be a word
+    padding = [before + after for before, after in zip(ends[::2], ends[1::2], strict=True)]
+    geometry = (list(layer.kernel_size), padding, list(layer.dilation), list(layer.stride))
+    return packed_conv(x, group, layer.handle, layer.out_channels, *geometry)
 
 
 def call_block(block: "FusedResnetBlock2D", x: Tensor, temb: Tensor | None) -> Tensor:
@@ -71,7 +74,7 @@ def group_of(layer: "QuantizedLayer") -> Tensor:
 def module_of(handle: Tensor, group: Tensor) -> Any:
     """Return the layer or block named by `handle`, at the activation ranges of `group` () or (B,) int64."""
     module = MODULES[int(handle)]
-    layer: Any = module if isinstance(module, (nn.Linear, nn.Conv2d)) else module.first_layer(module)
+    layer: Any = module if isinstance(module, LAYERS) else module.first_layer(module)
     if layer.timestep_groups is not None:
         layer.timestep_groups.select(group)
     return module
@@ -112,7 +115,7 @@ def _(x: Tensor, group: Tensor, handle: Tensor, out_features: int) -> Tensor:
 
 
 @operator
-def packed_conv2d(
+def packed_conv(
     x: Tensor,
     group: Tensor,
     handle: Tensor,
@@ -122,12 +125,21 @@ def packed_conv2d(
     dilation: list[int],
     stride: list[int],
 ) -> Tensor:
-    """Return the output of a `PQCADConv2d`, channels_last; `padding` is the sum of both sides, (height, width)."""
+    """Return the output of a packed convolution, of images channels_last.
+
+    The lists have a number for each of its dimensions; `padding` is the sum of both sides.
+    """
     output = module_of(handle, group).compute(x)  # hooks were traced before
-    return output.contiguous(memory_format=torch.channels_last if output.dim() == 4 else torch.contiguous_format)
+    return output.contiguous(memory_format=conv_memory_format(x, kernel_size))
 
 
-@torch.library.register_fake("pqcad::packed_conv2d")
+def conv_memory_format(x: Tensor, kernel_size: list[int]) -> torch.memory_format:
+    """Return the memory format of a convolution's output: channels_last for a batch of images."""
+    is_batch_of_images = len(kernel_size) == 2 and x.dim() == 4
+    return torch.channels_last if is_batch_of_images else torch.contiguous_format
+
+
+@torch.library.register_fake("pqcad::packed_conv")
 def _(
     x: Tensor,
     group: Tensor,
@@ -138,12 +150,13 @@ def _(
     dilation: list[int],
     stride: list[int],
 ) -> Tensor:
+    dimensions = len(kernel_size)
     size = [
-        (x.shape[axis - 2] + padding[axis] - dilation[axis] * (kernel_size[axis] - 1) - 1) // stride[axis] + 1
-        for axis in range(2)
+        (x.shape[axis - dimensions] + padding[axis] - dilation[axis] * (kernel_size[axis] - 1) - 1) // stride[axis] + 1
+        for axis in range(dimensions)
     ]
-    memory_format = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-    shape = (*x.shape[:-3], out_channels, *size)
+    shape = (*x.shape[: -dimensions - 1], out_channels, *size)
+    memory_format = conv_memory_format(x, kernel_size)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from diffusers_pqcad.coverage import percent
+
 START, END = "<!-- pqcad:start -->", "<!-- pqcad:end -->"
 # What may be published: no resume files, no logs, no pickles.
 PUBLISHED_FILES = (
@@ -47,6 +49,13 @@ def _environment_of(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row["environment"].items() if not isinstance(value, (list, dict))}
 
 
+def packed_shares(metrics: dict[str, Any]) -> str:
+    """Return, for the table's notes, what share of all weights those are; nothing where it was not measured."""
+    shares = [row.get("packed_share") or 0 for row in metrics["rows"]]
+    shares = sorted({percent(share) for share in shares if share})
+    return f"; they are {' or '.join(shares)} of all weights" if shares else ""
+
+
 def table_notes(metrics: dict[str, Any]) -> str:
     """Return what a reader must know to read the table: n, seed, definitions, hardware, versions."""
     row = metrics["rows"][0]
@@ -56,7 +65,8 @@ def table_notes(metrics: dict[str, Any]) -> str:
         f"n = {row['num_images']} images, seed {row['seed']}. SQNR: of the final images to full precision at "
         f"{row['reference_num_inference_steps']} steps from the same noise, with a 95 % bootstrap interval "
         "over images; a few images that end somewhere else decide it. Median: that of the median image.",
-        "Average bits: over the quantized layers' weights, scales not counted. Size: the denoiser's files.",
+        f"Average bits: over the quantized layers' weights, scales not counted{packed_shares(metrics)}. Size: the "
+        "denoiser's files.",
         "ms an image: median of rounds that alternate with full precision at "
         f"{row['reference_num_inference_steps']} steps, batch {row['latency_batch_size']}; real int8 kernels, nothing "
         "simulated. Speed-up: of these two.",

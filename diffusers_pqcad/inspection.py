@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_pqcad import qparams
-from diffusers_pqcad.layers import QuantizedLayer, refuse_other_than_model
+from diffusers_pqcad.coverage import Coverage, coverage
+from diffusers_pqcad.layers import FloatLayer, QuantizedLayer, refuse_other_than_model
 
 DECIMALS = "{:.1e}"
 
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One Linear or Conv2d layer, packed or in floating point.
+    """One Linear or convolution layer, packed or in floating point.
 
     `shape` is that of the float weight, `bits` are those of one weight. `group_size` inputs share a scale, all of an
     output channel where it is `None`. `activations`: "float", "8-bit dynamic", or "8-bit static xG" for G timestep
@@ -41,10 +42,13 @@ class LayerInfo:
 
 
 class Inspection(Sequence[LayerInfo]):
-    """The layers of a model in registration order; printed, a table with a line of totals."""
+    """The layers of a model in registration order; printed, a table with a line of totals.
 
-    def __init__(self, layers: Sequence[LayerInfo]) -> None:
-        self.layers = list(layers)
+    `coverage` counts the weights of the whole model, those of other kinds of modules, too.
+    """
+
+    def __init__(self, layers: Sequence[LayerInfo], coverage: Coverage) -> None:
+        self.layers, self.coverage = list(layers), coverage
 
     @overload
     def __getitem__(self, index: int) -> LayerInfo: ...
@@ -66,19 +70,18 @@ class Inspection(Sequence[LayerInfo]):
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         ]
-        packed = [layer for layer in self if layer.kernel is not None]
-        num_weights = [torch.Size(layer.shape).numel() for layer in packed]
-        average = sum(layer.bits * count for layer, count in zip(packed, num_weights, strict=True))
-        total = f"{len(packed)} of {len(self)} layers packed, {sum(layer.bytes for layer in self) / 1e6:.2f} MB"
-        if packed:
-            total += f", {average / sum(num_weights):.2f} bits a packed weight on average"
-        return "\n".join([*lines, total])
+        num_packed = sum(layer.kernel is not None for layer in self)
+        total = f"{num_packed} of {len(self)} layers packed, {sum(layer.bytes for layer in self) / 1e6:.2f} MB"
+        bits = self.coverage.average_bits()
+        if bits is not None:
+            total += f", {bits[0]:.2f} bits a packed weight on average, {bits[1]:.2f} over all weights"
+        return "\n".join([*lines, f"{total}, {self.coverage}"])
 
     __repr__ = __str__
 
 
 def inspect(model: nn.Module, reference: nn.Module | None = None) -> Inspection:
-    """Return a table of the Linear and Conv2d layers of `model`.
+    """Return a table of the Linear and convolution layers of `model`.
 
     The perturbation of a layer is known from its packing (after PQ: to the latent weights), and lost when the model is
     saved. With `reference`, the float model, it is measured to its weights of the same names. Raises ValueError where
@@ -87,15 +90,12 @@ def inspect(model: nn.Module, reference: nn.Module | None = None) -> Inspection:
     refuse_other_than_model(model)
     floats = None if reference is None else dict(reference.named_modules())
     return Inspection(
-        [
-            layer_info(name, module, floats)
-            for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, nn.Conv2d))
-        ]
+        [layer_info(name, module, floats) for name, module in model.named_modules() if isinstance(module, FloatLayer)],
+        coverage(model),
     )
 
 
-def layer_info(name: str, layer: nn.Linear | nn.Conv2d, floats: dict[str, nn.Module] | None) -> LayerInfo:
+def layer_info(name: str, layer: FloatLayer, floats: dict[str, nn.Module] | None) -> LayerInfo:
     """Return the row of `layer`; `floats` are the modules of the float model, if there is one to compare with."""
     tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
     stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,5 +1,6 @@
 """Quantized layers: float layers whose weights are stored as packed integers."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -42,7 +43,7 @@ DTYPE_MARKER = "dtype_marker"
 
 
 class QuantizedLayer(nn.Module):
-    """What `PQCADLinear` and `PQCADConv2d` share. A plain float layer until `pack_` or `allocate_packed_`.
+    """What all quantized layers share. A plain float layer until `pack_` or `allocate_packed_`.
 
     Buffers once packed: `qweight` uint8 (C_out, packed_row_bytes); `weight_scale` fp32 (C_out, G); where calibrated,
     `input_scale` fp32 and `input_zero_point` int32, both (number of timestep groups,). `weight` is then computed, with
@@ -273,7 +274,7 @@ class QuantizedLayer(nn.Module):
 
     def to_float(self) -> nn.Module:
         """Return the plain float layer with this layer's dequantized weight, and the same bias and hooks."""
-        layer = self.float_type(**self.arguments(self), device="meta")
+        layer = self.blank_float()
         layer.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=self.weight_dtype.is_floating_point)
         layer.register_parameter("bias", self.bias)
         for hooks in HOOKS:
@@ -283,7 +284,7 @@ class QuantizedLayer(nn.Module):
     @classmethod
     def from_float(cls, layer: nn.Module, name: str) -> Self:
         """Return an unpacked quantized layer that shares the parameters and hooks of the float `layer`."""
-        quantized = cls(**cls.arguments(layer), device="meta")
+        quantized = cls.blank(layer)
         quantized._parameters.update(layer._parameters)
         for hooks in HOOKS:  # the same dictionaries, so that a handle still removes its hook
             setattr(quantized, hooks, getattr(layer, hooks))
@@ -291,6 +292,15 @@ class QuantizedLayer(nn.Module):
         return quantized.train(layer.training)
 
     float_type: type[nn.Module]
+
+    @classmethod
+    def blank(cls, layer: nn.Module) -> Self:
+        """Return an unpacked layer like the float `layer`, its parameters on meta."""
+        return cls(**cls.arguments(layer), device="meta")
+
+    def blank_float(self) -> nn.Module:
+        """Return a float layer like this one, its parameters on meta."""
+        return self.float_type(**self.arguments(self), device="meta")
 
     @staticmethod
     def arguments(layer: Any) -> dict[str, Any]:
@@ -438,19 +448,25 @@ class PQCADLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc,override]
         }
 
 
-class PQCADConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc,override]
-    """`nn.Conv2d` with packed weights of 2, 3, 4, 6 or 8 bits; one scale per output channel."""
+class QuantizedConvolution(QuantizedLayer):
+    """What the convolutions of one, two and three dimensions share; one scale per output channel."""
 
-    float_type = nn.Conv2d
+    in_channels: int
+    out_channels: int
+    groups: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
 
     @property
     def weight_shape(self) -> torch.Size:
-        """(out_channels, in_channels / groups, kernel height, kernel width)."""
+        """(out_channels, in_channels / groups, and the kernel's size: depth, height, width or the last of these)."""
         return torch.Size((self.out_channels, self.in_channels // self.groups, *self.kernel_size))
 
     def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the convolution of `nn.Conv2d`, any padding mode."""
-        return self._conv_forward(x, weight, bias)
+        """Return the convolution of the float layer, any padding mode."""
+        return self._conv_forward(x, weight, bias)  # type: ignore[operator]
 
     def packed_arguments(self) -> tuple[Any, ...]:
         """Return also how the kernel moves over the image."""
@@ -463,8 +479,122 @@ class PQCADConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc,override]
         return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}
 
 
-FloatLayer = nn.Linear | nn.Conv2d | QuantizedLayer  # the last one while it is not packed: a layer to quantize
-QUANTIZED_LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Linear: PQCADLinear, nn.Conv2d: PQCADConv2d}
+class PQCADConv1d(QuantizedConvolution, nn.Conv1d):  # type: ignore[misc,override]
+    """`nn.Conv1d` with packed weights of 2, 3, 4, 6 or 8 bits; one scale per output channel."""
+
+    float_type = nn.Conv1d
+
+
+class PQCADConv2d(QuantizedConvolution, nn.Conv2d):  # type: ignore[misc,override]
+    """`nn.Conv2d` with packed weights of 2, 3, 4, 6 or 8 bits; one scale per output channel."""
+
+    float_type = nn.Conv2d
+
+
+class PQCADConv3d(QuantizedConvolution, nn.Conv3d):  # type: ignore[misc,override]
+    """`nn.Conv3d` with packed weights of 2, 3, 4, 6 or 8 bits; one scale per output channel."""
+
+    float_type = nn.Conv3d
+
+
+FloatLayer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | QuantizedLayer  # the last one while it is not packed
+QUANTIZED_LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
+    kind.float_type: kind for kind in (PQCADLinear, PQCADConv1d, PQCADConv2d, PQCADConv3d)
+}
+
+
+DERIVED_LAYERS: dict[type[nn.Module], type[QuantizedLayer] | None] = {}  # one class each, as layers are compared by it
+
+
+def quantized_type(float_type: type[nn.Module]) -> type[QuantizedLayer] | None:
+    """Return the quantized class of a float layer's class, or `None` where there is none."""
+    if float_type in QUANTIZED_LAYERS:
+        return QUANTIZED_LAYERS[float_type]
+    if float_type not in DERIVED_LAYERS:
+        DERIVED_LAYERS[float_type] = derived_type(float_type)
+    return DERIVED_LAYERS[float_type]
+
+
+def derived_type(float_type: type[nn.Module]) -> type[QuantizedLayer] | None:
+    """Return a new quantized class for a class that is derived from a layer's, or `None` where there can be none.
+
+    A class derived from a convolution, such as the causal ones of video autoencoders, keeps its own forward, which
+    must leave the weight to the `super().forward` that it calls. Those derived from `nn.Linear` have none: they are
+    routers of experts, layers of other quantizers, or the output of torch's attention, whose forward nobody calls.
+    """
+    base = next((kind for kind in float_type.__mro__ if kind in QUANTIZED_LAYERS), nn.Linear)
+    if base is nn.Linear or issubclass(float_type, QuantizedLayer):
+        return None
+    derived = float_type.__mro__[: float_type.__mro__.index(base)]
+    if not all(leaves_weight_to_base(kind) for kind in derived):
+        return None
+    bases = (DerivedLayer, float_type, QUANTIZED_LAYERS[base])
+    return type(f"PQCAD{float_type.__name__}", bases, {"float_type": float_type, "plain_type": base})
+
+
+def leaves_weight_to_base(kind: type) -> bool:
+    """Return whether what `kind` itself defines of a layer touches the weight by `super().forward` only.
+
+    Not so torch's own classes, of layers that are lazy or parametrized.
+    """
+    if kind.__module__.startswith("torch.") or not {"weight", "_conv_forward", "__call__"}.isdisjoint(vars(kind)):
+        return False
+    forward = vars(kind).get("forward")
+    if forward is None:
+        return True
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return code is not None and "__class__" in code.co_freevars and "weight" not in code.co_names
+
+
+class DerivedLayer(QuantizedLayer):
+    """A quantized layer of a class that is derived from a plain one: it is made without the constructor of that class.
+
+    What that class sets on its layers, beyond what the plain one does, is taken over.
+    """
+
+    plain_type: type[nn.Module]
+    own_attributes: tuple[str, ...] = ()
+
+    @classmethod
+    def blank(cls, layer: Any) -> Self:
+        """Return an unpacked layer like the float `layer`, its parameters on meta."""
+        quantized = cls.__new__(cls)
+        QUANTIZED_LAYERS[cls.plain_type].__init__(quantized, **cls.arguments(layer), device="meta")
+        quantized.own_attributes = tuple(name for name in vars(layer) if name not in vars(quantized))
+        return copy_attributes_(quantized, layer, quantized.own_attributes)
+
+    def blank_float(self) -> nn.Module:
+        """Return a float layer like this one, its parameters on meta."""
+        layer = self.float_type.__new__(self.float_type)
+        self.plain_type.__init__(layer, **self.arguments(self), device="meta")
+        return copy_attributes_(layer, self, self.own_attributes)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is found by that of the float layer: it was made here, and no import has its name.
+        return new_layer, (self.float_type,), self.__getstate__()
+
+
+def copy_attributes_(target: Any, source: Any, names: tuple[str, ...]) -> Any:
+    """Set the attributes `names` of `source` on `target`, and return that."""
+    for name in names:
+        target.__dict__[name] = source.__dict__[name]
+    return target
+
+
+def new_layer(float_type: type[nn.Module]) -> QuantizedLayer:
+    """Return an instance of the quantized class of `float_type`, for pickle to fill."""
+    kind = quantized_type(float_type)
+    assert kind is not None
+    return kind.__new__(kind)
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """Return whether `module` is a float layer with a quantized class, and holds its weight and its bias only.
+
+    With a weight norm, for instance, it holds two parameters that its weight is computed from.
+    """
+    holds = [*module._parameters, *module._buffers, *module._modules]
+    return quantized_type(type(module)) is not None and set(holds) == {"weight", "bias"}
 
 
 def per_sample(values: Tensor, x: Tensor, name: str) -> Tensor:
@@ -495,27 +625,6 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 def packed_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Return the packed layers of `model` by name, in registration order."""
     return {name: layer for name, layer in quantized_layers(model).items() if layer.packed}
-
-
-def average_bits(model: nn.Module) -> tuple[float, float] | None:
-    """Return the average bits over the packed weights, and over all weights of `model` (floats at their own width).
-
-    Scales, zero points and biases are not counted. `None` for a model without packed layers.
-    """
-    layers = packed_layers(model)
-    if not layers:
-        return None
-    packed = sum(layer.weight_shape.numel() for layer in layers.values())
-    packed_bits = sum(layer.weight_shape.numel() * layer.spec.bits for layer in layers.values())
-    floats = [
-        parameter
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and name == "weight" and parameter.dim() > 1
-    ]
-    num_floats = sum(parameter.numel() for parameter in floats)
-    float_bits = sum(parameter.numel() * parameter.element_size() * 8 for parameter in floats)
-    return packed_bits / packed, (packed_bits + float_bits) / (packed + num_floats)
 
 
 def kernel_cache_bytes(model: nn.Module) -> int:

@@ -21,6 +21,7 @@ from diffusers_pqcad.convert import (
     pack_layers_,
     quantizable_layers,
     swap_,
+    with_model_exemptions,
 )
 from diffusers_pqcad.kernels import weights
 from diffusers_pqcad.layers import SCALE_BUFFERS, FloatLayer, packed_layers, quantized_layers
@@ -44,15 +45,17 @@ def prepare_(
     pre_quantized: bool,
     dtype: torch.dtype,
     keep_in_fp32_modules: Iterable[str] | None = None,
-) -> None:
+) -> PQCADConfig:
     """Swap the layers of the empty `model` that `config` quantizes; those of a saved model get packed placeholders.
 
-    Those of a file of format version 2 or later have a checksum. `dtype` is that of the computed weights, fp32 for
-    layers that have a part of their name in `keep_in_fp32_modules`.
+    Those of a file of format version 2 or later have a checksum. Returns the config to go on with, in which a model's
+    own exemptions are added. `dtype` is that of the computed weights, fp32 for layers that have a part of their name
+    in `keep_in_fp32_modules`.
     """
     if not pre_quantized:
+        config = with_model_exemptions(model, config)
         swap_(model, match_modules(model, config))
-        return
+        return config
     layers = swap_(model, saved_layers(model, config))
     groups = None if config.timestep_boundaries is None else TimestepGroups(config.timestep_boundaries)
     for name, layer in layers.items():
@@ -66,6 +69,7 @@ def prepare_(
         )
         if config.format_version > 1:
             layer.allocate_checksum_()
+    return config
 
 
 def placeholders(model: nn.Module) -> dict[str, Tensor]:
@@ -94,11 +98,13 @@ def refuse_misfit(name: str, dtype: torch.dtype, shape: Iterable[int], expected:
 def saved_layers(model: nn.Module, config: PQCADConfig) -> dict[str, FloatLayer]:
     """Return the layers that a saved `config` says are packed.
 
-    Their names, where it holds them (method "progressive"), and not this version's default exemptions.
+    Their names, and not this version's choice of layers. A config without names is one of method "fixed" from before
+    there were any in it, and packed plain Linear and Conv2d layers only.
     """
     named = config.weight_bits_by_module
     if not named:
-        return match_modules(model, config)
+        layers = match_modules(model, config)
+        return {name: layer for name, layer in layers.items() if type(layer) in (nn.Linear, nn.Conv2d)}
     layers = quantizable_layers(model)
     config.check_patterns(layers)
     excluded = [pattern for pattern in config.modules_to_not_convert if any(matches(name, pattern) for name in named)]

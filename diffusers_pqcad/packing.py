@@ -9,11 +9,16 @@ from math import ceil, gcd
 import torch
 from torch import Tensor
 
-from diffusers_pqcad.qparams import WeightSpec
+from diffusers_pqcad.qparams import WEIGHT_BITS, WeightSpec
 
 
 def block_shape(bits: int) -> tuple[int, int]:
-    """Return how many codes and how many bytes one block of `bits`-bit codes has."""
+    """Return how many codes and how many bytes one block of `bits`-bit codes has.
+
+    Raises ValueError for a width that weights do not have: the blocks of other widths are longer than a word.
+    """
+    if bits not in WEIGHT_BITS:
+        raise ValueError(f"bits: expected one of {WEIGHT_BITS}, got {bits}.")
     common = gcd(bits, 8)
     return 8 // common, bits // common
 
@@ -30,7 +35,10 @@ def word_dtype(num_bytes: int) -> torch.dtype:
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Return `codes` (R, K), integers in [0, 2^bits), as (R, packed_row_bytes) uint8."""
+    """Return `codes` (R, K), integers in [0, 2^bits), as (R, packed_row_bytes) uint8.
+
+    Raises ValueError for another width than `WEIGHT_BITS`, as all functions here do.
+    """
     if bits == 8:
         return codes.to(torch.uint8)
     per_block, num_bytes = block_shape(bits)

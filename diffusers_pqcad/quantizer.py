@@ -78,7 +78,7 @@ class PQCADQuantizer(DiffusersQuantizer):
         if state_dict is not None:
             # from_single_file claims that everything is pre-quantized; the file itself knows.
             self.pre_quantized = any(key.endswith(".qweight") for key in state_dict)
-        prepare_(
+        self.quantization_config = prepare_(
             model,
             self.quantization_config,
             pre_quantized=self.pre_quantized,

@@ -225,7 +225,9 @@ def reconstruct(
 
 def channel_mean(output: Tensor, layer: nn.Module) -> Tensor:
     """Return the mean of a layer's `output` for each output channel, (C_out,)."""
-    return output.mean(dim=(0, 2, 3)) if isinstance(layer, nn.Conv2d) else output.flatten(0, -2).mean(dim=0)
+    if isinstance(layer, nn.Linear):
+        return output.flatten(0, -2).mean(dim=0)
+    return output.mean(dim=[axis for axis in range(output.dim()) if axis != 1])
 
 
 @torch.no_grad()

@@ -8,9 +8,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
-from diffusers_pqcad.config import PQCADConfig, matches
-from diffusers_pqcad.convert import dequantize_, quantizable_layers, unmark_quantized_
-from diffusers_pqcad.layers import FloatLayer
+from diffusers_pqcad.config import PQCADConfig
+from diffusers_pqcad.convert import dequantize_, unmark_quantized_
 from diffusers_pqcad.loading import (
     complete_,
     holds_floats,
@@ -24,7 +23,7 @@ from diffusers_pqcad.loading import (
 
 
 class PQCADTransformersQuantizer(HfQuantizer):
-    """As `PQCADQuantizer`, for a transformers model. Patch embeddings and output layers stay as they are."""
+    """As `PQCADQuantizer`, for a transformers model; see `with_model_exemptions` for what stays as it is."""
 
     requires_calibration = False
     quantization_config: PQCADConfig
@@ -60,22 +59,13 @@ class PQCADTransformersQuantizer(HfQuantizer):
         checkpoint_files: list[str] | None = None,
         **kwargs: Any,
     ) -> nn.Module:
-        config = self.quantization_config
         if self.pre_quantized and checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
             self.holds_floats = holds_floats(tensor_names(checkpoint_files), checkpoint_files[0])
         if self.holds_floats:
             return model
-        if not self.pre_quantized:
-            layers = quantizable_layers(model)
-            exempt = {*self.get_modules_to_not_convert(model), *convolutions(layers)}
-            config.modules_to_not_convert += [
-                pattern
-                for pattern in sorted(exempt - set(config.modules_to_not_convert))
-                if any(matches(name, pattern) for name in layers)
-            ]
-        prepare_(
+        self.quantization_config = prepare_(
             model,
-            config,
+            self.quantization_config,
             pre_quantized=self.pre_quantized,
             dtype=dtype or torch.get_default_dtype(),
             # As transformers does: the list names what overflows in fp16.
@@ -112,11 +102,6 @@ class PQCADTransformersQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         return dequantize_(model)
-
-
-def convolutions(layers: dict[str, FloatLayer]) -> list[str]:
-    """Return the names of the convolutions among `layers`: the first layers of a vision model."""
-    return [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]
 
 
 def tensor_names(files: list[str]) -> list[str]:

@@ -7,8 +7,8 @@ import torch
 
 from diffusers_pqcad import DistillConfig, PQCADConfig, convert_, distill, progressive_quantize
 from diffusers_pqcad.checkpoint import load_checkpoint, save_checkpoint
+from diffusers_pqcad.coverage import average_bits
 from diffusers_pqcad.fake_quant import fake_quant_state, freeze_, load_fake_quant_state_
-from diffusers_pqcad.layers import average_bits
 from diffusers_pqcad.progressive import trajectory_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -17,6 +17,7 @@ import diffusers.models.modeling_utils as modeling
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKLWan,
     AutoModel,
     ControlNetModel,
     DDIMPipeline,
@@ -43,6 +44,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from diffusers_pqcad import PQCADConfig, inspect, kernels, quantize_, requantize_
 from diffusers_pqcad.convert import finish_, mark_quantized_
+from diffusers_pqcad.coverage import coverage
 from diffusers_pqcad.fusion import remove_fused_
 from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear, packed_layers
 from diffusers_pqcad.qparams import ActivationQParams, dynamic_activation_qparams
@@ -1235,6 +1237,56 @@ def test_quantized_controlnet(family: str) -> None:
 
     expected = images(pipeline(build(family)))
     assert 0 < relative_error(images(pipeline(quantized(family, W8))), expected) < 0.1
+
+
+def wan() -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    return AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    ).eval()  # fmt: skip
+
+
+@action("a video autoencoder: quantize_, load, save, requantize_, dequantize", ["AutoencoderKLWan"])
+@torch.no_grad()
+def test_a_video_autoencoder(family: str, tmp_path: Path) -> None:
+    """Its causal convolutions are classes of their own, and keep frames from chunk to chunk."""
+    video = noise(1, 3, 5, 8, 8)
+    model = wan()
+    model.save_pretrained(tmp_path / "float")
+    expected = model(video).sample
+    quantize_(model, W8)
+    output = model(video).sample
+    assert 0 < relative_error(output, expected) < 0.05
+    assert coverage(model).share(coverage(model).packed) > 0.9
+    loaded = AutoencoderKLWan.from_pretrained(tmp_path / "float", quantization_config=W8)
+    assert_same_tensors(loaded, model)
+    requantize_(loaded, W4)
+    assert relative_error(output, loaded(video).sample) > relative_error(output, expected)
+    model.save_pretrained(tmp_path / "quantized")
+    again = AutoModel.from_pretrained(str(tmp_path / "quantized"))
+    assert_same_tensors(again, model)
+    assert torch.equal(again.decode(again.encode(video).latent_dist.mode()).sample, output)
+    for twin in (copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
+        assert torch.equal(twin(video).sample, output)
+    again.dequantize()
+    assert {type(module) for module in again.modules()} == {type(module) for module in wan().modules()}
+
+
+@action("... adapters on its convolutions", ["AutoencoderKLWan"])
+def test_adapters_of_a_video_autoencoder(family: str) -> None:
+    """Of plain convolutions: adapters are built by the class of a layer, and Wan's own takes no `bias`."""
+    from peft import inject_adapter_in_model
+
+    model, video = quantize_(wan(), W8), noise(1, 3, 5, 8, 8)
+    targets = [name for name, layer in packed_layers(model).items() if type(layer) is PQCADConv2d]
+    assert targets
+    before = model(video).sample.detach()
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), model)
+    adapted = model(video).sample
+    assert relative_error(adapted.detach(), before) > 1e-4
+    adapted.sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name and p.requires_grad)
 
 
 def text_model(family: str) -> Any:

@@ -29,6 +29,7 @@ CHANGED = {
     "weight_bits_by_module": {"mid_block.resnets.0.conv1": 3},
     "timestep_boundaries": [250, 500],
     "num_inference_steps": 4,
+    "packed_share": 0.75,
     "format_version": 1,
 }
 
@@ -50,6 +51,7 @@ def test_the_defaults_are_the_documented_ones():
         "weight_bits_by_module": {},
         "timestep_boundaries": None,
         "num_inference_steps": None,
+        "packed_share": None,
         "format_version": FORMAT_VERSION,
         "quant_method": "diffusers_pqcad",
     }
@@ -196,6 +198,10 @@ BAD_VALUES = [
     ({"timestep_boundaries": [10**400]}, "timestep_boundaries: expected a list of increasing numbers, got"),
     ({"timestep_boundaries": [2**60, 2**60 + 1]}, "timestep_boundaries: expected a list of increasing numbers, got"),
     ({"quant_method": "torchao"}, "quant_method: expected one of .*'diffusers_pqcad'.*, got 'torchao'"),
+    ({"packed_share": 1.01}, "packed_share: expected a number from 0 to 1 or None, got 1.01"),
+    ({"packed_share": "all"}, "packed_share: expected a number from 0 to 1 or None, got 'all'"),
+    ({"packed_share": float("nan")}, "packed_share: expected a number from 0 to 1 or None, got nan"),
+    ({"packed_share": True}, "packed_share: expected a number from 0 to 1 or None, got True"),
 ]
 
 

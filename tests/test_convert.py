@@ -15,12 +15,13 @@ from torch import nn
 
 from diffusers_pqcad import PQCADConfig, inspect, kernels, quantize_, requantize_
 from diffusers_pqcad.convert import decide_bits, dequantize_, log_once, match_modules, relative_weight_error
+from diffusers_pqcad.coverage import average_bits
+from diffusers_pqcad.fake_quant import prepare_
 from diffusers_pqcad.kernels import native, onednn, x86
 from diffusers_pqcad.layers import (
     PQCADConv2d,
     PQCADLinear,
     QuantizedLayer,
-    average_bits,
     kernel_cache_bytes,
     packed_layers,
 )
@@ -298,10 +299,10 @@ REFUSALS = {
         None,
         r"weight_bits_by_module lacks \d+ layers, such as",
     ),
-    "parametrized weights": (
+    "fake-quantized weights": (
         PQCADConfig(),
-        lambda model: nn.utils.parametrizations.weight_norm(model.conv_in),
-        "parametrized weights; if progressive_quantize left them, call convert_",
+        lambda model: prepare_(model, PQCADConfig(), decide_bits(match_modules(model, PQCADConfig()), PQCADConfig())),
+        "has the fake-quantized weights of progressive_quantize. Call convert_",
     ),
 }
 
@@ -430,7 +431,7 @@ def test_quantizing_twice_is_refused(tiny_unet):
 @pytest.mark.parametrize(
     ("model", "config"),
     [
-        (nn.Sequential(nn.GroupNorm(1, 4), nn.Conv1d(4, 4, 3)), PQCADConfig()),
+        (nn.Sequential(nn.GroupNorm(1, 4), nn.ConvTranspose1d(4, 4, 3)), PQCADConfig()),
         (nn.Sequential(nn.Linear(4, 4)), PQCADConfig(modules_to_not_convert=["*"])),
         (nn.Sequential(nn.Linear(4, 4)), PQCADConfig(method="fixed", modules_to_not_convert=["0"])),
     ],
@@ -438,7 +439,7 @@ def test_quantizing_twice_is_refused(tiny_unet):
 )
 def test_nothing_to_quantize_is_a_warning(model, config):
     before = snapshot(model)
-    with pytest.warns(UserWarning, match="Sequential has nothing to quantize: . Linear and Conv2d layers"):
+    with pytest.warns(UserWarning, match="Sequential has nothing to quantize: . Linear and convolution layers"):
         quantize_(model, config)
     assert_unchanged(model, before)
 
@@ -504,7 +505,12 @@ def test_a_model_quantized_in_memory_says_so(tiny_unet):
     quantize_(tiny_unet, PQCADConfig(method="fixed"))
     assert tiny_unet.is_quantized
     assert tiny_unet.quantization_method.value == "diffusers_pqcad"
-    assert tiny_unet.config["quantization_config"] == PQCADConfig(method="fixed")
+    config = tiny_unet.config["quantization_config"]
+    layers = packed_layers(tiny_unet)
+    assert config.weight_bits_by_module == dict.fromkeys(layers, 4)
+    assert 0.9 < config.packed_share < 1
+    config.weight_bits_by_module, config.packed_share = {}, None
+    assert config == PQCADConfig(method="fixed")
     for refused in (tiny_unet.half, tiny_unet.float, lambda: tiny_unet.to(torch.float16)):
         with pytest.raises(ValueError, match="quantized"):
             refused()

@@ -14,7 +14,7 @@ from families import build, call
 from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, graph_ops, kernels, quantize_
-from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear, QuantizedLayer, packed_layers
+from diffusers_pqcad.layers import PQCADConv1d, PQCADConv2d, PQCADConv3d, PQCADLinear, QuantizedLayer, packed_layers
 from diffusers_pqcad.qparams import ActivationQParams, WeightSpec
 from diffusers_pqcad.timesteps import TimestepGroups, install_timestep_groups
 
@@ -51,11 +51,11 @@ def check(layer: QuantizedLayer, x: Tensor) -> None:
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected)
     args = (x, torch.zeros((), dtype=torch.int64), layer.handle)
-    if isinstance(layer, nn.Conv2d):
+    if not isinstance(layer, nn.Linear):
         padding = layer._reversed_padding_repeated_twice
-        sums = [padding[2] + padding[3], padding[0] + padding[1]]
+        sums = [padding[start] + padding[start + 1] for start in reversed(range(0, len(padding), 2))]
         geometry = (layer.out_channels, list(layer.kernel_size), sums, list(layer.dilation), list(layer.stride))
-        torch.library.opcheck(torch.ops.pqcad.packed_conv2d.default, (*args, *geometry))
+        torch.library.opcheck(torch.ops.pqcad.packed_conv.default, (*args, *geometry))
     else:
         torch.library.opcheck(torch.ops.pqcad.packed_linear.default, (*args, layer.out_features))
 
@@ -63,6 +63,22 @@ def check(layer: QuantizedLayer, x: Tensor) -> None:
 @pytest.mark.parametrize("shape", [(6,), (2, 6), (2, 3, 6)], ids=str)
 def test_linear(shape: tuple[int, ...]) -> None:
     check(linear(), torch.randn(shape))
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: PQCADConv1d(3, 5, 3, stride=2, padding=1),
+        lambda: PQCADConv1d(3, 6, 4, padding="same", groups=3),
+        lambda: PQCADConv3d(3, 5, (1, 3, 2), stride=(1, 2, 1), padding=(0, 1, 2), dilation=(1, 1, 2)),
+        lambda: PQCADConv3d(3, 5, 3, padding=1, padding_mode="replicate"),
+    ],
+)
+def test_convolutions_of_one_and_three_dimensions(layer: Any, batched: bool) -> None:
+    packed = pack(layer())
+    size = (9, 8, 7)[: len(packed.kernel_size)]
+    check(packed, torch.randn(2, 3, *size) if batched else torch.randn(3, *size))
 
 
 @pytest.mark.parametrize("name", CONVS)

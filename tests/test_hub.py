@@ -104,6 +104,15 @@ def test_a_distance_that_was_not_measured_leaves_no_column(metrics: dict[str, An
     assert "None" not in card_of(metrics)
 
 
+def test_the_notes_say_what_share_of_the_weights_is_packed(metrics: dict[str, Any]) -> None:
+    assert "scales not counted. Size" in table_notes(metrics)  # of a run from before it was measured
+    metrics["rows"][0]["packed_share"] = 0.0
+    for entry in metrics["rows"][1:]:
+        entry["packed_share"] = 0.9371
+    assert "scales not counted; they are 94 % of all weights. Size" in table_notes(metrics)
+    assert "they are 94 % of all weights" in card_of(metrics)
+
+
 def test_the_notes_name_the_rows_of_other_circumstances(metrics: dict[str, Any]) -> None:
     assert "But with" not in table_notes(metrics)
     for entry in metrics["rows"][1:]:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, kernels
 from diffusers_pqcad.convert import dequantize_, quantize_
+from diffusers_pqcad.coverage import average_bits
 from diffusers_pqcad.layers import (
+    PQCADConv1d,
     PQCADConv2d,
+    PQCADConv3d,
     PQCADLinear,
     QuantizedLayer,
-    average_bits,
     kernel_cache_bytes,
     packed_layers,
     per_sample,
@@ -41,11 +43,21 @@ FLOAT_LAYERS = {
         (2, 6, 5, 5),
     ),
     "conv_circular": (lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), (2, 4, 5, 5)),
+    "conv1d": (lambda: nn.Conv1d(6, 5, 3, stride=2, padding=1), (2, 6, 9)),
+    "conv1d_groups": (lambda: nn.Conv1d(6, 4, 3, padding="same", dilation=2, groups=2, bias=False), (6, 7)),
+    "conv1d_reflect": (lambda: nn.Conv1d(4, 4, 3, padding=1, padding_mode="reflect"), (2, 4, 5)),
+    "conv3d": (lambda: nn.Conv3d(6, 5, 3, stride=(1, 2, 2), padding=1), (2, 6, 3, 7, 7)),
+    "conv3d_groups": (
+        lambda: nn.Conv3d(6, 4, (3, 1, 2), padding="valid", dilation=(1, 2, 1), groups=2, bias=False),
+        (6, 3, 5, 5),
+    ),
+    "conv3d_replicate": (lambda: nn.Conv3d(4, 4, 3, padding=1, padding_mode="replicate"), (2, 4, 3, 5, 5)),
 }
 
 
 def quantized_type(layer: nn.Module) -> type[QuantizedLayer]:
-    return PQCADLinear if isinstance(layer, nn.Linear) else PQCADConv2d
+    kinds = {nn.Linear: PQCADLinear, nn.Conv1d: PQCADConv1d, nn.Conv2d: PQCADConv2d, nn.Conv3d: PQCADConv3d}
+    return kinds[type(layer)]
 
 
 def packed(case: str, bits: int, *, activation_bits: int | None = 8, group_size: int | None = None) -> QuantizedLayer:
@@ -90,6 +102,22 @@ def test_a_packed_layer_computes_with_the_rounded_weight(case: str, bits: int) -
     with torch.no_grad():
         layer.weight.copy_(rounded)
     assert torch.equal(quantized(x), layer(x))
+
+
+@pytest.mark.parametrize("case", [name for name in FLOAT_LAYERS if name.startswith(("conv1d", "conv3d"))])
+def test_int8_kernels_refuse_convolutions_of_one_and_three_dimensions(case: str) -> None:
+    layer, x = packed(case, 4), input_of(case)
+    assert layer.kernel_name() == "reference"
+    for name in ("x86", "onednn"):
+        with (
+            torch.no_grad(),
+            kernels.use(name),
+            pytest.raises(ValueError, match=f"{name!r} was forced, but it is a conv"),
+        ):
+            layer(x)
+    qparams = layer.input_qparams(x)
+    rounded = torch.fake_quantize_per_tensor_affine(x, qparams.scale, qparams.zero_point, 0, 255)
+    torch.testing.assert_close(layer(x), layer.to_float()(rounded))
 
 
 @pytest.mark.parametrize("bits", WEIGHT_BITS)

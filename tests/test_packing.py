@@ -37,6 +37,20 @@ def test_three_bits_by_hand() -> None:
     assert pack_codes(codes, 3).tolist() == [[0b11010001, 0b01011000, 0b00011111]]
 
 
+@pytest.mark.parametrize("bits", sorted({*range(-1, 17)} - {*WEIGHT_BITS}))
+def test_another_width_is_refused(bits: int) -> None:
+    """Of 5 or 7 bits, a block would be longer than a word, and lose its end."""
+    codes = torch.zeros(2, 40, dtype=torch.int64)
+    for call in (
+        lambda: pack_codes(codes, bits),
+        lambda: unpack_codes(codes.to(torch.uint8), bits, 8),
+        lambda: packed_row_bytes(8, bits),
+        lambda: WeightSpec(bits),
+    ):
+        with pytest.raises(ValueError, match=f"bits: expected one of .* got {bits}"):
+            call()
+
+
 def test_blocks_and_bytes() -> None:
     assert {bits: block_shape(bits) for bits in WEIGHT_BITS} == {2: (4, 1), 3: (8, 3), 4: (2, 1), 6: (4, 3), 8: (1, 1)}
     assert {bits: packed_row_bytes(9, bits) for bits in WEIGHT_BITS} == BYTES_OF_NINE

@@ -31,7 +31,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_pqcad import PQCADConfig, PQCADQuantizer, kernels, quantize_, requantize_
 from diffusers_pqcad.convert import finish_, mark_quantized_
-from diffusers_pqcad.layers import PQCADConv2d, QuantizedLayer, average_bits, packed_layers
+from diffusers_pqcad.coverage import average_bits
+from diffusers_pqcad.layers import PQCADConv2d, QuantizedLayer, packed_layers
 from diffusers_pqcad.loading import check_loaded
 from diffusers_pqcad.qparams import ActivationQParams
 from diffusers_pqcad.timesteps import install_timestep_groups

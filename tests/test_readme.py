@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_pqcad.layers import average_bits
+from diffusers_pqcad.coverage import average_bits
 from diffusers_pqcad.reconstruction import ReconstructionConfig
 
 ROOT = Path(__file__).parents[1]

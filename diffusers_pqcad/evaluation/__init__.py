@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from diffusers_pqcad.coverage import average_bits, coverage
 from diffusers_pqcad.evaluation.features import FeatureExtractor, extract_features, load_extractor
 from diffusers_pqcad.evaluation.metrics import (
     bootstrap_interval,
@@ -33,7 +34,7 @@ from diffusers_pqcad.evaluation.speed import (
     tensor_bytes,
 )
 from diffusers_pqcad.fake_quant import fake_quant_layers
-from diffusers_pqcad.layers import average_bits, kernel_cache_bytes
+from diffusers_pqcad.layers import kernel_cache_bytes
 from diffusers_pqcad.sampling import denoise, generate, initial_noise, sample_shape, timestep_grid
 
 __all__ = ["EvaluationReport", "evaluate", "generate_samples", "load_extractor", "to_uint8"]
@@ -74,6 +75,7 @@ class EvaluationReport:
     tensor_bytes: int  # of the denoiser, in memory
     average_bits: float  # over the quantized weights, 32 for a float32 model
     average_bits_all: float  # over all weights
+    packed_share: float  # of all weights
     kernel_cache_bytes: int  # int8 copies that kernels held in memory beside the packed weights
     latency_ms: Latency
     reference_latency_ms: Latency
@@ -202,6 +204,7 @@ def evaluate(
             ).tolist()
         )
     average_bits, average_bits_all = _average_bits(pipeline.unet)
+    covered = coverage(pipeline.unet)
     latency, reference_latency = _latencies(
         (pipeline, num_inference_steps), (reference, reference_steps), seed, latency_batch_size, num_latency_rounds
     )
@@ -222,6 +225,7 @@ def evaluate(
         tensor_bytes=tensor_bytes(pipeline.unet),
         average_bits=average_bits,
         average_bits_all=average_bits_all,
+        packed_share=covered.share(covered.packed),
         kernel_cache_bytes=kernel_cache_bytes(pipeline.unet),
         latency_ms=latency,
         reference_latency_ms=reference_latency,

@@ -18,6 +18,7 @@ OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
 # Without VNNI two neighbouring products are added in 16 bits, which hold 2 * 255 * 31 and 2 * 127 * 127 at most.
 MAX_WEIGHT_BITS_WITHOUT_VNNI = {8: 6, 7: 8}  # by activation bits
 NO_OPERATORS = "this PyTorch has no oneDNN int8 operators"
+NOT_TWO_DIMENSIONS = "it is a convolution in one or three dimensions, and int8 kernels are for two"
 NO_VNNI = (
     "this CPU has no VNNI, where products of 8 bits saturate silently; a C compiler (Linux, AVX2) or "
     "activation_bits=7 avoids it"
@@ -78,6 +79,8 @@ def refusal(layer: "QuantizedLayer") -> str | None:
         return f"its weights are on {layer.qweight.device.type}, and the int8 operators are for CPUs"
     if layer.activation_bits is None:
         return "its activations stay in floating point"
+    if isinstance(layer, (nn.Conv1d, nn.Conv3d)):
+        return NOT_TWO_DIMENSIONS
     if not available():
         return NO_OPERATORS
     if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):

@@ -39,9 +39,21 @@ typedef struct {
     int32_t bits, level_max, level_step;
 } Grid;
 
-/* All grids, and codes and bytes of their blocks, for a `switch` with a CASE of these: constant grids are vectorized. */
+/* All grids, and codes and bytes of their blocks, for a `switch` with a CASE of these: constant grids are vectorized.
+   What has such a switch returns a negative number where `bits` is none of them, and has written nothing. */
 #define GRIDS                                                                                                              \
     CASE(2, 3, 2, 4, 1) CASE(3, 3, 1, 8, 3) CASE(4, 7, 1, 2, 1) CASE(6, 31, 1, 4, 3) CASE(8, 127, 1, 1, 1)
+
+INLINE int has_grid(int bits)
+{
+    switch (bits) {
+#define CASE(BITS, LEVEL_MAX, LEVEL_STEP, CODES, BYTES)                                                                    \
+    case BITS: return 1;
+        GRIDS
+#undef CASE
+    default: return 0;
+    }
+}
 
 INLINE float to_level(float weight, float scale, float level_max, int is_odd)
 {
@@ -109,9 +121,10 @@ INLINE void round_row(const float *weight, float *scale, int64_t groups, int64_t
 /* Round `rows` x `groups` x `length` weights at `scale` (rows, groups), which is written with `finds_scale`, to `packed`,
    the bits of `row_codes` codes a row, whole blocks. `room` has as many bytes for each of `threads`. `errors` (rows, 2) are
    sums of squared errors and of squared weights. */
-void quantize_rows(const float *weight, float *scale, int64_t rows, int64_t groups, int64_t length, int finds_scale,
-                   int bits, int64_t row_codes, int threads, uint8_t *room, uint8_t *packed, double *errors)
+int quantize_rows(const float *weight, float *scale, int64_t rows, int64_t groups, int64_t length, int finds_scale,
+                  int bits, int64_t row_codes, int threads, uint8_t *room, uint8_t *packed, double *errors)
 {
+    if (!has_grid(bits)) return -1;
     memset(room, 0, threads * row_codes); /* beyond a row, too */
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < rows; row++) {
@@ -130,6 +143,7 @@ void quantize_rows(const float *weight, float *scale, int64_t rows, int64_t grou
 #undef CASE
         }
     }
+    return 0;
 }
 
 /* Levels of `length` codes in packed blocks. */
@@ -148,8 +162,9 @@ INLINE void unpack(const uint8_t *packed, int64_t length, Grid grid, int block_c
 }
 
 /* Write the levels (rows, length) of `packed`, whole blocks for each row. */
-void unpack_rows(const uint8_t *packed, int64_t rows, int64_t length, int bits, int8_t *levels)
+int unpack_rows(const uint8_t *packed, int64_t rows, int64_t length, int bits, int8_t *levels)
 {
+    if (!has_grid(bits)) return -1;
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
         int8_t *target = levels + row * length;
@@ -163,6 +178,7 @@ void unpack_rows(const uint8_t *packed, int64_t rows, int64_t length, int bits, 
 #undef CASE
         }
     }
+    return 0;
 }
 
 INLINE int highest(const uint8_t *packed, int64_t count, int bits, int block_codes, int block_bytes)
@@ -183,10 +199,10 @@ INLINE int highest(const uint8_t *packed, int64_t count, int bits, int block_cod
 int highest_code(const uint8_t *packed, int64_t count, int bits)
 {
     switch (bits) {
-    case 2: return highest(packed, count, 2, 4, 1);
-    case 3: return highest(packed, count, 3, 8, 3);
-    case 4: return highest(packed, count, 4, 2, 1);
-    case 6: return highest(packed, count, 6, 4, 3);
-    default: return highest(packed, count, 8, 1, 1);
+#define CASE(BITS, LEVEL_MAX, LEVEL_STEP, CODES, BYTES)                                                                    \
+    case BITS: return highest(packed, count, BITS, CODES, BYTES);
+        GRIDS
+#undef CASE
+    default: return -1;
     }
 }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diffusers_pqcad.kernels import native, scratch
 from diffusers_pqcad.packing import block_shape, pack_levels, packed_row_bytes, unpack_codes, unpack_levels
 from diffusers_pqcad.qparams import (
+    WEIGHT_BITS,
     WeightSpec,
     as_groups,
     min_max_weight_scale,
@@ -39,8 +40,15 @@ def library() -> ctypes.CDLL | str:
     loaded.largest_magnitudes.argtypes = [address, long, long, address]
     loaded.highest_code.argtypes = [address, long, integer]
     loaded.unpack_rows.argtypes = [address, long, long, integer, address]
-    loaded.quantize_rows.restype = loaded.largest_magnitudes.restype = loaded.unpack_rows.restype = None
+    loaded.largest_magnitudes.restype = None
     return loaded
+
+
+def refuse_width(result: int, bits: int) -> int:
+    """Return what a C function returned; raises ValueError where that says that it knows no grid of `bits`."""
+    if result < 0:
+        raise ValueError(f"bits: expected one of {WEIGHT_BITS}, got {bits}.")
+    return result
 
 
 def compiled_for(weight: Tensor) -> ctypes.CDLL | None:
@@ -116,10 +124,11 @@ def quantize_rows(
     row_codes, threads = -(-length // block_codes) * block_codes, loaded.max_threads()
     room = scratch.room(threads * row_codes)
     errors = torch.empty(rows, 2, dtype=torch.float64, device="cpu")
-    loaded.quantize_rows(
+    result = loaded.quantize_rows(
         weight.data_ptr(), scale.data_ptr(), rows, groups, length // groups, finds_scale, spec.bits, row_codes,
         threads, room.data_ptr(), packed.data_ptr(), errors.data_ptr(),
     )  # fmt: skip
+    refuse_width(result, spec.bits)
     return errors.sum(0).float()
 
 
@@ -140,7 +149,8 @@ def unpack(packed: Tensor, spec: WeightSpec, shape: torch.Size) -> Tensor:
         )
     packed = packed.contiguous()
     levels = torch.empty(shape, dtype=torch.int8, device="cpu")
-    loaded.unpack_rows(packed.data_ptr(), shape[0], length, spec.bits, levels.data_ptr())
+    result = loaded.unpack_rows(packed.data_ptr(), shape[0], length, spec.bits, levels.data_ptr())
+    refuse_width(result, spec.bits)
     return levels
 
 
@@ -152,4 +162,4 @@ def highest_code(packed: Tensor, bits: int) -> int:
         length = packed.shape[1] // num_bytes * codes
         return max(int(unpack_codes(packed[rows], bits, length).amax()) for rows in row_chunks(packed))
     packed = packed.contiguous()
-    return loaded.highest_code(packed.data_ptr(), packed.numel(), bits)
+    return refuse_width(loaded.highest_code(packed.data_ptr(), packed.numel(), bits), bits)

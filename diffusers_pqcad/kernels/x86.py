@@ -224,6 +224,8 @@ def refusal(layer: "QuantizedLayer") -> str | None:
         return f"its weights are on {layer.qweight.device.type}, and this kernel is for CPUs"
     if layer.activation_bits is None:
         return "its activations stay in floating point"
+    if isinstance(layer, (nn.Conv1d, nn.Conv3d)):
+        return onednn.NOT_TWO_DIMENSIONS
     if isinstance(layer, nn.Conv2d):
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return f"padding {layer.padding!r} in mode {layer.padding_mode!r} is not supported"

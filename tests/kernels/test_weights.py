@@ -66,6 +66,37 @@ def test_levels_are_those_of_pytorch(seed: int, bits: int, shape: list[int]) -> 
     assert torch.equal(levels, unpack_levels(packed, spec, size))
 
 
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
+@pytest.mark.parametrize("bits", sorted({*range(1, 17)} - {*WEIGHT_BITS}))
+def test_another_width_is_refused(bits: int, compiled: bool, monkeypatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(weights, "library", lambda: "no C compiler was found")
+    spec = WeightSpec(4)
+    object.__setattr__(spec, "bits", bits)  # which refuses it itself, when it is made
+    packed = torch.zeros(2, 40, dtype=torch.uint8)
+    for call in (
+        lambda: weights.quantize(torch.randn(2, 40), spec),
+        lambda: weights.unpack(packed, spec, torch.Size((2, 40))),
+        lambda: weights.highest_code(packed, bits),
+    ):
+        with pytest.raises(ValueError, match=f"bits: expected one of .* got {bits}"):
+            call()
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", sorted({*range(-1, 17)} - {*WEIGHT_BITS}))
+def test_the_compiled_code_reports_another_width_and_writes_nothing(bits: int) -> None:
+    loaded = weights.library()
+    weight, scale, errors = torch.randn(2, 40), torch.ones(2, 1), torch.full((2, 2), 7.0, dtype=torch.float64)
+    packed, levels, room = (torch.full((2, 80), 7, dtype=torch.uint8) for _ in range(3))
+    assert loaded.unpack_rows(packed.data_ptr(), 2, 40, bits, levels.data_ptr()) < 0
+    assert loaded.highest_code(packed.data_ptr(), 80, bits) < 0
+    addresses = (room.data_ptr(), packed.data_ptr(), errors.data_ptr())
+    assert loaded.quantize_rows(weight.data_ptr(), scale.data_ptr(), 2, 1, 40, 1, bits, 40, 1, *addresses) < 0
+    assert all(bool((tensor == 7).all()) for tensor in (packed, levels, room, errors))
+    assert bool((scale == 1).all())
+
+
 @needs_compiler
 @pytest.mark.parametrize("size", [(2, 9), (3, 7), (2, 17)])
 def test_rows_of_another_length_are_not_unpacked(size: tuple[int, int]) -> None:
