@@ -68,13 +68,13 @@ def group_of(layer: "QuantizedLayer") -> Tensor:
     return group if isinstance(group, Tensor) else torch.zeros((), dtype=torch.int64)
 
 
-def module_of(handle: Tensor, group: Tensor) -> Any:
-    """Return the layer or block named by `handle`, at the activation ranges of `group` () or (B,) int64."""
+def compute(handle: Tensor, group: Tensor, *inputs: Tensor | None) -> Tensor:
+    """Return what the layer or block named by `handle` computes of `inputs` in the `group`, () or (B,) int64."""
     module = MODULES[int(handle)]
     layer: Any = module if isinstance(module, (nn.Linear, nn.Conv2d)) else module.first_layer(module)
-    if layer.timestep_groups is not None:
-        layer.timestep_groups.select(group)
-    return module
+    if layer.timestep_groups is None:
+        return module.compute(*inputs)
+    return layer.timestep_groups.run(group, module.compute, *inputs)
 
 
 def operator(function: Callable[..., Tensor]) -> Any:
@@ -103,7 +103,7 @@ def operator(function: Callable[..., Tensor]) -> Any:
 @operator
 def packed_linear(x: Tensor, group: Tensor, handle: Tensor, out_features: int) -> Tensor:
     """Return the output (..., out_features) of a `PQCADLinear`."""
-    return module_of(handle, group).compute(x).contiguous()  # hooks were traced before
+    return compute(handle, group, x).contiguous()  # hooks were traced before
 
 
 @torch.library.register_fake("pqcad::packed_linear")
@@ -123,7 +123,7 @@ def packed_conv2d(
     stride: list[int],
 ) -> Tensor:
     """Return the output of a `PQCADConv2d`, channels_last; `padding` is the sum of both sides, (height, width)."""
-    output = module_of(handle, group).compute(x)  # hooks were traced before
+    output = compute(handle, group, x)  # hooks were traced before
     return output.contiguous(memory_format=torch.channels_last if output.dim() == 4 else torch.contiguous_format)
 
 
@@ -150,7 +150,7 @@ def _(
 @operator
 def residual_block(x: Tensor, temb: Tensor | None, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
     """Return the output (B, out_channels, H, W) of a `FusedResnetBlock2D`, channels_last."""
-    return module_of(handle, group).compute(x, temb).contiguous(memory_format=torch.channels_last)
+    return compute(handle, group, x, temb).contiguous(memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("pqcad::residual_block")
@@ -162,7 +162,7 @@ def _(x: Tensor, temb: Tensor | None, group: Tensor, handle: Tensor, out_channel
 @operator
 def attention_block(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
     """Return the output of a `FusedAttention`: (B, L, out_channels), or as large as `x` (B, C, H, W)."""
-    output = module_of(handle, group).compute(x, context)
+    output = compute(handle, group, x, context)
     return output.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
 
 
@@ -176,7 +176,7 @@ def _(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor, out_chan
 @operator
 def feed_forward(x: Tensor, group: Tensor, handle: Tensor, out_features: int) -> Tensor:
     """Return the output (..., out_features) of a `FusedFeedForward`."""
-    return module_of(handle, group).compute(x).contiguous()
+    return compute(handle, group, x).contiguous()
 
 
 @torch.library.register_fake("pqcad::feed_forward")
@@ -187,7 +187,7 @@ def _(x: Tensor, group: Tensor, handle: Tensor, out_features: int) -> Tensor:
 @operator
 def transformer(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor) -> Tensor:
     """Return the output of a `FusedTransformer2DModel`, as large as `x` (B, C, H, W), channels_last."""
-    return module_of(handle, group).compute(x, context).contiguous(memory_format=torch.channels_last)
+    return compute(handle, group, x, context).contiguous(memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("pqcad::transformer")
