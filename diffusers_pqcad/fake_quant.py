@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from diffusers_pqcad.config import FORMAT_VERSION, PQCADConfig
 from diffusers_pqcad.convert import finish_, mark_quantized_, match_modules, swap_
-from diffusers_pqcad.layers import FloatLayer, per_sample
+from diffusers_pqcad.layers import FloatLayer, qparams_of_group
 from diffusers_pqcad.qparams import (
     ActivationQParams,
     WeightSpec,
@@ -69,12 +69,8 @@ class InputFakeQuantize(nn.Module):
             return x
         if self.scale is None or self.zero_point is None or self.groups is None:
             return fake_quantize_activation(x, dynamic_activation_qparams(x, self.bits), self.bits)
-        group = self.groups.current
-        if group is None:
-            raise ValueError(f"{self.name}: no timestep was seen. Call the whole model, which records it.")
-        qparams = ActivationQParams(self.scale[group], self.zero_point[group])
-        if isinstance(group, Tensor):
-            qparams = ActivationQParams(*(per_sample(values, x, self.name) for values in qparams))
+        group = self.groups.of_call(self.name)
+        qparams = qparams_of_group(ActivationQParams(self.scale, self.zero_point), group, x, self.name)
         return fake_quantize_activation(x, qparams, self.bits)
 
 

@@ -71,13 +71,13 @@ def group_of(layer: "QuantizedLayer") -> Tensor:
     return group if isinstance(group, Tensor) else torch.zeros((), dtype=torch.int64)
 
 
-def module_of(handle: Tensor, group: Tensor) -> Any:
-    """Return the layer or block named by `handle`, at the activation ranges of `group` () or (B,) int64."""
+def compute(handle: Tensor, group: Tensor, *inputs: Tensor | None) -> Tensor:
+    """Return what the layer or block named by `handle` computes of `inputs` in the `group`, () or (B,) int64."""
     module = MODULES[int(handle)]
     layer: Any = module if isinstance(module, LAYERS) else module.first_layer(module)
-    if layer.timestep_groups is not None:
-        layer.timestep_groups.select(group)
-    return module
+    if layer.timestep_groups is None:
+        return module.compute(*inputs)
+    return layer.timestep_groups.run(group, module.compute, *inputs)
 
 
 def operator(function: Callable[..., Tensor]) -> Any:
@@ -106,7 +106,7 @@ def operator(function: Callable[..., Tensor]) -> Any:
 @operator
 def packed_linear(x: Tensor, group: Tensor, handle: Tensor, out_features: int) -> Tensor:
     """Return the output (..., out_features) of a `PQCADLinear`."""
-    return module_of(handle, group).compute(x).contiguous()  # hooks were traced before
+    return compute(handle, group, x).contiguous()  # hooks were traced before
 
 
 @torch.library.register_fake("pqcad::packed_linear")
@@ -129,7 +129,7 @@ def packed_conv(
 
     The lists have a number for each of its dimensions; `padding` is the sum of both sides.
     """
-    output = module_of(handle, group).compute(x)  # hooks were traced before
+    output = compute(handle, group, x)  # hooks were traced before
     return output.contiguous(memory_format=conv_memory_format(x, kernel_size))
 
 
@@ -163,7 +163,7 @@ def _(
 @operator
 def residual_block(x: Tensor, temb: Tensor | None, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
     """Return the output (B, out_channels, H, W) of a `FusedResnetBlock2D`, channels_last."""
-    return module_of(handle, group).compute(x, temb).contiguous(memory_format=torch.channels_last)
+    return compute(handle, group, x, temb).contiguous(memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("pqcad::residual_block")
@@ -175,7 +175,7 @@ def _(x: Tensor, temb: Tensor | None, group: Tensor, handle: Tensor, out_channel
 @operator
 def attention_block(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
     """Return the output of a `FusedAttention`: (B, L, out_channels), or as large as `x` (B, C, H, W)."""
-    output = module_of(handle, group).compute(x, context)
+    output = compute(handle, group, x, context)
     return output.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
 
 
@@ -189,7 +189,7 @@ def _(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor, out_chan
 @operator
 def feed_forward(x: Tensor, group: Tensor, handle: Tensor, out_features: int) -> Tensor:
     """Return the output (..., out_features) of a `FusedFeedForward`."""
-    return module_of(handle, group).compute(x).contiguous()
+    return compute(handle, group, x).contiguous()
 
 
 @torch.library.register_fake("pqcad::feed_forward")
@@ -200,7 +200,7 @@ def _(x: Tensor, group: Tensor, handle: Tensor, out_features: int) -> Tensor:
 @operator
 def transformer(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor) -> Tensor:
     """Return the output of a `FusedTransformer2DModel`, as large as `x` (B, C, H, W), channels_last."""
-    return module_of(handle, group).compute(x, context).contiguous(memory_format=torch.channels_last)
+    return compute(handle, group, x, context).contiguous(memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("pqcad::transformer")

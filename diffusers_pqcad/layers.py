@@ -195,24 +195,13 @@ class QuantizedLayer(nn.Module):
     def input_group(self) -> int | Tensor | None:
         """Return this call's static range: an int, (B,) int64 where there are several, `None` for dynamic ranges.
 
-        While `torch.compile` traces, an int64 tensor also for a single range.
+        While a graph is made of the call, an int64 tensor also for a single range.
         """
         if self.activation_bits is None:
             return None
         if self.timestep_groups is None:  # asked first: a graph is guarded by all tensors that were looked at
             return None if self.input_scale is None else 0
-        # In a graph a number would be a constant, and each group of timesteps would be compiled anew.
-        groups = self.timestep_groups
-        group = groups.index if torch.compiler.is_compiling() else groups.current
-        if group is None and groups.index is not None:  # a compiled hook, and this layer outside of the graph
-            groups.select(groups.index)
-            group = groups.current
-        if group is None:
-            raise ValueError(
-                f"{self.name}: its activation ranges depend on the timestep, but no timestep was seen. Call the whole "
-                "model (which records it), not the layer alone."
-            )
-        return group
+        return self.timestep_groups.of_call(self.name)
 
     def input_qparams(self, x: Tensor) -> ActivationQParams | None:
         """Return the qparams for this call: 0-dim, or (B, 1, ...) for a batch of several timestep groups."""
@@ -221,10 +210,7 @@ class QuantizedLayer(nn.Module):
         group = self.input_group()
         if group is None or self.input_scale is None or self.input_zero_point is None:
             return dynamic_activation_qparams(x, self.activation_bits)
-        qparams = ActivationQParams(self.input_scale[group], self.input_zero_point[group])
-        if isinstance(group, int) or group.dim() == 0:
-            return qparams
-        return ActivationQParams(*(per_sample(values, x, self.name) for values in qparams))
+        return qparams_of_group(ActivationQParams(self.input_scale, self.input_zero_point), group, x, self.name)
 
     def refusal(self, kernel: str) -> str | None:
         """Return why `kernel` cannot run this layer here, or `None`."""
@@ -595,6 +581,17 @@ def is_quantizable(module: nn.Module) -> bool:
     """
     holds = [*module._parameters, *module._buffers, *module._modules]
     return quantized_type(type(module)) is not None and set(holds) == {"weight", "bias"}
+
+
+def qparams_of_group(qparams: ActivationQParams, group: int | Tensor, x: Tensor, name: str) -> ActivationQParams:
+    """Return those of `qparams` (G,) that belong to `group`: 0-dim, or of a (B,) `group`, to broadcast against `x`."""
+    if isinstance(group, int):
+        return ActivationQParams(*(values[group] for values in qparams))
+    # Not `values[group]`: a graph would look at the number in a 0-dim tensor.
+    chosen = [values.index_select(0, group.flatten().to(values.device)) for values in qparams]
+    return ActivationQParams(
+        *(per_sample(values, x, name) if group.dim() else values.reshape(()) for values in chosen)
+    )
 
 
 def per_sample(values: Tensor, x: Tensor, name: str) -> Tensor:

@@ -1,7 +1,9 @@
 """Timestep groups: which static activation range a model call uses, decided by the timestep's value."""
 
 import inspect
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from functools import cache, partial, wraps
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any
@@ -36,20 +38,53 @@ class TimestepGroups:
     """Half-open intervals of the timestep value that cover every t, and the group of the call in progress.
 
     `boundaries` [b1, ..., bk], increasing, make k + 1 groups: t < b1, b1 <= t < b2, ..., t >= bk. So a model
-    calibrated at some steps serves any number of steps. Registered as a forward-pre-hook of the model, it reads the
-    `timestep` argument of each call (never a call counter, which a retry or another step count would desynchronize);
-    the layers share this object. `current` is an int, a (B,) int64 tensor for a batch of several groups, or `None`
-    before a call; `index` is the same as an int64 tensor, () or (B,), on the CPU: what a compiled graph reads. Threads
-    that call one model at once would read each other's group: give each a copy of the model.
+    calibrated at some steps serves any number of steps. The model reads the `timestep` argument of each call (never a
+    call counter, which a retry or another step count would desynchronize); its layers share this object. `current` is
+    an int, a (B,) int64 tensor for a batch of several groups, or `None` outside of a call; `index` is the same as an
+    int64 tensor, () or (B,), on the CPU: what a compiled graph reads.
+
+    The group belongs to the thread. A call runs in one thread from its start to its end; a context variable would also
+    go to the tasks that were made meanwhile and outlive the call, and `torch.compile` cannot trace one.
     """
 
     def __init__(self, boundaries: Sequence[int | float]) -> None:
         self.boundaries = checked_boundaries(boundaries)
-        self.current: int | Tensor | None = None
-        self.index: Tensor | None = None
+        self._call = threading.local()  # not of a subclass with defaults: dynamo loses what is set on one
 
     def __len__(self) -> int:
         return len(self.boundaries) + 1
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.boundaries,)  # a call in progress is neither copied nor pickled
+
+    def of_call(self, name: str) -> int | Tensor:
+        """Return the group of this thread's call: an int, or (B,) int64; in a graph that is being made, `index`.
+
+        There a number would be a constant, and each group of timesteps would need a graph of its own. Raises
+        ValueError, with `name`, that of the layer that asks, outside of a call.
+        """
+        group = self.index if torch.compiler.is_compiling() else self.current
+        if group is None and self.index is not None:
+            if torch.jit.is_tracing():
+                return self.index
+            self.select(self.index)  # a compiled call, and this layer outside of the graph
+            group = self.current
+        if group is None:
+            raise ValueError(
+                f"{name}: its activation ranges depend on the timestep, but no timestep was seen. Call the whole "
+                "model (which reads it), not the layer alone; checkpoint blocks by enable_gradient_checkpointing()."
+            )
+        return group
+
+    @property
+    def current(self) -> int | Tensor | None:
+        """The group of this thread's call, looked at."""
+        return getattr(self._call, "current", None)
+
+    @property
+    def index(self) -> Tensor | None:
+        """The group of this thread's call, as a tensor."""
+        return getattr(self._call, "index", None)
 
     def index_of(self, timestep: Any) -> Tensor:
         """Return the group of `timestep` (number or tensor) as an int64 tensor, () or (B,); no value is looked at."""
@@ -62,46 +97,130 @@ class TimestepGroups:
         index = torch.bucketize(timestep.cpu().double(), edges, right=True)
         return index.reshape(()) if index.numel() == 1 else index
 
-    def select(self, index: Tensor) -> None:
-        """Make `index`, as `index_of` returns it, the group of the call in progress."""
-        self.index = index
-        if index.numel() == 1:  # at once: compiled graphs ask for every operator
-            self.current = int(index)
+    def select(self, index: Tensor | None) -> None:
+        """Make `index`, as `index_of` returns it, the group of this thread's calls; `None`: of no call."""
+        self._call.index = index
+        if index is None or is_traced():
+            self._call.current = None  # whoever needs a number looks at the index itself
+        elif index.numel() == 1:  # at once: compiled graphs ask for every operator
+            self._call.current = int(index)
         else:
             first = int(index.flatten()[0])
-            self.current = first if bool((index == first).all()) else index
+            self._call.current = first if bool((index == first).all()) else index
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward-pre-hook: remember the group of the `timestep` argument."""
-        if not self.boundaries:
-            self.current, self.index = 0, torch.zeros((), dtype=torch.int64)
-            return
-        if "timestep" in kwargs:
-            timestep = kwargs["timestep"]
-        else:
-            timestep = inspect.signature(model.forward).bind_partial(*args).arguments.get("timestep")
-        if timestep is None:
-            raise ValueError(
-                f"{type(model).__name__} was called without `timestep`, but its activation ranges depend on it."
-            )
-        index = self.index_of(timestep)
-        if torch.compiler.is_compiling():
-            self.index, self.current = index, None  # whoever needs a number looks at the index itself
-        else:
-            self.select(index)
+    def run(self, index: Tensor, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return `function(*args, **kwargs)`, computed in the group `index`, as `index_of` returns it."""
+        # A graph is guarded by what it looked at, so it does not ask for the call around it: there is none.
+        before = (None, None) if torch.compiler.is_compiling() else (self.index, self.current)
+        self.select(index)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._call.index, self._call.current = before
+
+
+def is_traced() -> bool:
+    """Return whether a graph for other inputs is made of this call, so that no number may be looked at."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+class Checkpointed:
+    """What checkpoints modules, `function(module, *inputs)`, each of which takes the group of its call along.
+
+    They are computed again in the backward, outside of the model's call, when others may have followed.
+    """
+
+    def __init__(self, function: Callable[..., Any], groups: TimestepGroups) -> None:
+        self.function, self.groups = function, groups
+
+    def __call__(self, module: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Any:
+        """Return what the function returns."""
+        index = self.groups.index
+        if torch.compiler.is_compiling() or index is None:  # a graph takes the group along as it does any tensor
+            return self.function(module, *inputs, **kwargs)
+        return self.function(partial(self.groups.run, index, module), *inputs, **kwargs)
+
+
+def checkpoint_in_groups_(model: nn.Module) -> None:
+    """Let the modules of `model` that checkpoint others do so in its groups, or plainly where it has none."""
+    groups = groups_of(model)
+    for module in model.modules():
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        plain = function.function if isinstance(function, Checkpointed) else function
+        if function is not None:
+            module._gradient_checkpointing_func = plain if groups is None else Checkpointed(plain, groups)
+
+
+def groups_of(model: nn.Module) -> TimestepGroups | None:
+    """Return the groups that `install_timestep_groups` gave `model`, or `None`."""
+    return model.__dict__.get("_timestep_groups")
+
+
+@cache
+def class_in_groups(base: Any) -> Any:
+    """Return the subclass of `base` whose instances compute each call in the group of its `timestep`.
+
+    A class, and no hook or attribute of the instance: a direct `forward` is a call, too, what others put in the place
+    of the instance's `forward` changes nothing, and a replica computes with its own weights. It has the name of
+    `base`, which configs and messages hold.
+    """
+    names = list(inspect.signature(base.forward).parameters)
+    place = names.index("timestep") - 1 if "timestep" in names else None
+
+    def run(model: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        groups = groups_of(model)
+        if groups is None:  # made by this class, as by from_config(), or of its own class again
+            return function(*args, **kwargs)
+        given = place is not None and place < len(args)
+        timestep = args[place] if given else kwargs.get("timestep")  # type: ignore[index]
+        if timestep is None and groups.boundaries:
+            raise ValueError(f"{base.__name__} was called without `timestep`, but its activation ranges depend on it.")
+        index = groups.index_of(timestep) if groups.boundaries else torch.zeros((), dtype=torch.int64)
+        return groups.run(index, function, *args, **kwargs)
+
+    class InGroups(base):  # type: ignore[misc,valid-type]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            if "forward" not in self.__dict__:
+                return super().__call__(*args, **kwargs)
+            return run(self, super().__call__, args, kwargs)  # hooks of before may lead past the method below
+
+        @wraps(base.forward)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            # Not `super()`: hooks may keep this method longer than the model is of this class.
+            return run(self, partial(base.forward, self), args, kwargs)
+
+        def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+            super()._set_gradient_checkpointing(*args, **kwargs)
+            checkpoint_in_groups_(self)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return new_in_groups, (base,), self.__getstate__()
+
+    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+        setattr(InGroups, name, getattr(base, name))
+    return InGroups
+
+
+def new_in_groups(base: Any) -> nn.Module:
+    """Return an empty instance of `class_in_groups(base)`, for a copy or a pickle to fill."""
+    kind = class_in_groups(base)
+    return kind.__new__(kind)
 
 
 def install_timestep_groups(model: nn.Module, boundaries: Sequence[int | float]) -> TimestepGroups:
     """Replace the timestep groups of `model` by those of `boundaries` and return them."""
     remove_timestep_groups(model)
     groups = TimestepGroups(boundaries)
-    model.register_forward_pre_hook(groups, with_kwargs=True)
+    model._timestep_groups = groups  # type: ignore[assignment]
+    model.__class__ = class_in_groups(type(model))
+    checkpoint_in_groups_(model)
     return groups
 
 
 def remove_timestep_groups(model: nn.Module) -> None:
-    """Take the hook of `install_timestep_groups` off `model`, if it has one."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, TimestepGroups):
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
+    """Undo `install_timestep_groups`, if `model` has groups."""
+    if groups_of(model) is None:
+        return
+    del model._timestep_groups
+    model.__class__ = type(model).__bases__[0]
+    checkpoint_in_groups_(model)

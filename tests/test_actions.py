@@ -9,7 +9,9 @@ import json
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import accelerate
@@ -629,6 +631,31 @@ def test_gradient_checkpointing(family: str) -> None:
     torch.testing.assert_close(*gradients)
 
 
+@action("... of two calls at other timesteps, static ranges", DENOISERS, quick=CORE)
+@pytest.mark.parametrize("enable_first", [False, True])
+def test_gradient_checkpointing_of_two_timesteps(family: str, enable_first: bool) -> None:
+    from peft import inject_adapter_in_model
+
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(2)
+        model = quantized(family).requires_grad_(False)
+        if checkpointing and enable_first:
+            model.enable_gradient_checkpointing()
+        with_static_ranges(model, family)
+        inject_adapter_in_model(lora(family), model)
+        if checkpointing and not enable_first:
+            model.enable_gradient_checkpointing()
+        model.train()
+        loss = sum(output_of(model, inputs_of(family, timestep=timestep)).square().mean() for timestep in (10, 900))
+        loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in adapters(model).items()})
+    torch.testing.assert_close(*gradients)
+    model.dequantize()
+    function = next(m._gradient_checkpointing_func for m in model.modules() if getattr(m, "gradient_checkpointing", 0))
+    assert type(function).__module__ == "builtins"
+
+
 @action("save_lora_adapter, load_lora_adapter (trap 14), unload_lora", ADAPTABLE)
 def test_trap_14_adapters_are_saved(family: str, tmp_path: Path) -> None:
     model = adapted(family)
@@ -866,7 +893,25 @@ def test_compile(family: str, compile_counter: Any) -> None:
         expected = call(model, family, timestep=timestep)
         torch.testing.assert_close(call(compiled, family, timestep=timestep), expected)
         counts.append(compile_counter.frame_count)
-    assert set(counts) == {2}  # the hook that reads the timestep, and the model
+    assert set(counts) == {1}
+
+
+@action("two threads, one model with static ranges; compiled, too", DENOISERS, quick=CORE)
+def test_threads(family: str, compile_counter: Any) -> None:
+    model = with_static_ranges(quantized(family), family)
+    calls = [model, torch.compile(model, backend=compile_counter, fullgraph=True)]
+    expected = {timestep: [call(function, family, timestep=timestep) for function in calls] for timestep in (10, 900)}
+    barrier = Barrier(2)
+
+    def work(timestep: int) -> None:
+        for _ in range(5):
+            for function, output in zip(calls, expected[timestep], strict=True):
+                barrier.wait()
+                assert torch.equal(call(function, family, timestep=timestep), output)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, expected))
+    assert compile_counter.frame_count == 1
 
 
 @action("... of dynamic ranges, and of another resolution (dynamic=True)", quick=("UNet2DModel", "DiT"))

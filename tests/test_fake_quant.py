@@ -2,7 +2,9 @@
 
 import copy
 import itertools
+import threading
 from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -130,12 +132,47 @@ def test_copies_are_independent(calibrated: UNet2DModel) -> None:
     assert packed_layers(again).keys() == packed_layers(converted).keys()
 
 
+def watch_groups(model: UNet2DModel, seen: list) -> list:
+    """Let each call of `model` write its timestep group into `seen`."""
+    groups = input_quantizers(model)[0].groups
+    model.mid_block.register_forward_hook(lambda *_: seen.append(groups.current))
+    return seen
+
+
 def test_a_copy_follows_its_own_timesteps(calibrated: UNet2DModel) -> None:
-    twin = copy.deepcopy(calibrated)
+    twin, seen = copy.deepcopy(calibrated), []
+    for model in (calibrated, twin):
+        watch_groups(model, seen)
+
+    def call_the_other(*_: object) -> None:
+        call(calibrated, torch.randn(1, 1, 8, 8), 999)
+
+    twin.conv_in.register_forward_hook(call_the_other)
     call(twin, torch.randn(1, 1, 8, 8), 0)
-    call(calibrated, torch.randn(1, 1, 8, 8), 999)
-    groups, twins = (input_quantizers(model)[0].groups for model in (calibrated, twin))
-    assert (groups.current, twins.current) == (1, 0)
+    assert seen == [1, 0]
+
+
+def test_threads_have_groups_of_their_own(calibrated: UNet2DModel) -> None:
+    """Each thread waits in its call until the other one has begun its own."""
+    sample, barrier = torch.randn(1, 1, 8, 8), threading.Barrier(2)
+    expected = {timestep: call(calibrated, sample, timestep) for timestep in (0, 999)}
+
+    def wait(*_: object) -> None:
+        barrier.wait()
+
+    calibrated.conv_in.register_forward_hook(wait)
+    with ThreadPoolExecutor(2) as pool:
+        outputs = pool.map(lambda timestep: call(calibrated, sample, timestep), expected)
+    assert all(map(torch.equal, outputs, expected.values()))
+
+
+def test_a_compiled_model_takes_the_range_of_each_call(calibrated: UNet2DModel) -> None:
+    sample = torch.randn(1, 1, 8, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(calibrated, backend="eager", fullgraph=True)
+    for timestep in (torch.tensor(0), torch.tensor(999)):
+        torch.testing.assert_close(call(compiled, sample, timestep), call(calibrated, sample, timestep))
+    torch._dynamo.reset()
 
 
 def test_freezing_keeps_the_outputs(calibrated: UNet2DModel) -> None:
@@ -280,10 +317,10 @@ def test_boundaries_are_half_way_and_half_open(prepared: UNet2DModel, tiny_calib
     boundaries = calibrate_activations_(prepared, steps_of(tiny_calibration_set))
     assert boundaries == [374, 624, 874]  # one group for each step of (999, 749, 499, 249)
     assert timestep_boundaries(prepared) == boundaries
-    groups = input_quantizers(prepared)[0].groups
+    seen = watch_groups(prepared, [])
     for timestep, group in ((0, 0), (249, 0), (373, 0), (374, 1), (499, 1), (624, 2), (873, 2), (874, 3), (999, 3)):
         call(prepared, torch.randn(1, 1, 8, 8), timestep)
-        assert groups.current == group, timestep
+        assert seen.pop() == group, timestep
 
 
 def test_neighbouring_timesteps_fall_on_their_own_sides(prepared: UNet2DModel) -> None:
@@ -302,7 +339,7 @@ def test_calibrating_again_replaces_the_ranges(calibrated: UNet2DModel) -> None:
     first = {name: tensor.clone() for name, tensor in calibrated.state_dict().items()}
     calibrate_activations_(calibrated, [(999, sample), (499, 10 * sample), (249, sample)])
     assert all(torch.equal(tensor, first[name]) for name, tensor in calibrated.state_dict().items())
-    assert len(calibrated._forward_pre_hooks) == 1
+    assert type(calibrated).__bases__ == (UNet2DModel,)
 
 
 def test_a_layer_that_is_never_called_is_named(prepared: UNet2DModel) -> None:
@@ -338,9 +375,10 @@ def test_segmentation_by_hand() -> None:
 
 def test_a_batch_of_mixed_timesteps_is_the_calls_one_by_one(calibrated: UNet2DModel) -> None:
     sample, timestep = torch.randn(4, 1, 8, 8), torch.tensor([999, 100, 600, 0])
+    seen = watch_groups(calibrated, [])
     together = call(calibrated, sample, timestep)
     groups = input_quantizers(calibrated)[0].groups
-    assert groups.current.tolist() == [bisect_right(groups.boundaries, int(t)) for t in timestep]
+    assert seen.pop().tolist() == [bisect_right(groups.boundaries, int(t)) for t in timestep]
     # Each in a batch of the same size: sums of another size may round differently, and then codes differ.
     alone = torch.stack([call(calibrated, sample, timestep[i].repeat(4))[i] for i in range(4)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)

@@ -206,7 +206,7 @@ def test_copies_after_a_forward(case: str, bits: int, duplicate: str) -> None:
 def test_casts_leave_the_integers_and_scales(case: str, dtype: torch.dtype) -> None:
     layer = packed(case, 4)
     layer.set_input_qparams_(activation_qparams(torch.tensor([-1.0]), torch.tensor([1.23]), 8), TimestepGroups([]))
-    layer.timestep_groups.current = 0
+    layer.timestep_groups.select(torch.tensor(0))
     before = {name: tensor.clone() for name, tensor in stored(layer).items()}
     layer(input_of(case))
     held = layer._cache
@@ -367,7 +367,7 @@ def test_mixed_timesteps_equal_the_calls_of_each_sample(case: str, copies: int) 
 
 
 def test_static_ranges_in_a_model(tiny_unet: UNet2DModel) -> None:
-    """The model's hook tells its layers; a copy of the model has a hook of its own."""
+    """The model tells its layers; a copy of the model tells its own."""
     model = quantize_(tiny_unet, PQCADConfig())
     groups = install_timestep_groups(model, [500])
     for layer in packed_layers(model).values():

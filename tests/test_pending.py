@@ -318,7 +318,7 @@ def test_a_convolution_of_it_is_that_of_its_values(pending: PendingActivation, b
     layer.pack_(WeightSpec(bits), activation_bits=8)
     if static:
         groups = TimestepGroups([])
-        groups.current = 0
+        groups.select(torch.tensor(0))
         qparams = activation_qparams(torch.tensor([-0.3]), torch.tensor([4.0]), 8)
         layer.set_input_qparams_(qparams, groups)
     with kernels.use("x86"):

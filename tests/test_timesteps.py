@@ -1,12 +1,18 @@
 """Specification of the timestep groups: which group a call belongs to, whatever form its timestep has."""
 
+import asyncio
 import copy
+import inspect
+import pickle
+from typing import Any
 
+import accelerate
 import pytest
 import torch
 from diffusers import UNet2DModel
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from diffusers_pqcad.timesteps import TimestepGroups, install_timestep_groups, remove_timestep_groups
 
@@ -79,48 +85,162 @@ def test_boundaries_must_increase(boundaries: list[int]) -> None:
         TimestepGroups(boundaries)
 
 
-def test_the_hook_reads_the_timestep_of_each_call(tiny_unet: UNet2DModel) -> None:
+def watch(model: nn.Module, groups: TimestepGroups) -> list[Any]:
+    """Return the groups that a module in `model` sees, a list that each call adds to."""
+    seen: list[Any] = []
+    next(model.children()).register_forward_hook(lambda *_: seen.append(groups.current))
+    return seen
+
+
+@torch.no_grad()
+def test_a_call_has_the_group_of_its_timestep(tiny_unet: UNet2DModel) -> None:
     groups = install_timestep_groups(tiny_unet, [500])
-    assert groups.current is None
-    x = torch.zeros(2, 1, 8, 8)
-    with torch.no_grad():
-        tiny_unet(x, 10)
-        assert groups.current == 0
-        tiny_unet(x, timestep=torch.tensor(700))
-        assert groups.current == 1
-        tiny_unet(sample=x, timestep=torch.tensor([3, 4]))
-        assert groups.current == 0
-        tiny_unet(x, torch.tensor([3, 999]), return_dict=False)
-        assert torch.equal(groups.current, torch.tensor([0, 1]))
+    seen, x = watch(tiny_unet, groups), torch.zeros(2, 1, 8, 8)
+    for function in (tiny_unet, tiny_unet.forward):
+        function(x, 10)
+        function(x, timestep=torch.tensor(700))
+        function(sample=x, timestep=torch.tensor([3, 4]))
+        function(x, torch.tensor([3, 999]), return_dict=False)
+        assert seen[:3] == [0, 1, 0]
+        assert seen[3].tolist() == [0, 1]
+        assert (groups.current, groups.index) == (None, None)
+        seen.clear()
 
 
-def test_a_call_without_timestep_is_refused_unless_there_is_one_group() -> None:
-    model = torch.nn.Linear(1, 1)
+class Denoiser(nn.Module):
+    """The smallest model of timesteps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Identity()
+
+    def forward(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        return self.part(sample)
+
+
+@pytest.mark.parametrize("kind", [Denoiser, lambda: nn.Sequential(nn.Identity())])
+def test_a_call_without_timestep_is_refused_unless_there_is_one_group(kind: Any) -> None:
+    model = kind()
     install_timestep_groups(model, [500])
-    with pytest.raises(ValueError, match="Linear was called without `timestep`"):
-        model(torch.zeros(1))
-    groups = install_timestep_groups(model, [])
+    for function in (model, model.forward):
+        with pytest.raises(ValueError, match=f"{type(model).__name__} was called without `timestep`"):
+            function(torch.zeros(1))
+    seen = watch(model, install_timestep_groups(model, []))
     model(torch.zeros(1))
-    assert groups.current == 0
+    assert seen == [0]
 
 
-def test_installing_replaces_and_removing_removes(tiny_unet: UNet2DModel) -> None:
-    seen: list[str] = []
-    tiny_unet.register_forward_pre_hook(lambda module, args: seen.append("kept"))
-    first = install_timestep_groups(tiny_unet, [1])
-    second = install_timestep_groups(tiny_unet, [2])
-    tiny_unet(torch.zeros(1, 1, 8, 8), 5)
-    assert (first.current, second.current) == (None, 1)
-    remove_timestep_groups(tiny_unet)
-    tiny_unet(torch.zeros(1, 1, 8, 8), 0)
-    assert second.current == 1
-    assert seen == ["kept", "kept"]
+def test_installing_replaces_and_removing_removes() -> None:
+    model = Denoiser()
+    first = watch(model, install_timestep_groups(model, [1]))
+    second = watch(model, install_timestep_groups(model, [2]))
+    model(torch.zeros(1), 5)
+    assert (first, second) == ([None], [1])
+    assert type(model) is not Denoiser
+    remove_timestep_groups(model)
+    model(torch.zeros(1), 0)
+    assert second == [1, None]
+    assert type(model) is Denoiser
+    assert not [name for name in vars(model) if "group" in name]
+    remove_timestep_groups(model)  # there are none
 
 
-def test_a_copied_model_has_groups_of_its_own(tiny_unet: UNet2DModel) -> None:
-    groups = install_timestep_groups(tiny_unet, [500])
-    copied = copy.deepcopy(tiny_unet)
-    copied(torch.zeros(1, 1, 8, 8), 700)
+def test_an_exception_leaves_no_group_behind() -> None:
+    model = Denoiser()
+    groups = install_timestep_groups(model, [500])
+    model.part.register_forward_hook(lambda *_: 1 / 0)
+    for function in (model, model.forward):
+        with pytest.raises(ZeroDivisionError):
+            function(torch.zeros(1), 700)
+        assert (groups.current, groups.index) == (None, None)
+
+
+def test_calls_within_calls_do_not_disturb_each_other() -> None:
+    """A model of its own, such as a ControlNet, and the same one again."""
+    outer, inner = Denoiser(), Denoiser()
+    outer.inner = inner
+    groups = [install_timestep_groups(model, [500]) for model in (outer, inner)]
+    seen: list[tuple[Any, Any]] = []
+
+    def note(*_: Any) -> None:
+        seen.append(tuple(group.current for group in groups))
+
+    def call_others(*_: Any) -> None:
+        note()
+        if len(seen) == 1:
+            inner(torch.zeros(1), 10)
+            note()
+            outer(torch.zeros(1), 20)
+            note()
+
+    outer.part.register_forward_hook(call_others)
+    inner.part.register_forward_hook(note)
+    outer(torch.zeros(1), 700)
+    assert seen == [(1, None), (1, 0), (1, None), (0, None), (1, None)]
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))], ids=str
+)
+def test_a_copy_made_in_a_call_has_groups_of_its_own(duplicate: Any) -> None:
+    model, copies = Denoiser(), []
+    groups = install_timestep_groups(model, [500])
+    handle = model.part.register_forward_hook(lambda *_: copies.append(duplicate(groups)))
+    model(torch.zeros(1), 700)
+    handle.remove()
+    assert (copies[0].boundaries, copies[0].current) == ((500,), None)
+    copied = duplicate(model)
+    assert type(copied) is type(model)
+    seen = watch(copied, copied._timestep_groups)
+    copied(torch.zeros(1), 700)
+    assert seen == [1]
     assert groups.current is None
-    (hook,) = copied._forward_pre_hooks.values()
-    assert (hook.boundaries, hook.current) == ((500,), 1)
+
+
+def test_hooks_of_accelerate_may_come_before_or_after() -> None:
+    """They put a function in the place of the instance's `forward`, and keep the one of before."""
+    for first in (False, True):
+        model = Denoiser()
+        if first:
+            accelerate.hooks.add_hook_to_module(model, accelerate.hooks.ModelHook())
+        seen = watch(model, install_timestep_groups(model, [500]))
+        if not first:
+            accelerate.hooks.add_hook_to_module(model, accelerate.hooks.ModelHook())
+        model(torch.zeros(1), 700)
+        accelerate.hooks.remove_hook_from_module(model)
+        model(torch.zeros(1), torch.tensor(10))
+        assert seen == [1, 0]
+        accelerate.hooks.add_hook_to_module(model, accelerate.hooks.ModelHook())
+        remove_timestep_groups(model)
+        model(torch.zeros(1))  # the kept method is one of a class that the model no longer has
+        assert seen == [1, 0, None]
+
+
+def test_the_class_in_groups_passes_for_the_one_it_stands_for(tiny_unet: UNet2DModel) -> None:
+    install_timestep_groups(tiny_unet, [500])
+    kind = type(tiny_unet)
+    assert (kind.__name__, kind.__module__, kind.__qualname__) == (
+        UNet2DModel.__name__,
+        UNet2DModel.__module__,
+        UNet2DModel.__qualname__,
+    )
+    assert inspect.signature(kind.forward) == inspect.signature(UNet2DModel.forward)
+    assert kind.from_config(tiny_unet.config)(torch.zeros(1, 1, 8, 8), 0).sample.shape == (1, 1, 8, 8)
+
+
+def test_tasks_that_outlive_a_call_are_outside_of_it() -> None:
+    """A server's task that is made in a call inherits its context, but runs when the call is over."""
+    model = Denoiser()
+    seen = watch(model, groups := install_timestep_groups(model, [500]))
+
+    async def late() -> Any:
+        return groups.current
+
+    async def serve() -> None:
+        tasks: list[Any] = []
+        model.part.register_forward_hook(lambda *_: tasks.append(asyncio.create_task(late())))
+        model(torch.zeros(1), 700)
+        assert [await task for task in tasks] == [None]
+
+    asyncio.run(serve())
+    assert seen == [1]

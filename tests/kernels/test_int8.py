@@ -373,7 +373,7 @@ def test_static_ranges_clip(bits: int) -> None:
     layer = packed(linear(4, 3, bias=False), 4, activation_bits=bits)
     qparams = activation_qparams(torch.tensor(-1.0), torch.tensor(1.0), bits)
     groups = TimestepGroups([])
-    groups.current = 0
+    groups.select(torch.tensor(0))
     layer.set_input_qparams_(ActivationQParams(qparams.scale.view(1), qparams.zero_point.view(1)), groups)
     x = torch.tensor([[-50.0, 50.0, 0.3, -0.2]])
     clipped = torch.fake_quantize_per_tensor_affine(x, qparams.scale, qparams.zero_point, 0, activation_qmax(bits))
@@ -395,13 +395,14 @@ def test_static_ranges_are_those_of_the_timestep_and_follow_every_change() -> No
         for change in (lambda: None, lambda: layer.load_state_dict(other.state_dict()), layer.float):
             change()
             outputs = []
-            for groups.current in (0, 1):
+            for group in (0, 1):
+                groups.select(torch.tensor(group))
                 outputs.append(layer(x))
                 with kernels.use("reference"):
                     assert_near(outputs[-1], layer(x).double(), 1e-2)  # a code may differ at a tie
                 assert ranges.current_range(layer, layer._cache[1].ranges) == (
-                    layer.input_scale[groups.current].item(),
-                    layer.input_zero_point[groups.current].item(),
+                    layer.input_scale[group].item(),
+                    layer.input_zero_point[group].item(),
                 )
             assert (outputs[0] - outputs[1]).abs().max() > 0.1 * outputs[1].abs().max()
 
@@ -417,7 +418,7 @@ def test_an_empty_batch_gives_an_empty_output(make, shape: tuple[int, ...], stat
     layer = packed(make, 4)
     if static:
         layer.set_input_qparams_(activation_qparams(torch.tensor([-1.0]), torch.tensor([1.0]), 8), TimestepGroups([]))
-        layer.timestep_groups.current = 0
+        layer.timestep_groups.select(torch.tensor(0))
     x = torch.empty(shape)
     with torch.no_grad():
         assert layer(x).shape == layer.to_float()(x).shape

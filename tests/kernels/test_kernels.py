@@ -103,9 +103,9 @@ def test_a_forced_int8_kernel_refuses_gradients_and_mixed_timesteps(layer: Quant
     groups = TimestepGroups([500])
     layer.set_input_qparams_(activation_qparams(torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 2.0]), 8), groups)
     with torch.no_grad(), kernels.use("onednn"):
-        groups.current = 1
+        groups.select(torch.tensor(1))
         layer(x)
-        groups.current = torch.tensor([0, 1])
+        groups.select(torch.tensor([0, 1]))
         with pytest.raises(ValueError, match=r"mid_block\.proj: .* mixes timesteps"):
             layer(x)
 

@@ -142,7 +142,7 @@ def test_the_outputs_of_large_inputs_are_clamped() -> None:
     layer = PQCADLinear(8, 2, bias=False).requires_grad_(False)
     layer.pack_(WeightSpec(4), activation_bits=8)
     groups = TimestepGroups([])
-    groups.current = 0
+    groups.select(torch.tensor(0))
     layer.set_input_qparams_(activation_qparams(torch.tensor([-1.0]), torch.tensor([1.0]), 8), groups)
     with torch.no_grad(), kernels.use("x86"):
         for sign in (1, -1):
