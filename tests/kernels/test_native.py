@@ -1,13 +1,15 @@
 """Specification of compiled code: found or refused with a reason, kept whole, never built twice."""
 
+import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from diffusers_pqcad.kernels import native
+from diffusers_pqcad.kernels import attention, native, weights, x86
 
 SOURCE = "int answer(void) { return 42; }\n"
 pytestmark = pytest.mark.skipif(
@@ -74,13 +76,76 @@ def test_a_folder_that_others_can_write_to_is_refused(source: Path) -> None:
     assert list(native.cache_folder().iterdir()) == []
 
 
-def test_a_broken_library_is_built_again(source: Path) -> None:
+def flip(path: Path, at: float) -> None:
+    """Change one bit of the file, a share `at` of it from its start."""
+    content = bytearray(path.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+
+
+def link_to_itself(path: Path) -> None:
+    """Nobody can read it, the superuser neither."""
+    path.unlink()
+    path.symlink_to(path)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a page is left": lambda path: os.truncate(path, 4096),
+    "half is left": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "a byte is missing": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "empty": lambda path: os.truncate(path, 0),
+    "garbage": lambda path: path.write_bytes(b"not a library"),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "a bit of the head": lambda path: flip(path, 0.0),
+    "a bit of the middle": lambda path: flip(path, 0.5),
+    "a bit of the end": lambda path: flip(path, 1.0),
+    "cannot be read": link_to_itself,
+}
+LOAD = """
+import sys
+from pathlib import Path
+from diffusers_pqcad.kernels import native
+for source in sys.argv[1:]:
+    found = native.library(Path(source))
+    assert not isinstance(found, str), (source, found)
+"""
+
+
+def test_damaged_libraries_are_built_again(source: Path, tmp_path: Path) -> None:
+    """By a crash, a full disk, a copy that was cut short; loaded in a process of its own, for they may end it."""
+    sources = [x86.SOURCE, attention.SOURCE, weights.SOURCE]
+    damages: dict[str, Callable[[Path], object]] = {source.stem: DAMAGES["half is left"] for source in sources}
+    for number, damage in enumerate(DAMAGES.values()):
+        sources.append(source.with_stem(f"answer{number}"))
+        sources[-1].write_text(SOURCE)
+        damages[sources[-1].stem] = damage
+    for each in sources:
+        assert not isinstance(native.library(each), str)
+    whole = {path.name: path.read_bytes() for path in native.cache_folder().iterdir()}
+    assert len(whole) == len(damages)
+    other = tmp_path / "other"  # this process has the first files in its memory
+    shutil.copytree(native.cache_folder(), other)
+    for path in other.iterdir():
+        damages[path.stem.split("-")[0]](path)
+    command, environment = [sys.executable, "-c", LOAD, *map(str, sources)], {native.CACHE_VARIABLE: str(other)}
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr  # -7: a bus error
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == whole
+
+
+def test_files_of_another_version_are_left_alone(source: Path) -> None:
+    native.cache_folder().mkdir()
+    other = native.cache_folder() / "answer-0123456789abcdef.so"
+    other.write_bytes(b"of another version")
     assert native.library(source).answer() == 42
-    (kept,) = native.cache_folder().iterdir()
-    kept.unlink()
-    kept.write_bytes(b"not a library")
-    native.library.cache_clear()
-    assert native.library(source).answer() == 42
+    assert other.read_bytes() == b"of another version"
+    assert len(list(native.cache_folder().iterdir())) == 2
+
+
+def test_a_library_that_stays_damaged_is_a_reason(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a disk that loses what is written to it."""
+    monkeypatch.setattr(native, "compile_to", lambda path, command, source: path.write_bytes(b"not a library"))
+    assert "is damaged" in str(native.library(source))
 
 
 def test_a_user_without_a_home_and_odd_flags_are_reasons(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,10 +193,13 @@ def test_another_cpu_is_another_library(source: Path, monkeypatch: pytest.Monkey
 
 
 def test_several_processes_may_compile_at_once(source: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from diffusers_pqcad.kernels import native\n"
-        "assert native.library(Path(sys.argv[1])).answer() == 42\n"
-    )
-    processes = [subprocess.Popen([sys.executable, "-c", code, str(source)]) for _ in range(3)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
-    assert len(list(native.cache_folder().iterdir())) == 1
+    """Here they find a damaged file."""
+    assert native.library(source).answer() == 42
+    (kept,) = native.cache_folder().iterdir()
+    content = kept.read_bytes()
+    kept.unlink()  # this process has it in its memory
+    kept.write_bytes(content[:-1])
+    command = [sys.executable, "-c", LOAD, str(source)]
+    processes = [subprocess.Popen(command) for _ in range(3)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
+    assert [path.read_bytes() for path in native.cache_folder().iterdir()] == [content]
