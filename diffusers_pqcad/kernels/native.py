@@ -26,8 +26,7 @@ CACHE_VARIABLE = "PQCAD_CACHE"
 NOT_HERE = "it is for Linux on a CPU with AVX2"
 NO_COMPILER = "no C compiler was found (CC, cc, gcc or clang)"
 INSTALL_COMPILER = (
-    "Install GCC with the headers of C (`apt-get install gcc libc6-dev`, `dnf install gcc`), "
-    "or name a compiler in CC"
+    "Install GCC with the headers of C (`apt-get install gcc libc6-dev`, `dnf install gcc`), or name a compiler in CC"
 )
 DIGEST_BYTES = sha256().digest_size
 PAUSE_HARD = 2  # `omp_pause_hard` in omp.h

@@ -18,10 +18,7 @@ OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
 # Without VNNI two neighbouring products are added in 16 bits, which hold 2 * 255 * 31 and 2 * 127 * 127 at most.
 MAX_WEIGHT_BITS_WITHOUT_VNNI = {8: 6, 7: 8}  # by activation bits
 NO_OPERATORS = "this PyTorch has no oneDNN int8 operators"
-NO_VNNI = (
-    "this CPU has no VNNI, where products of 8 bits saturate silently; a C compiler (Linux, AVX2) or "
-    "activation_bits=7 avoids it"
-)
+NO_VNNI = "this CPU has no VNNI, where products of 8 bits saturate silently; activation_bits=7 avoids it"
 
 
 class PackedLayer(NamedTuple):

@@ -1,5 +1,6 @@
 """Specification of compiled code: found or refused with a reason, kept whole, never built twice."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -146,6 +147,96 @@ def test_a_library_that_stays_damaged_is_a_reason(source: Path, monkeypatch: pyt
     """As on a disk that loses what is written to it."""
     monkeypatch.setattr(native, "compile_to", lambda path, command, source: path.write_bytes(b"not a library"))
     assert "is damaged" in str(native.library(source))
+
+
+def read_only(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the superuser, too."""
+    monkeypatch.setenv(native.CACHE_VARIABLE, "/proc/diffusers-pqcad")
+
+
+def open_to_others(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    native.cache_folder().mkdir()
+    native.cache_folder().chmod(0o777)
+
+
+def no_compiler(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+
+
+def failing_compiler(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "false")
+
+
+def broken_compiler(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GCC without the headers of C."""
+    for path in source.parent.glob("*.c"):
+        path.write_text("#include <missing.h>\n")
+
+
+def unknown_flag(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.FLAGS_VARIABLE, "-fnonsense")
+
+
+def odd_flags(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.FLAGS_VARIABLE, "'-O2")
+
+
+FAILURES = {
+    no_compiler: "apt-get install gcc",
+    failing_compiler: "apt-get install gcc",
+    broken_compiler: "libc6-dev",
+    unknown_flag: native.FLAGS_VARIABLE,
+    odd_flags: f"Correct {native.FLAGS_VARIABLE}",
+    read_only: f"Let {native.CACHE_VARIABLE} name",
+    open_to_others: f"Let {native.CACHE_VARIABLE} name",
+}
+
+
+@pytest.mark.parametrize(("fail", "remedy"), FAILURES.items())
+def test_what_can_be_done_about_a_failure_is_said_once(
+    source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fail, remedy: str
+) -> None:
+    native._has_warned.clear()
+    other = source.with_stem("other")
+    other.write_text(SOURCE)
+    fail(source, monkeypatch)
+    reason = native.library(source)
+    assert isinstance(reason, str)
+    assert isinstance(native.library(other), str)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert reason in record.getMessage()
+    assert remedy in record.getMessage()
+    assert "run slower" in record.getMessage()
+
+
+def test_nothing_is_said_where_code_is_compiled_or_cannot_be(
+    source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On macOS, Windows and ARM no compiler would help."""
+    native._has_warned.clear()
+    assert native.library(source).answer() == 42
+    native.library.cache_clear()
+    no_compiler(source, monkeypatch)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert native.library(source) == native.NOT_HERE
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
+    native.library.cache_clear()
+    assert native.library(source) == native.NOT_HERE
+    assert not caplog.records
+
+
+def test_a_user_without_a_compiler_is_told_once(tmp_path: Path) -> None:
+    program = (
+        "import torch; from diffusers_pqcad import PQCADConfig, quantize_\n"
+        "for _ in range(2): quantize_(torch.nn.Sequential(torch.nn.Linear(64, 64)), PQCADConfig(weight_bits=4))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "CC"} | {"PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr.count("apt-get install gcc") == 1
+    assert native.NO_COMPILER in done.stderr
 
 
 def test_a_user_without_a_home_and_odd_flags_are_reasons(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
