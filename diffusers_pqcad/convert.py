@@ -299,6 +299,8 @@ def finish_(model: nn.Module, config: PQCADConfig) -> None:
 @cache
 def log_once(name: str, summary: str, *, slow: bool) -> None:
     """Log which kernels the layers of a model will take: a warning where this computer has no fast one for some."""
+    if slow:
+        summary += ". On reference, weights are unpacked in each call and multiplied in floating point, which is slow"
     logger.log(logging.WARNING if slow else logging.INFO, "%s: %s", name, summary)
 
 

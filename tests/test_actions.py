@@ -6,6 +6,7 @@ Each test is one cell, or a row of cells, of the table in examples/results/actio
 
 import copy
 import json
+import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +40,7 @@ from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.quantizers import PipelineQuantizationConfig
 from diffusers.training_utils import EMAModel
 from families import FAMILIES, SIZE, build, call, inputs_of, noise, output_of, text
+from forks import in_fork_of
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -307,6 +309,18 @@ def test_shards(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(modeling, "HF_ENABLE_PARALLEL_LOADING", parallel)
         assert_same_model(load(family, tmp_path / "float", W4), expected, family)
         assert_same_model(load(family, tmp_path / "quantized"), expected, family)
+
+
+@action("fork after loading", CORE)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks on this system")
+def test_a_process_forked_after_loading_computes(family, float_dir):
+    """As workers of a server that loads the model first, and of data loaders."""
+
+    def parent() -> Callable[[], Tensor]:
+        model = load(family, float_dir, W4)
+        return lambda: call(model, family)
+
+    torch.testing.assert_close(*in_fork_of(parent))
 
 
 @action("from_single_file", SINGLE_FILE)

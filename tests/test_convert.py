@@ -348,7 +348,7 @@ def test_kernels_are_logged_once_and_a_slow_computer_warns(
     with caplog.at_level(logging.INFO, logger="diffusers_pqcad.convert"):
         for _ in range(2):
             quantize_(copy.deepcopy(tiny_unet), PQCADConfig(method="fixed", weight_bits=8))
-    (record,) = caplog.records
+    (record,) = [record for record in caplog.records if record.name == "diffusers_pqcad.convert"]
     count = len(packed_layers(quantize_(tiny_unet, PQCADConfig(method="fixed", weight_bits=8))))
     assert record.levelno == level
     assert f"{count} of {count} layers: {kernel}" in record.getMessage()
@@ -371,6 +371,15 @@ def test_without_the_int8_operators_models_are_right_and_a_warning_says_why_slow
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert onednn.NO_OPERATORS in record.getMessage()
+
+
+def test_floating_point_activations_are_the_users_choice_and_no_warning(tiny_unet, caplog):
+    log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="diffusers_pqcad"):
+        quantize_(tiny_unet, PQCADConfig(activation_bits=None))
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert "its activations stay in floating point" in record.getMessage()
 
 
 def test_requantizing_is_quantizing_the_dequantized_model_without_holding_it(tiny_unet, monkeypatch):

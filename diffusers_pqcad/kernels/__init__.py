@@ -6,10 +6,12 @@ lists them, fastest first; `reference` can run everything and is the oracle for 
 comes before a layer (`fuses`), and whole blocks (fused.py); weights.py is for all.
 """
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from diffusers_pqcad.layers import QuantizedLayer
 
 ENVIRONMENT_VARIABLE = "PQCAD_KERNEL"
+
+logger = logging.getLogger(__name__)
 
 
 class Kernel(Protocol):
@@ -89,10 +93,23 @@ def has_numbers(x: Tensor) -> bool:
     return type(x) in (Tensor, nn.Parameter, PendingActivation) and x.is_cpu and not torch.jit.is_tracing()
 
 
+@cache
+def warn_of_device(kind: str) -> None:
+    """Warn, once for each `kind` of device, that layers are slow there."""
+    logger.warning(
+        "Quantized layers run on %s, and the int8 kernels are for CPUs. Weights are unpacked in each call there, and "
+        "multiplied in floating point: that saves memory, and is slower than full precision. dequantize() gives a "
+        "model its speed back.",
+        kind,
+    )
+
+
 def select_kernel(layer: "QuantizedLayer", x: Tensor) -> Kernel:
     """Return the kernel for this call of `layer`: the forced one, else the first that can run it."""
     name = forced()
     if name is None and not has_numbers(x):
+        if x.device.type not in ("cpu", "meta"):
+            warn_of_device(x.device.type)
         return KERNELS[reference.NAME]
     if x.numel() == 0:
         return KERNELS[reference.NAME]  # nothing to compute, and float operations know the shape of nothing
@@ -122,7 +139,7 @@ def summary(layers: "list[QuantizedLayer]") -> str:
     reasons = Counter(reason for layer in slow if (reason := layer.refusal(onednn.NAME)) is not None)
     parts = [f"{chosen[name]} of {len(layers)} layers: {name}" for name in KERNELS if chosen[name]]
     parts += [f"{count} on {reference.NAME}: {reason}" for reason, count in reasons.items()]
-    missing = x86.library()
+    missing = x86.library() if any(layer.qweight.is_cpu for layer in layers) else None
     if isinstance(missing, str) and missing != native.NOT_HERE:
         parts.append(f"{x86.NAME} would be faster here, but {missing}")
     return "; ".join(parts)

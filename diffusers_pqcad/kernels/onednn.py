@@ -19,10 +19,7 @@ OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
 MAX_WEIGHT_BITS_WITHOUT_VNNI = {8: 6, 7: 8}  # by activation bits
 NO_OPERATORS = "this PyTorch has no oneDNN int8 operators"
 NOT_TWO_DIMENSIONS = "it is a convolution in one or three dimensions, and int8 kernels are for two"
-NO_VNNI = (
-    "this CPU has no VNNI, where products of 8 bits saturate silently; a C compiler (Linux, AVX2) or "
-    "activation_bits=7 avoids it"
-)
+NO_VNNI = "this CPU has no VNNI, where products of 8 bits saturate silently; activation_bits=7 avoids it"
 
 
 class PackedLayer(NamedTuple):

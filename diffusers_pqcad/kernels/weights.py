@@ -53,10 +53,10 @@ def refuse_width(result: int, bits: int) -> int:
 
 def compiled_for(weight: Tensor) -> ctypes.CDLL | None:
     """Return the compiled C file where it can read `weight`: numbers in the CPU's memory, and not of a subclass."""
-    loaded = library()
-    if isinstance(loaded, str) or weight.device.type != "cpu" or type(weight) not in (Tensor, nn.Parameter):
+    if weight.device.type != "cpu" or type(weight) not in (Tensor, nn.Parameter):
         return None
-    return loaded
+    loaded = library()
+    return None if isinstance(loaded, str) else loaded
 
 
 def largest_magnitudes(weight: Tensor, num_groups: int = 1) -> Tensor:

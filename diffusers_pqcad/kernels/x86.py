@@ -235,7 +235,7 @@ def refusal(layer: "QuantizedLayer") -> str | None:
     if isinstance(loaded, str):
         return loaded
     if not loaded.has_vnni() and onednn.available() and not onednn.saturates():
-        return NO_VNNI
+        return native.missing(NO_VNNI, native.INSTALL_COMPILER)
     return None
 
 

@@ -1,8 +1,11 @@
 """Specification of the choice of a kernel: automatic, forced, and never at the price of a gradient."""
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusers_pqcad import kernels
 from diffusers_pqcad.kernels import onednn, reference, x86
@@ -163,6 +166,23 @@ def test_what_a_kernel_refuses_after_a_first_call_is_refused() -> None:
 def test_an_input_on_another_device_is_not_for_a_cpu_kernel(layer: QuantizedLayer) -> None:
     with torch.no_grad():
         assert kernel_of(layer, torch.empty(2, 16, device="meta")) == "reference"
+
+
+@torch.no_grad()
+def test_layers_that_run_on_a_gpu_say_once_that_they_are_slow(layer: QuantizedLayer, caplog) -> None:
+    """On an imagined one; shapes alone, as of `meta`, are computed nowhere."""
+    kernels.warn_of_device.cache_clear()
+    kernel_of(layer, torch.empty(2, 16, device="meta"))
+    kernel_of(layer, torch.empty(2, 16))
+    assert not caplog.records
+    with FakeTensorMode():
+        x = torch.empty(2, 16, device="cuda")
+    for _ in range(2):
+        assert kernel_of(layer, x) == "reference"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "run on cuda" in record.getMessage()
+    assert "dequantize()" in record.getMessage()
 
 
 def test_forward_mode_differentiation_is_not_lost(layer: QuantizedLayer) -> None:

@@ -1,13 +1,16 @@
 """Specification of compiled code: found or refused with a reason, kept whole, never built twice."""
 
+import logging
+import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from diffusers_pqcad.kernels import native
+from diffusers_pqcad.kernels import attention, native, weights, x86
 
 SOURCE = "int answer(void) { return 42; }\n"
 pytestmark = pytest.mark.skipif(
@@ -74,13 +77,166 @@ def test_a_folder_that_others_can_write_to_is_refused(source: Path) -> None:
     assert list(native.cache_folder().iterdir()) == []
 
 
-def test_a_broken_library_is_built_again(source: Path) -> None:
+def flip(path: Path, at: float) -> None:
+    """Change one bit of the file, a share `at` of it from its start."""
+    content = bytearray(path.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+
+
+def link_to_itself(path: Path) -> None:
+    """Nobody can read it, the superuser neither."""
+    path.unlink()
+    path.symlink_to(path)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a page is left": lambda path: os.truncate(path, 4096),
+    "half is left": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "a byte is missing": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "empty": lambda path: os.truncate(path, 0),
+    "garbage": lambda path: path.write_bytes(b"not a library"),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "a bit of the head": lambda path: flip(path, 0.0),
+    "a bit of the middle": lambda path: flip(path, 0.5),
+    "a bit of the end": lambda path: flip(path, 1.0),
+    "cannot be read": link_to_itself,
+}
+LOAD = """
+import sys
+from pathlib import Path
+from diffusers_pqcad.kernels import native
+for source in sys.argv[1:]:
+    found = native.library(Path(source))
+    assert not isinstance(found, str), (source, found)
+"""
+
+
+def test_damaged_libraries_are_built_again(source: Path, tmp_path: Path) -> None:
+    """By a crash, a full disk, a copy that was cut short; loaded in a process of its own, for they may end it."""
+    sources = [x86.SOURCE, attention.SOURCE, weights.SOURCE]
+    damages: dict[str, Callable[[Path], object]] = {source.stem: DAMAGES["half is left"] for source in sources}
+    for number, damage in enumerate(DAMAGES.values()):
+        sources.append(source.with_stem(f"answer{number}"))
+        sources[-1].write_text(SOURCE)
+        damages[sources[-1].stem] = damage
+    for each in sources:
+        assert not isinstance(native.library(each), str)
+    whole = {path.name: path.read_bytes() for path in native.cache_folder().iterdir()}
+    assert len(whole) == len(damages)
+    other = tmp_path / "other"  # this process has the first files in its memory
+    shutil.copytree(native.cache_folder(), other)
+    for path in other.iterdir():
+        damages[path.stem.split("-")[0]](path)
+    command, environment = [sys.executable, "-c", LOAD, *map(str, sources)], {native.CACHE_VARIABLE: str(other)}
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr  # -7: a bus error
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == whole
+
+
+def test_files_of_another_version_are_left_alone(source: Path) -> None:
+    native.cache_folder().mkdir()
+    other = native.cache_folder() / "answer-0123456789abcdef.so"
+    other.write_bytes(b"of another version")
     assert native.library(source).answer() == 42
-    (kept,) = native.cache_folder().iterdir()
-    kept.unlink()
-    kept.write_bytes(b"not a library")
+    assert other.read_bytes() == b"of another version"
+    assert len(list(native.cache_folder().iterdir())) == 2
+
+
+def test_a_library_that_stays_damaged_is_a_reason(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a disk that loses what is written to it."""
+    monkeypatch.setattr(native, "compile_to", lambda path, command, source: path.write_bytes(b"not a library"))
+    assert "is damaged" in str(native.library(source))
+
+
+def read_only(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the superuser, too."""
+    monkeypatch.setenv(native.CACHE_VARIABLE, "/proc/diffusers-pqcad")
+
+
+def open_to_others(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    native.cache_folder().mkdir()
+    native.cache_folder().chmod(0o777)
+
+
+def no_compiler(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+
+
+def failing_compiler(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "false")
+
+
+def broken_compiler(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GCC without the headers of C."""
+    for path in source.parent.glob("*.c"):
+        path.write_text("#include <missing.h>\n")
+
+
+def unknown_flag(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.FLAGS_VARIABLE, "-fnonsense")
+
+
+def odd_flags(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.FLAGS_VARIABLE, "'-O2")
+
+
+FAILURES = {
+    no_compiler: "apt-get install gcc",
+    failing_compiler: "apt-get install gcc",
+    broken_compiler: "libc6-dev",
+    unknown_flag: native.FLAGS_VARIABLE,
+    odd_flags: f"Correct {native.FLAGS_VARIABLE}",
+    read_only: f"Let {native.CACHE_VARIABLE} name",
+    open_to_others: f"Let {native.CACHE_VARIABLE} name",
+}
+
+
+@pytest.mark.parametrize(("fail", "remedy"), FAILURES.items())
+def test_what_can_be_done_about_a_failure_is_said_once(
+    source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fail, remedy: str
+) -> None:
+    native._has_warned.clear()
+    other = source.with_stem("other")
+    other.write_text(SOURCE)
+    fail(source, monkeypatch)
+    reason = native.library(source)
+    assert isinstance(reason, str)
+    assert isinstance(native.library(other), str)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert reason in record.getMessage()
+    assert remedy in record.getMessage()
+    assert "run slower" in record.getMessage()
+
+
+def test_nothing_is_said_where_code_is_compiled_or_cannot_be(
+    source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On macOS, Windows and ARM no compiler would help."""
+    native._has_warned.clear()
+    assert native.library(source).answer() == 42
     native.library.cache_clear()
-    assert native.library(source).answer() == 42
+    no_compiler(source, monkeypatch)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert native.library(source) == native.NOT_HERE
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
+    native.library.cache_clear()
+    assert native.library(source) == native.NOT_HERE
+    assert not caplog.records
+
+
+def test_a_user_without_a_compiler_is_told_once(tmp_path: Path) -> None:
+    program = (
+        "import torch; from diffusers_pqcad import PQCADConfig, quantize_\n"
+        "for _ in range(2): quantize_(torch.nn.Sequential(torch.nn.Linear(64, 64)), PQCADConfig(weight_bits=4))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "CC"} | {"PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr.count("apt-get install gcc") == 1
+    assert native.NO_COMPILER in done.stderr
 
 
 def test_a_user_without_a_home_and_odd_flags_are_reasons(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,10 +284,13 @@ def test_another_cpu_is_another_library(source: Path, monkeypatch: pytest.Monkey
 
 
 def test_several_processes_may_compile_at_once(source: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from diffusers_pqcad.kernels import native\n"
-        "assert native.library(Path(sys.argv[1])).answer() == 42\n"
-    )
-    processes = [subprocess.Popen([sys.executable, "-c", code, str(source)]) for _ in range(3)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
-    assert len(list(native.cache_folder().iterdir())) == 1
+    """Here they find a damaged file."""
+    assert native.library(source).answer() == 42
+    (kept,) = native.cache_folder().iterdir()
+    content = kept.read_bytes()
+    kept.unlink()  # this process has it in its memory
+    kept.write_bytes(content[:-1])
+    command = [sys.executable, "-c", LOAD, str(source)]
+    processes = [subprocess.Popen(command) for _ in range(3)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
+    assert [path.read_bytes() for path in native.cache_folder().iterdir()] == [content]
