@@ -32,6 +32,7 @@ from diffusers_pqcad.evaluation.speed import (
     interleaved_latency,
     tensor_bytes,
 )
+from diffusers_pqcad.extras import require
 from diffusers_pqcad.fake_quant import fake_quant_layers
 from diffusers_pqcad.layers import average_bits, kernel_cache_bytes
 from diffusers_pqcad.sampling import denoise, generate, initial_noise, sample_shape, timestep_grid
@@ -155,8 +156,12 @@ def evaluate(
     the first MAX_TRAJECTORY_IMAGES images.
 
     Raises ValueError for fewer than two images, too few or misshapen `reference_samples`, models whose samples
-    differ in shape, or step counts that a scheduler cannot run.
+    differ in shape, or step counts that a scheduler cannot run; MissingExtraError, before any sample, where a package
+    of the extra "eval" that is needed later is not installed.
     """
+    require("eval", "scipy")
+    if extractor is not None:
+        require("eval", "torchmetrics")
     if num_images < 2:
         raise ValueError(f"num_images={num_images}: expected at least 2, for a spread over images.")
     _check_positive(batch_size=batch_size)
