@@ -30,6 +30,7 @@ from diffusers_pqcad.evaluation.speed import (
     directory_size_bytes,
     environment,
     interleaved_latency,
+    layers_by_kernel,
     tensor_bytes,
 )
 from diffusers_pqcad.extras import require
@@ -76,6 +77,7 @@ class EvaluationReport:
     average_bits: float  # over the quantized weights, 32 for a float32 model
     average_bits_all: float  # over all weights
     kernel_cache_bytes: int  # int8 copies that kernels held in memory beside the packed weights
+    kernels: dict[str, int]  # quantized layers by the kernel that computes them, in these times
     latency_ms: Latency
     reference_latency_ms: Latency
     latency_batch_size: int
@@ -228,6 +230,7 @@ def evaluate(
         average_bits=average_bits,
         average_bits_all=average_bits_all,
         kernel_cache_bytes=kernel_cache_bytes(pipeline.unet),
+        kernels=layers_by_kernel(pipeline.unet),
         latency_ms=latency,
         reference_latency_ms=reference_latency,
         latency_batch_size=latency_batch_size,

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -107,19 +106,11 @@ def prepare(settings: FieldSettings, batch_size: int, sample_size: int | None = 
     return taking_part
 
 
-def commit() -> str | None:
-    """Return the commit of the source tree, with "-dirty" after local changes, or `None` outside of git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return result.stdout.strip() or None
-
-
 def circumstances() -> dict[str, Any]:
     """Return what a time depends on beside the contestant; call it before anything is timed, for the load averages."""
     flags = os.environ.get(native.FLAGS_VARIABLE)
     return environment() | {
         "vnni": onednn.available() and not onednn.saturates(),
-        "commit": commit(),
         native.FLAGS_VARIABLE: flags,
     }
 
