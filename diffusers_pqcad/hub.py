@@ -7,6 +7,8 @@ from typing import Any
 
 from diffusers_pqcad.coverage import percent
 
+# What a table says of layers by the kernel that computed them.
+KERNELS = {"x86": "int8 kernels in C", "onednn": "int8 kernels of oneDNN", "reference": "floating point (reference)"}
 START, END = "<!-- pqcad:start -->", "<!-- pqcad:end -->"
 # What may be published: no resume files, no logs, no pickles.
 PUBLISHED_FILES = (
@@ -56,6 +58,26 @@ def packed_shares(metrics: dict[str, Any]) -> str:
     return f"; they are {' or '.join(shares)} of all weights" if shares else ""
 
 
+def kernel_notes(rows: list[dict[str, Any]]) -> list[str]:
+    """Return which kernels computed the quantized layers while the rows' times were taken; names where rows differ."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("kernels") != {}:  # not in floating point
+            names.setdefault(kernels_that_ran(row.get("kernels")), []).append(row["name"])
+    if len(names) == 1:
+        return [f"Kernels: {text}." for text in names]
+    return [f"Kernels of {'; '.join(rows_alike)}: {text}." for text, rows_alike in names.items()]
+
+
+def kernels_that_ran(kernels: dict[str, int] | None) -> str:
+    """Return what computed a model's quantized layers, from their numbers by kernel; `None`: it was not recorded."""
+    if kernels is None:
+        return "not recorded"
+    total = sum(kernels.values())
+    parts = ", ".join(f"{KERNELS.get(name, name)}: {count} of {total} layers" for name, count in kernels.items())
+    return parts if set(kernels) != {"reference"} else f"no int8 kernel ran, so times say nothing of int8; {parts}"
+
+
 def table_notes(metrics: dict[str, Any]) -> str:
     """Return what a reader must know to read the table: n, seed, definitions, hardware, versions."""
     row = metrics["rows"][0]
@@ -68,8 +90,8 @@ def table_notes(metrics: dict[str, Any]) -> str:
         f"Average bits: over the quantized layers' weights, scales not counted{packed_shares(metrics)}. Size: the "
         "denoiser's files.",
         "ms an image: median of rounds that alternate with full precision at "
-        f"{row['reference_num_inference_steps']} steps, batch {row['latency_batch_size']}; real int8 kernels, nothing "
-        "simulated. Speed-up: of these two.",
+        f"{row['reference_num_inference_steps']} steps, batch {row['latency_batch_size']}. Speed-up: of these two.",
+        *kernel_notes(metrics["rows"]),
         "Measured with " + ", ".join(f"{key} {value}" for key, value in environment.items()) + ".",
     ]
     # A run that is continued may find another computer, or be given other threads.

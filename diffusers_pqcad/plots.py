@@ -3,17 +3,27 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from torch import Tensor
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 - the backend comes first
-from torch import Tensor  # noqa: E402
+from diffusers_pqcad.extras import require
 
 BIT_COLOURS = {2: "#7b3294", 3: "#c2a5cf", 4: "#5aae61", 6: "#4393c3", 8: "#2166ac"}
 
 
+def _pyplot() -> Any:
+    """Return matplotlib's pyplot, which draws into files; MissingExtraError where there is none."""
+    require("eval", "matplotlib")
+    import matplotlib
+
+    matplotlib.use("Agg")  # the backend comes first
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
 def plot_samples(path: str | Path, samples: dict[str, Tensor]) -> None:
     """Write a grid: one row for each named set of images (n, C, H, W) uint8, the same seed in each column."""
+    plt = _pyplot()
     columns = len(next(iter(samples.values())))
     size = (columns * 0.8 + 2.2, len(samples) * 0.95)
     figure, axes = plt.subplots(len(samples), columns, figsize=size, squeeze=False)
@@ -31,6 +41,7 @@ def plot_samples(path: str | Path, samples: dict[str, Tensor]) -> None:
 
 def plot_bits(path: str | Path, rounds: list[dict[str, Any]]) -> None:
     """Write the bits of every layer (rows) over the rounds (columns), with the average on top."""
+    plt = _pyplot()
     layers = list(rounds[-1]["bits"])
     figure, (top, axis) = plt.subplots(
         2, 1, figsize=(9, 2 + 0.16 * len(layers)), sharex=True, gridspec_kw={"height_ratios": [1, 0.13 * len(layers)]}
@@ -56,6 +67,7 @@ def plot_curves(
     path: str | Path, recovery: list[dict[str, Any]], distillation: dict[str, list[dict[str, Any]]]
 ) -> None:
     """Write held-out trajectory errors: of PQ's recovery by stage, and of every distillation arm."""
+    plt = _pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
     for stage in sorted({entry["stage"] for entry in recovery}):
         entries = [entry for entry in recovery if entry["stage"] == stage]

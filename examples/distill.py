@@ -46,6 +46,7 @@ from diffusers_pqcad.calibration import check_unconditional
 from diffusers_pqcad.checkpoint import load_checkpoint, save_checkpoint, write_text
 from diffusers_pqcad.evaluation import generate_samples, load_extractor, to_uint8
 from diffusers_pqcad.evaluation.speed import environment
+from diffusers_pqcad.extras import MissingExtraError, require
 from diffusers_pqcad.fake_quant import fake_quant_state, freeze_, load_fake_quant_state_
 from diffusers_pqcad.optimization import check_minimum
 from diffusers_pqcad.plots import plot_bits, plot_curves, plot_samples
@@ -277,12 +278,16 @@ class Run:
         pipeline.unet.eval()
         return pipeline
 
-    def load_extractor(self) -> Any:
-        """Return the feature extractor of the settings, or `None`: then the table has no distance."""
-
+    def extractor_folder(self) -> str | None:
+        """Return the folder of the feature extractor, or `None`: then the table has no distance."""
         folder = self.settings.extractor
         if folder is None and self.is_bundled and BUNDLED_EXTRACTOR.exists():
             folder = str(BUNDLED_EXTRACTOR)
+        return folder
+
+    def load_extractor(self) -> Any:
+        """Return the feature extractor of the settings, or `None`."""
+        folder = self.extractor_folder()
         return None if folder is None else load_extractor(folder)
 
     def collect(self, pipeline: Any) -> Any:
@@ -474,6 +479,10 @@ def rows_to_measure(run: Run, teacher: Any, calibration: Any, quantized: Any) ->
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the whole script and return its metrics."""
     settings = parse_settings(sys.argv[1:] if arguments is None else arguments)
+    run = Run(settings)
+    require("train", "matplotlib", "scipy")  # for what comes last: the intervals and the pictures
+    if run.extractor_folder() is not None:
+        require("train", "torchmetrics")
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
@@ -495,7 +504,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         if not settings.hub_model_id:
             raise ValueError("--push_to_hub needs --hub_model_id user/name.")
         hub.check_access()
-    run = Run(settings)
 
     teacher = run.load_teacher()
     extractor = run.load_extractor()
@@ -567,5 +575,5 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, MissingExtraError) as error:
         sys.exit(f"distill.py: {error}")

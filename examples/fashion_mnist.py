@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusers_pqcad.extras import require
+
 HUB_ID = "zalando-datasets/fashion_mnist"
 DEBIAN_DIR = "/usr/share/datasets/fashion-mnist"  # apt-get install dataset-fashion-mnist
 LICENCE_NOTICE = """\
@@ -40,16 +42,27 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * num_dims).reshape(shape)
 
 
+def idx_folder(data_dir: str | None = None) -> str | None:
+    """Return the folder of IDX files: `data_dir`, or the Debian package's; `None` where the Hub has to be asked.
+
+    Raises MissingExtraError where the Hub has to be asked and `datasets`, which asks it, is not installed.
+    """
+    if data_dir is None and Path(DEBIAN_DIR).is_dir():
+        return DEBIAN_DIR
+    if data_dir is None:
+        require("eval", "datasets")
+    return data_dir
+
+
 def load_split(split: str, data_dir: str | None = None) -> tuple[Tensor, Tensor]:
     """Return images (N, 1, 28, 28) uint8 and labels (N,) int64 of `split` ("train" or "test").
 
     `data_dir` is a folder of IDX files; without one the Debian package's folder is used where it exists, and the Hub
     data set otherwise.
     """
-    if data_dir is None and Path(DEBIAN_DIR).is_dir():
-        data_dir = DEBIAN_DIR
-    if data_dir is not None:
-        prefix = Path(data_dir) / IDX_PREFIX[split]
+    folder = idx_folder(data_dir)
+    if folder is not None:
+        prefix = Path(folder) / IDX_PREFIX[split]
         images = read_idx(prefix.with_name(f"{prefix.name}-images-idx3-ubyte.gz"))
         labels = read_idx(prefix.with_name(f"{prefix.name}-labels-idx1-ubyte.gz"))
     else:

@@ -30,6 +30,7 @@ from diffusers_pqcad.evaluation.features import (
     save_extractor,
 )
 from diffusers_pqcad.evaluation.metrics import feature_statistics, frechet_distance, kernel_distance
+from diffusers_pqcad.extras import require
 
 
 @dataclass
@@ -278,6 +279,7 @@ Load it with `diffusers_pqcad.evaluation.features.load_extractor(folder)`, which
 
 def main(settings: Settings) -> dict[str, Any]:
     """Run the job that `settings` asks for, then bring config.json and the card up to date; return the config."""
+    require("eval", "torchmetrics")  # for the kernel distances, which come last
     torch.set_num_threads(settings.num_threads)
     if settings.measure_teacher:
         measured: dict[str, Any] = {"teacher": measure_teacher(settings)}

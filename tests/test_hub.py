@@ -30,6 +30,7 @@ def row(key: str, name: str, **changes: Any) -> dict[str, Any]:
         "frechet_distance": 5.151,
         "size_bytes": 3_330_000,
         "average_bits": 3.939,
+        "kernels": {"x86": 61},
         "latency_ms": {"median_ms": 7.771},
         "reference_latency_ms": {"median_ms": 15.542},
         "latency_batch_size": 19,
@@ -40,7 +41,7 @@ def row(key: str, name: str, **changes: Any) -> dict[str, Any]:
 @pytest.fixture
 def metrics() -> dict[str, Any]:
     teacher = row("float", "teacher", sqnr_db="inf", sqnr_interval_db=["inf", "inf"], average_bits=32.0,
-                  size_bytes=23_310_000, num_inference_steps=26)  # fmt: skip
+                  kernels={}, size_bytes=23_310_000, num_inference_steps=26)  # fmt: skip
     return {
         "teacher_id": "someone/some-model",
         "settings": {
@@ -131,6 +132,37 @@ def test_the_notes_name_the_places_of_a_training_on_an_accelerator(metrics: dict
     assert "Trained on" not in table_notes(metrics)
 
 
+def test_the_notes_say_which_kernels_ran(metrics: dict[str, Any]) -> None:
+    def lines() -> list[str]:
+        return [line for line in table_notes(metrics).splitlines() if line.startswith("- Kernels")]
+
+    assert lines() == ["- Kernels: int8 kernels in C: 61 of 61 layers."]
+    metrics["rows"][2]["kernels"] = {"x86": 60, "reference": 1}
+    assert lines() == [
+        "- Kernels of PQ: int8 kernels in C: 61 of 61 layers.",
+        "- Kernels of PQ + CAD: int8 kernels in C: 60 of 61 layers, floating point (reference): 1 of 61 layers.",
+    ]
+    metrics["rows"][1]["kernels"] = metrics["rows"][2]["kernels"] = {"onednn": 61}
+    assert lines() == ["- Kernels: int8 kernels of oneDNN: 61 of 61 layers."]
+
+
+def test_a_card_without_int8_kernels_claims_none(metrics: dict[str, Any]) -> None:
+    metrics["settings"]["activation_bits"] = 0
+    for entry in metrics["rows"][1:]:
+        entry["kernels"] = {"reference": 61}
+    (line,) = [line for line in card_of(metrics).splitlines() if "int8" in line]
+    assert line == (
+        "- Kernels: no int8 kernel ran, so times say nothing of int8; floating point (reference): 61 of 61 layers."
+    )
+
+
+def test_rows_of_older_runs_render_and_say_that_no_kernel_was_recorded(metrics: dict[str, Any]) -> None:
+    for entry in metrics["rows"]:
+        del entry["kernels"]
+    assert "- Kernels: not recorded." in card_of(metrics).splitlines()
+    assert "int8" not in card_of(metrics)
+
+
 def test_the_notes_say_how_it_was_measured(metrics: dict[str, Any]) -> None:
     notes = table_notes(metrics)
     facts = ["n = 1013 images, seed 43", "at 26 steps", "batch 19", "tiny classifier distance (d=16), lower is better"]
@@ -168,6 +200,7 @@ CHANGES = {
     "rows/2/reference_latency_ms/median_ms": 16.5,
     "rows/2/num_inference_steps": 12,
     "rows/2/size_bytes": 3_500_000,
+    "rows/2/kernels/x86": 60,
 }
 
 
@@ -187,7 +220,7 @@ def test_every_number_of_the_card_is_measured(metrics: dict[str, Any]) -> None:
     numbers = set(re.findall(r"\d+(?:\.\d+)?", card_of(metrics).split("## Use")[0].split(START)[1]))
     numbers |= set(re.findall(r"\d+(?:\.\d+)?", card_of(metrics).split("## How it was made")[1]))
     measured = "1013 43 26 22 14 28 19 67 2.71 23.31 3.33 7.77 2.00 32.00 3.94 17.17 18.28 16.16 18.18 19.19 5.15 6.26"
-    measured = {*measured.split(), "3.86", "128", "1000047", "13", "2", "17", "211", "313", "251"}
+    measured = {*measured.split(), "3.86", "128", "1000047", "13", "2", "17", "211", "313", "251", "61"}
     measured |= {"7.0", "4", "8", "16"}  # times smaller; W4A8; d=16
     definitions = {"95", "8", "1", "2", "3", "4"}  # interval in per cent; int8; numbers of the list
     assert numbers <= measured | definitions

@@ -31,8 +31,10 @@ from diffusers_pqcad.evaluation.speed import (
     directory_size_bytes,
     environment,
     interleaved_latency,
+    layers_by_kernel,
     tensor_bytes,
 )
+from diffusers_pqcad.extras import require
 from diffusers_pqcad.fake_quant import fake_quant_layers
 from diffusers_pqcad.layers import kernel_cache_bytes
 from diffusers_pqcad.sampling import denoise, generate, initial_noise, sample_shape, timestep_grid
@@ -77,6 +79,7 @@ class EvaluationReport:
     average_bits_all: float  # over all weights
     packed_share: float  # of all weights
     kernel_cache_bytes: int  # int8 copies that kernels held in memory beside the packed weights
+    kernels: dict[str, int]  # quantized layers by the kernel that computes them, in these times
     latency_ms: Latency
     reference_latency_ms: Latency
     latency_batch_size: int
@@ -157,8 +160,12 @@ def evaluate(
     the first MAX_TRAJECTORY_IMAGES images.
 
     Raises ValueError for fewer than two images, too few or misshapen `reference_samples`, models whose samples
-    differ in shape, or step counts that a scheduler cannot run.
+    differ in shape, or step counts that a scheduler cannot run; MissingExtraError, before any sample, where a package
+    of the extra "eval" that is needed later is not installed.
     """
+    require("eval", "scipy")
+    if extractor is not None:
+        require("eval", "torchmetrics")
     if num_images < 2:
         raise ValueError(f"num_images={num_images}: expected at least 2, for a spread over images.")
     _check_positive(batch_size=batch_size)
@@ -227,6 +234,7 @@ def evaluate(
         average_bits_all=average_bits_all,
         packed_share=covered.share(covered.packed),
         kernel_cache_bytes=kernel_cache_bytes(pipeline.unet),
+        kernels=layers_by_kernel(pipeline.unet),
         latency_ms=latency,
         reference_latency_ms=reference_latency,
         latency_batch_size=latency_batch_size,

@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from diffusers_pqcad.extras import require
+
 PSD_TOLERANCE = 1e-6  # a covariance estimate may have eigenvalues this far below zero, relative to its largest one
 
 
@@ -74,6 +76,7 @@ def kernel_distance(
     Raises ValueError if a side has fewer rows than `subset_size`, if the widths differ, or for a NaN or infinity.
     Source: Binkowski et al. 2018, arXiv:1801.01401, eq. (4) and section 4.
     """
+    require("eval", "torchmetrics")
     from torchmetrics.image.kid import poly_mmd  # here: only this metric needs torchmetrics
 
     _check_features(features_a, "features_a")
@@ -170,6 +173,7 @@ def bootstrap_interval(
     Raises ValueError for fewer than two images, a negative or non-finite error, or a variance that is not positive.
     Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, section 13.3.
     """
+    require("eval", "scipy")
     import numpy as np
     from scipy.stats import bootstrap
 

@@ -2,7 +2,9 @@
 
 import os
 import platform
+import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
@@ -10,6 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from diffusers_pqcad import kernels
+from diffusers_pqcad.layers import QuantizedLayer, packed_layers
 
 
 class Latency(NamedTuple):
@@ -81,10 +86,24 @@ def tensor_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
+def layers_by_kernel(model: nn.Module) -> dict[str, int]:
+    """Return how many quantized layers of `model` each kernel computes, where they lie now and as kernels are forced.
+
+    Called without gradients, as pipelines do. Empty for a model in floating point.
+    """
+    return dict(Counter(map(_kernel_of, packed_layers(model).values())))
+
+
+def _kernel_of(layer: QuantizedLayer) -> str:
+    on_cpu = all(buffer.is_cpu for buffer in layer.buffers())
+    return kernels.forced() or (layer.kernel_name() if on_cpu else kernels.reference.NAME)
+
+
 def environment() -> dict[str, Any]:
     """Return what a latency depends on beside the model, as JSON values: versions, threads, CPU, GPU, load averages.
 
-    `load_average` holds the system's 1, 5 and 15 minute averages at the time of the call, None where there are none.
+    `commit` is that of the checkout which this package runs from, or None, where the version has to do. `load_average`
+    holds the system's 1, 5 and 15 minute averages at the time of the call, None where there are none.
     """
     import diffusers
 
@@ -92,6 +111,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "diffusers_pqcad": _package_version(),
+        "commit": commit(),
         "python": platform.python_version(),
         "num_threads": torch.get_num_threads(),
         "num_cpus": os.cpu_count(),
@@ -100,6 +120,22 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }
+
+
+def commit(file: str | Path = __file__) -> str | None:
+    """Return the commit of the checkout that tracks `file`, with "-dirty" after local changes, else None."""
+    folder = Path(file).parent
+    try:
+        tracked = _git(folder, "ls-files", "--error-unmatch", str(file))  # not: installed somewhere in a checkout
+    except OSError:  # no git
+        return None
+    if not tracked:
+        return None
+    return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True).stdout.strip()
 
 
 def _package_version() -> str:

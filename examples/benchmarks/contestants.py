@@ -1,6 +1,6 @@
 """What takes part in the benchmarks: each a function from a float UNet and calibration inputs to a `Contestant`.
 
-The library of a peer is imported where it is used.
+The library of a peer is imported where it is used; `PACKAGES` says what that takes, before anything runs.
 """
 
 import copy
@@ -242,4 +242,13 @@ CONTESTANTS: dict[str, Builder] = QUICK | {
     "OpenVINO + NNCF int8": partial(openvino, precision="f32", int8=True),
     "OpenVINO + NNCF int8, bf16": partial(openvino, precision="bf16", int8=True),
     "ONNX Runtime int8": onnxruntime_int8,
+}
+# By name, as globs: the packages that those of others import, or that what they call imports.
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "torchao *": ("torchao",),
+    "quanto *": ("optimum.quanto",),
+    "SDNQ *": ("sdnq",),
+    "OpenVINO*": ("openvino",),
+    "OpenVINO + NNCF *": ("nncf",),
+    "ONNX Runtime *": ("onnx", "onnxruntime", "onnxscript"),
 }

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -13,10 +12,11 @@ from typing import Any, NamedTuple
 
 import models
 import torch
-from contestants import CONTESTANTS, QUICK, STOCK, Contestant
+from contestants import CONTESTANTS, PACKAGES, QUICK, STOCK, Contestant
 
 from diffusers_pqcad.checkpoint import write_text
 from diffusers_pqcad.evaluation.speed import environment
+from diffusers_pqcad.extras import missing
 from diffusers_pqcad.kernels import native, onednn
 
 NUM_CALIBRATION_INPUTS = 4
@@ -57,6 +57,17 @@ def chosen(patterns: list[str]) -> list[str]:
     return [name for name in CONTESTANTS if name == STOCK or any(fnmatchcase(name, each) for each in patterns)]
 
 
+def without_packages(names: list[str]) -> dict[str, str]:
+    """Return those of the contestants `names` whose packages are not installed, and say so before anything runs."""
+    skipped = {}
+    for name in names:
+        modules = [each for pattern, needed in PACKAGES.items() if fnmatchcase(name, pattern) for each in needed]
+        if absent := missing(*modules):
+            skipped[name] = f"not installed: {', '.join(absent)}"
+            print(f'skipped: {name}: {skipped[name]}; pip install -e ".[bench]"', flush=True)
+    return skipped
+
+
 def try_out(name: str, run: Callable[[], Any], skipped: dict[str, str]) -> Any:
     """Return what `run` returns, or `None` with the reason in `skipped`: a peer may fail in any way."""
     try:
@@ -72,19 +83,20 @@ def prepare(settings: FieldSettings, batch_size: int, sample_size: int | None = 
     """Return the model of `settings`, an input, and the contestants of `settings` calibrated on others."""
     torch.set_num_threads(settings.num_threads)
     names = chosen(settings.contestants)
+    skipped = without_packages(names)
     unet = models.build(settings.model, settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     inputs, *calibration = (
         models.draw_inputs(unet, batch_size, sample_size, generator) for _ in range(1 + NUM_CALIBRATION_INPUTS)
     )
-    taking_part = Field(unet, inputs, {}, {}, {})
+    taking_part = Field(unet, inputs, {}, skipped, {})
 
     def build(name: str) -> Contestant:
         contestant = CONTESTANTS[name](unet, calibration)
         contestant.step(calibration[0])  # what is compiled, is compiled now
         return contestant
 
-    for name in names:
+    for name in [name for name in names if name not in skipped]:
         print(f"building: {name}", flush=True)
         started = time.perf_counter()
         contestant = try_out(name, partial(build, name), taking_part.skipped)
@@ -94,19 +106,11 @@ def prepare(settings: FieldSettings, batch_size: int, sample_size: int | None = 
     return taking_part
 
 
-def commit() -> str | None:
-    """Return the commit of the source tree, with "-dirty" after local changes, or `None` outside of git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return result.stdout.strip() or None
-
-
 def circumstances() -> dict[str, Any]:
     """Return what a time depends on beside the contestant; call it before anything is timed, for the load averages."""
     flags = os.environ.get(native.FLAGS_VARIABLE)
     return environment() | {
         "vnni": onednn.available() and not onednn.saturates(),
-        "commit": commit(),
         native.FLAGS_VARIABLE: flags,
     }
 

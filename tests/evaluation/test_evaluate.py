@@ -5,18 +5,19 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-from diffusers_pqcad import PQCADConfig, quantize_
+from diffusers_pqcad import PQCADConfig, inspect, kernels, quantize_
 from diffusers_pqcad.convert import match_modules
 from diffusers_pqcad.evaluation import EvaluationReport, evaluate, generate_samples, to_uint8
 from diffusers_pqcad.evaluation.features import FeatureExtractor
 from diffusers_pqcad.evaluation.metrics import feature_statistics, frechet_distance
 from diffusers_pqcad.fake_quant import prepare_
-from diffusers_pqcad.layers import kernel_cache_bytes
+from diffusers_pqcad.layers import kernel_cache_bytes, packed_layers
 from diffusers_pqcad.sampling import initial_noise
 
 FAST = {"num_latency_rounds": 1, "latency_batch_size": 2, "progress": False}
@@ -312,6 +313,22 @@ class TestEvaluate:
         assert (
             evaluate(pipeline, pipeline, num_images=2, num_inference_steps=5, seed=0, **FAST).kernel_cache_bytes == 0
         )
+
+    def test_counts_the_layers_of_each_kernel(self, pipeline):
+        quantized = DDIMPipeline(quantize_(copy.deepcopy(pipeline.unet), PQCADConfig()), pipeline.scheduler)
+        arguments = {"num_images": 2, "num_inference_steps": 5, "seed": 0, **FAST}
+        chosen = Counter(row.kernel for row in inspect(quantized.unet) if row.kernel is not None)
+        assert evaluate(quantized, pipeline, **arguments).kernels == chosen
+        with kernels.use("reference"):
+            report = evaluate(quantized, pipeline, **arguments)
+        assert report.to_dict()["kernels"] == {"reference": chosen.total()}
+        assert evaluate(pipeline, pipeline, **arguments).kernels == {}
+
+    def test_counts_the_kernel_of_layers_without_int8_activations(self, pipeline):
+        config = PQCADConfig(activation_bits=None)
+        quantized = DDIMPipeline(quantize_(copy.deepcopy(pipeline.unet), config), pipeline.scheduler)
+        report = evaluate(quantized, pipeline, num_images=2, num_inference_steps=5, seed=0, **FAST)
+        assert report.kernels == {"reference": len(packed_layers(quantized.unet))}
 
     def test_names_the_cause_of_nan(self, pipeline):
         broken = perturbed(pipeline)

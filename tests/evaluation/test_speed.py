@@ -1,17 +1,21 @@
 """Specification of `diffusers_pqcad.evaluation.speed`."""
 
 import json
+import subprocess
 import time
 
 import pytest
 import torch
 from torch import nn
 
+from diffusers_pqcad import PQCADConfig, quantize_
 from diffusers_pqcad.evaluation.speed import (
     Latency,
+    commit,
     directory_size_bytes,
     environment,
     interleaved_latency,
+    layers_by_kernel,
     tensor_bytes,
 )
 
@@ -78,4 +82,32 @@ def test_environment_is_json():
     found = json.loads(json.dumps(environment()))
     assert found["torch"] == torch.__version__
     assert found["num_threads"] == torch.get_num_threads()
-    assert {"diffusers", "diffusers_pqcad", "cpu", "load_average"} <= found.keys()
+    assert {"diffusers", "diffusers_pqcad", "commit", "cpu", "load_average"} <= found.keys()
+
+
+def test_the_kernel_of_a_layer_elsewhere_is_the_reference():
+    model = nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)])
+    quantize_(model, PQCADConfig(method="fixed"))
+    assert layers_by_kernel(model) == {model[0].kernel_name(): 2}
+    assert layers_by_kernel(model.to("meta")) == {"reference": 2}
+    assert layers_by_kernel(nn.Linear(2, 2)) == {}
+
+
+def test_the_commit_is_that_of_a_checkout_which_tracks_the_file(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+
+    file = tmp_path / "module.py"
+    file.write_text("")
+    assert commit(file) is None  # no checkout
+    git("init")
+    assert commit(file) is None  # a file that only lies in one, as an environment in a project's folder does
+    git("add", ".")
+    git("commit", "-m", "first")
+    head = git("rev-parse", "HEAD").stdout.strip()
+    assert commit(file) == head
+    file.write_text("changed")
+    assert commit(file) == f"{head}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert commit(file) is None  # no git
