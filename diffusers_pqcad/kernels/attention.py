@@ -1,4 +1,4 @@
-"""Attention in bf16 products and fp32 sums on x86 CPUs, in C (attention.c), compiled on first use.
+"""Attention in bf16 products and fp32 sums on x86 CPUs, in C (csrc/attention.c), compiled on first use.
 
 No less exact than 8-bit rounding around it asks: bf16 has 8 bits itself.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusers_pqcad.kernels import native, scratch
 
-SOURCE = Path(__file__).with_name("attention.c")
+SOURCE = Path(__file__).with_name("csrc") / "attention.c"
 NO_BF16 = "the CPU has no AVX-512 BF16"
 
 

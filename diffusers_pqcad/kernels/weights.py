@@ -22,7 +22,7 @@ from diffusers_pqcad.qparams import (
     row_chunks,
 )
 
-SOURCE = Path(__file__).with_name("weights.c")
+SOURCE = Path(__file__).with_name("csrc") / "weights.c"
 CACHED_WEIGHTS = 2**20  # that a CPU still has in its cache when it reads them again, converted
 
 

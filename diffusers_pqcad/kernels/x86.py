@@ -1,4 +1,4 @@
-"""int8 convolution and linear on x86 CPUs, in C (x86.c), compiled on first use: exact sums, faster than oneDNN's.
+"""int8 convolution and linear on x86 CPUs, in C (csrc/), compiled on first use: exact sums, faster than oneDNN's.
 
 With VNNI, one instruction multiplies 64 codes by 64 levels (AVX-512) or 32 by 32 (AVX, as in laptops) and adds them up
 in 32 bits. With AVX2 alone, one multiplies 32 and adds neighbours in 16 bits, another widens the sums. There levels of
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from diffusers_pqcad.layers import QuantizedLayer
 
 NAME = "x86"
-SOURCE = Path(__file__).with_name("x86.c")
+SOURCE = Path(__file__).with_name("csrc") / "layers.c"
 DEPTH = 4  # inputs of a step, as in the C file
 TERMS = 4  # products that make a pair of pixels, as in the C file
 SPARE_EXCESSES = 16  # as in the C file

@@ -5,8 +5,9 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "inline.h"
+
 #define LANES 16
-#define INLINE static inline __attribute__((always_inline))
 
 #define MIN_SCALE 1e-12f /* as in qparams.py */
 
