@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusers_pqcad.kernels import native
 
-SOURCE = Path(__file__).with_name("crc32.c")
+SOURCE = Path(__file__).with_name("csrc") / "crc32.c"
 FOLDED_BYTES = 64
 ALL_BITS = 0xFFFFFFFF  # zlib's numbers are the register's bits, each one turned
 

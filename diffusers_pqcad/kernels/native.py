@@ -55,6 +55,11 @@ def open_private(folder: Path) -> None:
         raise OSError(f"{folder} is open to other users, and code is loaded from it; {CACHE_VARIABLE} names another")
 
 
+def text_beside(source: Path) -> bytes:
+    """Return the text of all C files and headers in the folder of `source`: what it may include is among them."""
+    return b"".join(path.read_bytes() for path in sorted(source.parent.glob("*.[ch]")))
+
+
 @cache
 def library(source: Path) -> ctypes.CDLL | str:
     """Return the C file `source` as a loaded library, or why there is none on this computer.
@@ -71,7 +76,7 @@ def library(source: Path) -> ctypes.CDLL | str:
         # Version, CPU and most flags show in the macros: a home folder may be shared by several computers.
         macros = subprocess.run([*command, "-dM", "-E", "-xc", os.devnull], capture_output=True, check=True).stdout
         # The number of bytes that end the file is part of its name: files of versions without are none of ours.
-        key = sha256(source.read_bytes() + macros + f"{' '.join(command)} {DIGEST_BYTES}".encode()).hexdigest()[:16]
+        key = sha256(text_beside(source) + macros + f"{' '.join(command)} {DIGEST_BYTES}".encode()).hexdigest()[:16]
         path = cache_folder() / f"{source.stem}-{key}.so"
         open_private(path.parent)
         try:

@@ -44,6 +44,26 @@ def test_another_source_is_another_library(source: Path) -> None:
     assert native.library(source).answer() == 43
 
 
+def test_another_header_is_another_library(source: Path) -> None:
+    source.write_text('#include "answer.h"\nint answer(void) { return ANSWER; }\n')
+    header = source.with_name("answer.h")
+    for answer in (42, 43):
+        header.write_text(f"#define ANSWER {answer}\n")
+        native.library.cache_clear()
+        assert native.library(source).answer() == answer
+    assert len(list(native.cache_folder().iterdir())) == 2
+
+
+@pytest.mark.parametrize("source", [attention.SOURCE, weights.SOURCE, x86.SOURCE], ids=lambda source: source.name)
+def test_our_code_includes_headers_of_its_own_folder_only(source: Path) -> None:
+    """Beside those of the system: a library's name changes with the files of the folder."""
+    command = [str(native.compiler()), *native.FLAGS, "-MM", str(source)]
+    rule = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    _, *found = rule.replace("\\\n", " ").split()
+    assert len(found) > 1
+    assert {Path(path).parent for path in found} == {source.parent}
+
+
 def test_without_a_compiler_the_reason_is_given(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)

@@ -10,23 +10,26 @@
 #include <immintrin.h>
 #include <stdlib.h>
 
+#include "exp2.h"
+#include "inline.h"
+#include "layout.h"
+
 int has_bf16(void) { return 1; }
 
 /* A tile of a product is ROWS by COLUMNS, two vectors; its sums stay in registers. */
 #define ROWS 8
 #define COLUMNS 32
-#define INLINE static inline __attribute__((always_inline))
 
 /* q, out (batch, queries, heads, channels); k, v (batch, keys, heads, channels); all fp32 and dense. */
 typedef struct {
     int64_t batch, heads, queries, keys, channels;
 } Shape;
 
+EXPORT_LAYOUT(STRUCT(Shape), FIELD(Shape, batch), FIELD(Shape, heads), FIELD(Shape, queries), FIELD(Shape, keys),
+              FIELD(Shape, channels))
+
 /* Two bf16 numbers that one lane multiplies: of neighbouring channels, or of neighbouring keys. */
 typedef uint32_t Pair;
-
-INLINE int64_t round_up(int64_t number, int64_t multiple) { return (number + multiple - 1) / multiple * multiple; }
-INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Pairs of a row of channels; of a head's keys as panels (COLUMNS keys: channel pairs, COLUMNS); of its values as panels
    (COLUMNS channels: key pairs, COLUMNS). */
@@ -108,19 +111,6 @@ INLINE void multiply(int vectors, const Pair *rows, int64_t stride, const Pair *
     for (int i = 0; i < ROWS; i++) sums[i][0] = wide[i][0], sums[i][1] = wide[i][1];
 }
 
-/* 2^x for x up to 0, to 1e-6 of it down to -64; below -126 the value there. 2^n times a minimax polynomial on
-   [-1/2, 1/2], as in x86.c. A NaN stays. */
-INLINE __m512 exp2_ps(__m512 x)
-{
-    x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x); /* in this order */
-    __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(x, n);
-    __m512 square = _mm512_mul_ps(f, f);
-    __m512 low = _mm512_fmadd_ps(_mm512_set1_ps(6.93146967e-01f), f, _mm512_set1_ps(1.00000007e+00f));
-    __m512 middle = _mm512_fmadd_ps(_mm512_set1_ps(5.55071330e-02f), f, _mm512_set1_ps(2.40221197e-01f));
-    __m512 high = _mm512_fmadd_ps(_mm512_set1_ps(1.32764641e-03f), f, _mm512_set1_ps(9.67554127e-03f));
-    return _mm512_scalef_ps(_mm512_fmadd_ps(_mm512_fmadd_ps(high, square, middle), square, low), n);
-}
-
 /* Replace `keys` scores, powers of two, by pairs of 2^(score - largest) in bf16, padded by zeros; return their sum. */
 INLINE float exponentials(const float *scores, int64_t keys, int64_t padded, Pair *pairs)
 {
@@ -132,7 +122,7 @@ INLINE float exponentials(const float *scores, int64_t keys, int64_t padded, Pai
     const __m512 largest = _mm512_set1_ps(_mm512_reduce_max_ps(most));
     for (int64_t c = 0; c < padded; c += 16) {
         __mmask16 real = keys - c >= 16 ? 0xffff : keys > c ? (__mmask16)((1u << (keys - c)) - 1) : 0;
-        __m512 value = _mm512_maskz_mov_ps(real, exp2_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + c), largest)));
+        __m512 value = _mm512_maskz_mov_ps(real, exp2_512(_mm512_sub_ps(_mm512_loadu_ps(scores + c), largest)));
         sum = _mm512_add_ps(sum, value);
         _mm256_storeu_si256((__m256i *)(pairs + c / 2), (__m256i)_mm512_cvtneps_pbh(value));
     }

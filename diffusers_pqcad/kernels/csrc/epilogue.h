@@ -1,0 +1,55 @@
+/* What becomes of a block's sums of products: numbers, with scales, bias, addend and gate. */
+#pragma once
+
+#include <stdint.h>
+
+#include "activations.h"
+#include "products.h"
+#include "vectors.h"
+
+/* What is added to `count` outputs and what they are multiplied by: out = (sum - zero) * factor + bias. */
+typedef struct {
+    int32_t zero[OUTPUTS];
+    float factor[OUTPUTS], bias[OUTPUTS];
+} __attribute__((aligned(64))) Epilogue;
+
+INLINE Epilogue epilogue_of(int zero_point, const int32_t *level_sum, float input_scale, const float *scale,
+                            const float *bias, int64_t count)
+{
+    Epilogue epilogue;
+    for (int j = 0; j < OUTPUTS; j++) {
+        epilogue.zero[j] = zero_point * level_sum[j];
+        epilogue.factor[j] = input_scale * scale[j];
+        epilogue.bias[j] = bias && j < count ? bias[j] : 0;
+    }
+    return epilogue;
+}
+
+/* A vector of outputs from `j` on. */
+INLINE Numbers dequantize(const int32_t *sums, const Epilogue *epilogue, int j)
+{
+    Vector centred = OF_VECTORS(sub_epi32)(load(sums + j), load(epilogue->zero + j));
+    Numbers factor = OF_VECTORS(load_ps)(epilogue->factor + j), bias = OF_VECTORS(load_ps)(epilogue->bias + j);
+    return OF_VECTORS(fmadd_ps)(OF_VECTORS(cvtepi32_ps)(centred), factor, bias);
+}
+
+/* Write those outputs from `j` on that are less than `count`, plus the addend's where there are such. */
+INLINE void write_outputs(Numbers value, const float *addend, int j, int64_t count, float *out)
+{
+    if (addend) value = OF_VECTORS(add_ps)(value, load_numbers(addend + j, count - j));
+    store_numbers(out + j, value, count - j);
+}
+
+INLINE void dequantize_row(const int32_t *sums, const Epilogue *epilogue, const float *addend, int64_t count, float *out)
+{
+    for (int j = 0; j < OUTPUTS; j += LANES) write_outputs(dequantize(sums, epilogue, j), addend, j, count, out);
+}
+
+/* out *= GELU of a whole block of dequantized sums. */
+INLINE void gate_row(const int32_t *sums, const Epilogue *epilogue, float *out)
+{
+    float gates[OUTPUTS];
+    dequantize_row(sums, epilogue, NULL, OUTPUTS, gates);
+    for (int j = 0; j < OUTPUTS; j += 8)
+        _mm256_storeu_ps(out + j, _mm256_mul_ps(_mm256_loadu_ps(out + j), gelu_ps(_mm256_loadu_ps(gates + j))));
+}

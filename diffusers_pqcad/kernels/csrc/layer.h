@@ -1,0 +1,101 @@
+/* A quantized layer at one size of its input, and the blocks of outputs and the rows of pixels of which it is computed. */
+#pragma once
+
+#include <stdint.h>
+
+#include "epilogue.h"
+#include "image.h"
+#include "products.h"
+
+/* What does not change from call to call. Per block of OUTPUTS channels: `weight` (steps, OUTPUTS, DEPTH) and windows from
+   window_starts[block] to window_starts[block + 1]; `level_sum` and `scale` hold a number for every output of every
+   block. With `is_signed`, codes are signed. For codes in pairs, TERMS blocks follow each other for the same channels. */
+typedef struct {
+    const int8_t *weight;
+    const Window *windows;
+    const int32_t *window_starts, *level_sum;
+    const float *scale;
+    int64_t steps, is_signed;
+} Weights;
+
+/* What is added to the output: as large as that, channels_last, or one number for each channel of an image, the same for
+   all its pixels. NULL for neither. */
+typedef struct {
+    const float *numbers;
+    int64_t is_per_image;
+} Addend;
+
+/* A quantized layer at one size of its input. `bias` may be NULL. `scale`, `zero_point` and `qmax`, the largest code, are
+   those of the input; a scale of zero asks for the ones of each input's own range. */
+typedef struct {
+    const Weights *weights;
+    const float *bias;
+    Image image;
+    Output output;
+    float scale;
+    int32_t zero_point, qmax;
+} Layer;
+
+/* What a block of OUTPUTS channels is multiplied by, and what becomes of its sums. */
+typedef struct {
+    const int8_t *weight;
+    const Window *window, *end;
+    Epilogue epilogue;
+} Block;
+
+INLINE Block block_of(const Weights *weights, int64_t index, float input_scale, int zero_point, const float *bias,
+                      int64_t count)
+{
+    return (Block){weights->weight + index * weights->steps * DEPTH * OUTPUTS,
+                   weights->windows + weights->window_starts[index], weights->windows + weights->window_starts[index + 1],
+                   epilogue_of(zero_point, weights->level_sum + index * OUTPUTS, input_scale,
+                               weights->scale + index * OUTPUTS, bias, count)};
+}
+
+/* Write the blocks whose products make OUTPUTS channels from `channel` on, and return how many there are: one; with gates
+   two; for codes in pairs TERMS, of which the second has the bias: it is added to both pixels (`write_pair`). With `is_dense`,
+   their sums include all excesses, with the terms' own biases. */
+INLINE int blocks_of(const Layer *layer, int64_t channel, float input_scale, int zero_point, int is_dense, Block *blocks)
+{
+    const Weights *weights = layer->weights;
+    const float *bias = layer->bias ? layer->bias + channel : NULL;
+    int64_t index = channel / OUTPUTS, outputs = layer->output.out_channels, count = outputs - channel;
+    if (layer->image.pairs) {
+        for (int k = 0; k < TERMS; k++) {
+            const Term term = term_of(k, zero_point, layer->qmax);
+            const int zero = is_dense ? term.zero + term.bias : term.zero;
+            blocks[k] = block_of(weights, index * TERMS + k, input_scale, zero, k == 1 ? bias : NULL, count);
+        }
+        return TERMS;
+    }
+    blocks[0] = block_of(weights, index, input_scale, zero_point, bias, count);
+    if (!layer->output.is_gated) return 1;
+    blocks[1] = block_of(weights, index + outputs / OUTPUTS, input_scale, zero_point, bias ? bias + outputs : NULL, count);
+    return 2;
+}
+
+/* A row of a tile: its codes, its image, its column, and the first pixel of its output. A pair is `is_single` where it is
+   the last one of an odd number of pixels. */
+typedef struct {
+    const uint8_t *codes;
+    int64_t image, column, pixel;
+    int is_single;
+} Row;
+
+/* Find `count` rows, the first of which is the `first` of all; `columns` are in a line of the output. */
+INLINE void find_rows(const uint8_t *codes, const Layer *layer, int64_t columns, int64_t first, int count, Row rows[ROWS])
+{
+    const Image *image = &layer->image;
+    const Output *output = &layer->output;
+    const int64_t row_bytes = bytes_of_row(image), pixels = image->pairs ? 2 : 1;
+    const int64_t image_bytes = (image->height + 2 * image->border_y) * row_bytes;
+    const int64_t column_bytes = image->padded_channels * (image->pairs ? TERMS : output->stride_x);
+    int64_t column = first % columns, line = first / columns, n = line / output->out_height, y = line % output->out_height;
+    for (int i = 0; i < ROWS; i++) { /* counted on: divisions for each row would take as long as a short product */
+        rows[i] = (Row){codes + n * image_bytes + y * output->stride_y * row_bytes + column * column_bytes, n, column,
+                        line * output->out_width + column * pixels, column * pixels + 1 == output->out_width};
+        if (i + 1 >= count || ++column < columns) continue;
+        column = 0, line++;
+        if (++y == output->out_height) y = 0, n++;
+    }
+}
