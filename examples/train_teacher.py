@@ -1,15 +1,17 @@
-"""Train the bundled teacher: a small unconditional UNet2DModel on Fashion-MNIST.
+"""Train a bundled teacher: a small unconditional UNet2DModel on Fashion-MNIST.
 
     accelerate launch examples/train_teacher.py
+    accelerate launch examples/train_teacher.py --prediction_type epsilon --num_train_epochs 12
 
-v-prediction on a linear noise schedule, EMA weights, any number of processes. Every random draw is a function of
-(seed, step), so a run that was killed goes on from its last checkpoint to the same weights.
+A linear noise schedule, EMA weights, any number of processes. Every random draw is a function of (seed, step), so a
+run that was killed goes on from its last checkpoint to the same weights.
 """
 
 import dataclasses
 import json
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +28,21 @@ from transformers import HfArgumentParser
 
 from diffusers_pqcad.checkpoint import load_checkpoint, save_checkpoint
 
+# What the network learns to say, of (scheduler, clean images, noise, timesteps).
+TARGETS: dict[str, Callable[[DDIMScheduler, Tensor, Tensor, Tensor], Tensor]] = {
+    "v_prediction": DDIMScheduler.get_velocity,
+    "epsilon": lambda scheduler, clean, noise, timesteps: noise,
+}
+
 
 @dataclass
 class Settings:
     """Settings of one run; `examples/models/fashion-mnist` was made with these but for what its card tells."""
 
-    output_dir: str = "examples/models/fashion-mnist"
+    output_dir: str = ""  # default: examples/models/fashion-mnist, or fashion-mnist-epsilon
     train_data_dir: str | None = None  # a folder of IDX files; default: the Debian package, else the Hub
-    checkpoint_dir: str = "outputs/teacher-checkpoint"
+    checkpoint_dir: str = ""  # default: outputs/teacher-checkpoint, or teacher-epsilon-checkpoint
+    prediction_type: str = "v_prediction"  # or epsilon, as SD-1.5, SDXL and every DDPM have it
     num_train_epochs: int = 7
     train_batch_size: int = 64  # per process
     learning_rate: float = 8e-4
@@ -44,6 +53,13 @@ class Settings:
     checkpointing_steps: int = 500
     num_threads: int = 0  # 0: leave torch's own choice
     seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in TARGETS:
+            raise ValueError(f"prediction_type: expected one of {tuple(TARGETS)}, got {self.prediction_type!r}.")
+        kind = "" if self.prediction_type == "v_prediction" else f"-{self.prediction_type}"
+        self.output_dir = self.output_dir or f"examples/models/fashion-mnist{kind}"
+        self.checkpoint_dir = self.checkpoint_dir or f"outputs/teacher{kind}-checkpoint"
 
 
 def build_unet() -> UNet2DModel:
@@ -61,12 +77,12 @@ def build_unet() -> UNet2DModel:
     )
 
 
-def build_scheduler() -> DDIMScheduler:
+def build_scheduler(prediction_type: str = "v_prediction") -> DDIMScheduler:
     """Return the scheduler of the pipeline; trailing spacing makes the grids of N and N/2 steps nest."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_schedule="linear",
-        prediction_type="v_prediction",
+        prediction_type=prediction_type,
         timestep_spacing="trailing",
         clip_sample=False,
     )
@@ -92,7 +108,7 @@ def train(settings: Settings) -> UNet2DModel:
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
     torch.manual_seed(settings.seed)
     images, _ = load_split("train", settings.train_data_dir)
-    scheduler = build_scheduler()
+    scheduler = build_scheduler(settings.prediction_type)
     unet = build_unet()
     ema = EMAModel(unet.parameters(), decay=settings.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     ema.to(accelerator.device)
@@ -129,7 +145,7 @@ def train(settings: Settings) -> UNet2DModel:
             for tensor in batch_of(images, step, settings, accelerator.process_index, world)
         )
         noisy = scheduler.add_noise(clean, noise, timesteps)
-        target = scheduler.get_velocity(clean, noise, timesteps)
+        target = TARGETS[settings.prediction_type](scheduler, clean, noise, timesteps)
         with accelerator.autocast():
             prediction = unet(noisy, timesteps).sample
         loss = torch.nn.functional.mse_loss(prediction.float(), target)
@@ -173,6 +189,11 @@ def train(settings: Settings) -> UNet2DModel:
 def card(recipe: dict[str, Any], num_parameters: int) -> str:
     """Return the teacher's model card."""
     remark = f"\n{recipe['remark']}\n" if "remark" in recipe else ""
+    # What the recipe of the first teacher, of before there was a choice, does not say.
+    predicts = {"v_prediction": "v-prediction", "epsilon": "epsilon prediction"}[
+        recipe.get("prediction_type", "v_prediction")
+    ]
+    arguments = "" if predicts == "v-prediction" else f" --prediction_type {recipe['prediction_type']}"
     return f"""---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
@@ -182,28 +203,29 @@ datasets: [{HUB_ID}]
 # A small Fashion-MNIST diffusion model
 
 The teacher of the examples of diffusers-pqcad: an unconditional `UNet2DModel` of {num_parameters / 1e6:.2f} M
-parameters for 28x28 grey images, v-prediction on a linear noise schedule, with a `DDIMScheduler` on trailing
+parameters for 28x28 grey images, {predicts} on a linear noise schedule, with a `DDIMScheduler` on trailing
 timesteps.
 
 ```python
 from diffusers import DiffusionPipeline
 
-image = DiffusionPipeline.from_pretrained("examples/models/fashion-mnist")(num_inference_steps=20).images[0]
+image = DiffusionPipeline.from_pretrained("{recipe["output_dir"]}")(num_inference_steps=20).images[0]
 ```
 
 ## How it was trained
 
-`accelerate launch examples/train_teacher.py`: {recipe["num_train_epochs"]} epochs ({recipe["num_steps"]} updates of
-{recipe["train_batch_size"]} images), AdamW at {recipe["learning_rate"]:g} with a cosine schedule, EMA
-{recipe["ema_decay"]}, {recipe["mixed_precision"]} autocast, seed {recipe["seed"]}, torch {recipe["torch"]} on
-{recipe["machine"]} CPUs; final training loss (moving average) {recipe["final_loss"]:.4f}. All settings:
+`accelerate launch examples/train_teacher.py{arguments}`:
+{recipe["num_train_epochs"]} epochs ({recipe["num_steps"]} updates of {recipe["train_batch_size"]} images), AdamW at
+{recipe["learning_rate"]:g} with a cosine schedule, EMA {recipe["ema_decay"]}, {recipe["mixed_precision"]} autocast,
+seed {recipe["seed"]}, torch {recipe["torch"]} on {recipe["machine"]} CPUs; final training loss (moving average)
+{recipe["final_loss"]:.4f}. All settings:
 `training.json`.
 {remark}
 ## How good it is
 
 Its distance to the data, at three numbers of images and beside the noise floor, is in
 `../fashion-mnist-features/README.md`, measured by
-`examples/train_classifier.py --measure_teacher examples/models/fashion-mnist`.
+`examples/train_classifier.py --measure_teacher {recipe["output_dir"]}`.
 
 ## Licence of the data
 

@@ -93,6 +93,43 @@ def test_a_killed_training_ends_with_the_same_weights(scripts, idx_folder, tmp_p
     assert "Zalando" in (tmp_path / "whole" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
+def test_a_network_learns_what_its_scheduler_expects(scripts, prediction_type):
+    """The scheduler takes the target back to the clean image."""
+    train_teacher, _ = scripts
+    settings = train_teacher.Settings(prediction_type=prediction_type)
+    kind = {"v_prediction": "", "epsilon": "-epsilon"}[prediction_type]
+    assert settings.output_dir == f"examples/models/fashion-mnist{kind}"
+    assert settings.checkpoint_dir == f"outputs/teacher{kind}-checkpoint"
+    scheduler = train_teacher.build_scheduler(prediction_type)
+    clean, noise = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
+    timesteps = torch.tensor([100, 100])
+    output = train_teacher.TARGETS[prediction_type](scheduler, clean, noise, timesteps)
+    scheduler.set_timesteps(10)
+    found = scheduler.step(output, 100, scheduler.add_noise(clean, noise, timesteps)).pred_original_sample
+    torch.testing.assert_close(found, clean, rtol=0, atol=1e-5)
+
+
+def test_another_prediction_type_is_refused(scripts):
+    with pytest.raises(ValueError, match="prediction_type: expected one of .*, got 'x0'"):
+        scripts[0].Settings(prediction_type="x0")
+
+
+def test_an_epsilon_teacher_says_so(scripts, idx_folder, tmp_path):
+    train_teacher, _ = scripts
+    train_teacher.train(
+        train_teacher.Settings(
+            output_dir=str(tmp_path / "teacher"), checkpoint_dir=str(tmp_path / "checkpoint"),
+            train_data_dir=str(idx_folder[0]), prediction_type="epsilon", num_train_epochs=1, train_batch_size=4,
+            mixed_precision="no", num_threads=1,
+        )
+    )  # fmt: skip
+    assert DiffusionPipeline.from_pretrained(tmp_path / "teacher").scheduler.config.prediction_type == "epsilon"
+    card = (tmp_path / "teacher" / "README.md").read_text()
+    assert "epsilon prediction on a linear noise schedule" in card
+    assert "--prediction_type epsilon" in card
+
+
 def test_the_bundled_teacher_is_what_the_script_builds(scripts):
     train_teacher, _ = scripts
     bundled = DiffusionPipeline.from_pretrained(ROOT / "examples" / "models" / "fashion-mnist")
