@@ -44,7 +44,7 @@ class FusedAttention(fusion.FusedBlock, Attention):
         others = attention_mask is not None or not set(kwargs) <= {"temb"}
         if others or not self.is_common(hidden_states, encoder_hidden_states):
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-        if torch.compiler.is_compiling():
+        if graph_ops.takes_operators():
             return graph_ops.call_attention(self, hidden_states, encoder_hidden_states)
         return self.compute(hidden_states, encoder_hidden_states)
 

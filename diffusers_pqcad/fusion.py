@@ -11,6 +11,7 @@ from diffusers_pqcad import graph_ops, kernels
 from diffusers_pqcad.kernels import x86
 from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear, QuantizedLayer
 from diffusers_pqcad.pending import Norm, PendingGroupNorm
+from diffusers_pqcad.qparams import is_exported
 
 
 class Plans(NamedTuple):
@@ -109,6 +110,8 @@ def is_packed(layer: Any) -> bool:
 
 def is_inference(block: nn.Module, *inputs: Tensor | None) -> bool:
     """Return whether `block` computes no gradient of any kind, in fp32 on a CPU; no number is looked at."""
+    if is_exported():
+        return False
     tensors = [tensor for tensor in inputs if tensor is not None]
     if block.training or any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
         return False

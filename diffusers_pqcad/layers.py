@@ -241,7 +241,8 @@ class QuantizedLayer(nn.Module):
             return super().forward(x)
         if not torch.compiler.is_compiling():
             return self.compute(x)
-        if kernels.needs_gradient(self, x):  # the operator has none; the reference kernel can be traced
+        # An operator has no gradient, and no meaning in another process; the reference kernel can be traced.
+        if not graph_ops.takes_operators() or kernels.needs_gradient(self, x):
             return kernels.reference.run(self, None, x)
         return graph_ops.call(self, x)
 
@@ -272,6 +273,12 @@ class QuantizedLayer(nn.Module):
             return 0
         in_pairs = isinstance(cache[1], kernels.x86.PackedLayer) and cache[1].in_pairs
         return self.weight_shape.numel() * (kernels.x86.TERMS if in_pairs else 3) // 3
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise ValueError(
+            f"{self.name}: torch.jit.script compiles source text, and cannot compile that of packed layers. Use "
+            "torch.jit.trace or torch.export, or call dequantize() first."
+        )
 
     def to_float(self) -> nn.Module:
         """Return the plain float layer with this layer's dequantized weight, and the same bias and hooks."""

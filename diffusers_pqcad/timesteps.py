@@ -190,7 +190,8 @@ def install_timestep_groups(model: nn.Module, boundaries: list[int] | tuple[int,
     remove_timestep_groups(model)
     groups = TimestepGroups(boundaries)
     model._timestep_groups = groups  # type: ignore[assignment]
-    model.__class__ = class_in_groups(type(model))
+    base: Any = type(model)  # mypy takes a class of modules for unhashable
+    model.__class__ = class_in_groups(base)
     checkpoint_in_groups_(model)
     return groups
 
