@@ -411,12 +411,13 @@ def qparams_of_group(qparams: ActivationQParams, group: int | Tensor, x: Tensor,
 
 def per_sample(values: Tensor, x: Tensor, name: str) -> Tensor:
     """Return `values` (B,), one for each timestep of the batch, so that they broadcast against `x` (k * B, ...)."""
-    if x.shape[0] % len(values):
+    samples, timesteps = x.shape[0], values.shape[0]  # not len(): TorchScript would keep it as a number
+    if not torch.jit.is_tracing() and samples % timesteps:
         raise ValueError(
-            f"{name}: a batch of {x.shape[0]} cannot be matched with {len(values)} timesteps of several activation "
+            f"{name}: a batch of {samples} cannot be matched with {timesteps} timesteps of several activation "
             "ranges. Call the model with one timestep per sample, or with a single timestep."
         )
-    return values.repeat_interleave(x.shape[0] // len(values)).view(-1, *[1] * (x.dim() - 1))
+    return values.repeat_interleave(samples // timesteps).view(-1, *[1] * (x.dim() - 1))
 
 
 def refuse_other_than_model(model: Any) -> None:

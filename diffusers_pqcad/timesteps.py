@@ -27,6 +27,7 @@ class TimestepGroups:
         if list(boundaries) != sorted(set(boundaries)):
             raise ValueError(f"timestep_boundaries: expected increasing integers, got {list(boundaries)}.")
         self.boundaries = tuple(boundaries)
+        self._edges = torch.tensor(self.boundaries, dtype=torch.float64, device="cpu")
         self._call = threading.local()  # not of a subclass with defaults: dynamo loses what is set on one
 
     def __len__(self) -> int:
@@ -69,11 +70,10 @@ class TimestepGroups:
         if not isinstance(timestep, Tensor):
             # Not `tensor(timestep)`: a graph would hold the number as a constant.
             timestep = torch.full((), timestep, dtype=torch.float64)
-        if timestep.is_floating_point():
-            timestep = timestep.double()  # boundaries above 256 are not exact in bf16
-        edges = torch.tensor(self.boundaries, device=timestep.device, dtype=timestep.dtype)
-        index = torch.bucketize(timestep, edges, right=True).cpu()
-        return index.reshape(()) if index.numel() == 1 else index
+        # In double precision: boundaries above 256 are not exact in bf16.
+        index = torch.bucketize(timestep.cpu().double(), self._edges, right=True)
+        # TorchScript would take the size for a number of the graph: (1,) serves any batch there as well.
+        return index.reshape(()) if not torch.jit.is_tracing() and index.numel() == 1 else index
 
     def select(self, index: Tensor | None) -> None:
         """Make `index`, as `index_of` returns it, the group of this thread's calls; `None`: of no call."""
