@@ -45,7 +45,7 @@ class FusedAttention(fusion.FusedBlock, Attention):
         others = attention_mask is not None or not set(cross_attention_kwargs) <= {"temb"}
         if others or not self.is_common(*inputs):
             return super().forward(*inputs, attention_mask, **cross_attention_kwargs)
-        if torch.compiler.is_compiling():
+        if graph_ops.takes_operators():
             return graph_ops.call_attention(self, hidden_states, encoder_hidden_states)
         return self.compute(hidden_states, encoder_hidden_states)
 

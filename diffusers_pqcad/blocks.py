@@ -27,7 +27,7 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
             return ResnetBlock2D.forward(self, input_tensor, temb, *args, **kwargs)
         if args or kwargs or not self.is_common(input_tensor, temb):
             return super().forward(input_tensor, temb, *args, **kwargs)
-        if torch.compiler.is_compiling():
+        if graph_ops.takes_operators():
             return graph_ops.call_block(self, input_tensor, temb)
         return self.compute(input_tensor, temb)
 

@@ -27,7 +27,7 @@ class FusedFeedForward(fusion.FusedBlock, FeedForward):
             return FeedForward.forward(self, hidden_states, *args, **kwargs)
         if args or kwargs or not self.is_common(hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
-        if torch.compiler.is_compiling():
+        if graph_ops.takes_operators():
             return graph_ops.call_feed_forward(self, hidden_states)
         return self.compute(hidden_states)
 

@@ -11,6 +11,7 @@ from diffusers_pqcad import graph_ops, kernels
 from diffusers_pqcad.kernels import x86
 from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear, QuantizedLayer
 from diffusers_pqcad.pending import Norm, PendingGroupNorm
+from diffusers_pqcad.qparams import is_exported
 
 
 class Plans(NamedTuple):
@@ -113,6 +114,8 @@ def is_inference(block: nn.Module, x: Any, *others: Any) -> bool:
     Asked first of every call: `x`, and what else is not `None`, are tensors then, and not what a processor of
     somebody's own may take (an IP-Adapter's gets text and images in a tuple).
     """
+    if is_exported():
+        return False
     tensors = [x, *(other for other in others if other is not None)]
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
         return False

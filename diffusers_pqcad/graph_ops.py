@@ -33,6 +33,14 @@ def register(module: nn.Module) -> Tensor:
     return torch.tensor(number, device="cpu")  # named, or a loader's "build on meta" would apply to it
 
 
+def takes_operators() -> bool:
+    """Return whether this call is compiled for this process. An operator names its module by a number of it.
+
+    What is exported may be saved and run anywhere: the reference kernel is traced there, with the weights.
+    """
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def call(layer: "QuantizedLayer", x: Tensor) -> Tensor:
     """Return what `layer(x)` returns, by an operator. `layer` is traced: its shapes become part of the graph."""
     group = group_of(layer)

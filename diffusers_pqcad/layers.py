@@ -226,7 +226,8 @@ class QuantizedLayer(nn.Module):
             return super().forward(input)
         if not torch.compiler.is_compiling():
             return self.compute(input)
-        if kernels.needs_gradient(self, input):  # the operator has none; the reference kernel can be traced
+        # An operator has no gradient, and no meaning in another process; the reference kernel can be traced.
+        if not graph_ops.takes_operators() or kernels.needs_gradient(self, input):
             return kernels.reference.run(self, None, input)
         return graph_ops.call(self, input)
 
@@ -257,6 +258,12 @@ class QuantizedLayer(nn.Module):
             return 0
         in_pairs = isinstance(cache[1], kernels.x86.PackedLayer) and cache[1].in_pairs
         return self.weight_shape.numel() * (kernels.x86.TERMS if in_pairs else 3) // 3
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise ValueError(
+            f"{self.name}: torch.jit.script compiles source text, and cannot compile that of packed layers. Use "
+            "torch.jit.trace or torch.export, or call dequantize() first."
+        )
 
     def to_float(self) -> nn.Module:
         """Return the plain float layer with this layer's dequantized weight, and the same bias and hooks."""
@@ -596,12 +603,13 @@ def qparams_of_group(qparams: ActivationQParams, group: int | Tensor, x: Tensor,
 
 def per_sample(values: Tensor, x: Tensor, name: str) -> Tensor:
     """Return `values` (B,), one for each timestep of the batch, so that they broadcast against `x` (k * B, ...)."""
-    if x.shape[0] % len(values):
+    samples, timesteps = x.shape[0], values.shape[0]  # not len(): TorchScript would keep it as a number
+    if not torch.jit.is_tracing() and samples % timesteps:
         raise ValueError(
-            f"{name}: a batch of {x.shape[0]} cannot be matched with {len(values)} timesteps of several activation "
+            f"{name}: a batch of {samples} cannot be matched with {timesteps} timesteps of several activation "
             "ranges. Call the model with one timestep per sample, or with a single timestep."
         )
-    return values.repeat_interleave(x.shape[0] // len(values)).view(-1, *[1] * (x.dim() - 1))
+    return values.repeat_interleave(samples // timesteps).view(-1, *[1] * (x.dim() - 1))
 
 
 def refuse_other_than_model(model: Any) -> None:

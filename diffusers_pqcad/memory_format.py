@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusers_pqcad.qparams import is_exported
+
 
 def channels_last_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Forward-pre-hook of a float convolution: give it a channels_last input, and its output follows.
@@ -12,7 +14,7 @@ def channels_last_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, .
     At a model's first convolution it is an image or a latent, and small; what would be copied in its place are the
     later activations that meet the output of an int8 convolution, in sums and concatenations.
     """
-    if not args or not isinstance(args[0], Tensor):
+    if is_exported() or not args or not isinstance(args[0], Tensor):  # float convolutions follow, of any layout
         return None
     x = args[0]
     if x.dim() != 4 or x.device.type != "cpu":

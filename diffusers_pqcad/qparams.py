@@ -239,4 +239,13 @@ def fake_quantize_activation(x: Tensor, qparams: ActivationQParams, bits: int) -
     Straight-through inside the range, no gradient outside it; the scale gets none. Computed in fp32: in half precision
     the codes themselves would be off by one.
     """
-    return _FakeQuantizeActivation.apply(x.float(), *qparams, activation_qmax(bits)).to(x.dtype)
+    qmax = activation_qmax(bits)
+    if is_exported():  # no format but Python's holds a function of autograd
+        codes = (round_ste(x.float() * qparams.scale.reciprocal()) + qparams.zero_point).clamp(0, qmax)
+        return ((codes - qparams.zero_point) * qparams.scale).to(x.dtype)
+    return _FakeQuantizeActivation.apply(x.float(), *qparams, qmax).to(x.dtype)
+
+
+def is_exported() -> bool:
+    """Return whether a graph for another process is made of this call: by torch.export, TorchScript or ONNX."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()

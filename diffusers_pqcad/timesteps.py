@@ -49,6 +49,7 @@ class TimestepGroups:
 
     def __init__(self, boundaries: Sequence[int | float]) -> None:
         self.boundaries = checked_boundaries(boundaries)
+        self._edges = torch.tensor(self.boundaries, dtype=torch.float64, device="cpu")
         self._call = threading.local()  # not of a subclass with defaults: dynamo loses what is set on one
 
     def __len__(self) -> int:
@@ -93,9 +94,9 @@ class TimestepGroups:
             timestep = torch.full((), timestep, dtype=torch.float64)
         # In float64, whatever the timestep's dtype: 500 is not exact in bf16, and 0.25 is no integer. On the CPU: some
         # accelerators have no float64.
-        edges = torch.tensor(self.boundaries, dtype=torch.float64, device="cpu")
-        index = torch.bucketize(timestep.cpu().double(), edges, right=True)
-        return index.reshape(()) if index.numel() == 1 else index
+        index = torch.bucketize(timestep.cpu().double(), self._edges, right=True)
+        # TorchScript would take the size for a number of the graph: (1,) serves any batch there as well.
+        return index.reshape(()) if not torch.jit.is_tracing() and index.numel() == 1 else index
 
     def select(self, index: Tensor | None) -> None:
         """Make `index`, as `index_of` returns it, the group of this thread's calls; `None`: of no call."""
@@ -212,7 +213,8 @@ def install_timestep_groups(model: nn.Module, boundaries: Sequence[int | float])
     remove_timestep_groups(model)
     groups = TimestepGroups(boundaries)
     model._timestep_groups = groups  # type: ignore[assignment]
-    model.__class__ = class_in_groups(type(model))
+    base: Any = type(model)  # mypy takes a class of modules for unhashable
+    model.__class__ = class_in_groups(base)
     checkpoint_in_groups_(model)
     return groups
 

@@ -57,7 +57,7 @@ class FusedTransformer2DModel(fusion.FusedBlock, Transformer2DModel):
         is_fused = type(self) is FusedTransformer2DModel
         if says_more or not is_fused or not self.is_common(hidden_states, encoder_hidden_states):
             return Transformer2DModel.forward(self, hidden_states, encoder_hidden_states, *others, return_dict)
-        compute = graph_ops.call_transformer if torch.compiler.is_compiling() else FusedTransformer2DModel.compute
+        compute = graph_ops.call_transformer if graph_ops.takes_operators() else FusedTransformer2DModel.compute
         output = compute(self, hidden_states, encoder_hidden_states)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 

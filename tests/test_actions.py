@@ -8,6 +8,8 @@ import copy
 import json
 import os
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -968,6 +970,73 @@ def test_compile_training(family: str, compile_counter: Any) -> None:
         output_of(trained, inputs_of(family)).square().mean().backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in adapters(model).items()})
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+# ---- export: a graph of dequantize and float operations, as the reference kernel computes
+
+
+class Positional(nn.Module):
+    """A model that exporters can call: tensors by position, and one of them as output."""
+
+    def __init__(self, model: Any, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.model(**dict(zip(self.names, args, strict=True)), return_dict=False)[0]
+
+
+def exportable(family: str, config: PQCADConfig) -> tuple[nn.Module, tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+    """Return a model of static ranges, inputs to trace it with, others in another group, and its output for those."""
+    model = with_static_ranges(quantized(family, config), family)
+    inputs, others = (
+        {name: value for name, value in inputs_of(family, timestep=timestep).items() if isinstance(value, Tensor)}
+        for timestep in (10, 900)
+    )
+    wrapped = Positional(model, list(inputs)).eval()
+    with torch.no_grad(), kernels.use("reference"):
+        expected = wrapped(*others.values())
+        assert relative_error(wrapped(*inputs.values()), expected) > 1e-3  # the groups differ
+    return wrapped, tuple(inputs.values()), tuple(others.values()), expected
+
+
+ELSEWHERE = """
+import sys, torch
+program = torch.export.load(sys.argv[1])
+torch.save(program.module()(*torch.load(sys.argv[2])), sys.argv[3])
+assert "diffusers_pqcad" not in sys.modules
+"""
+
+
+@action("torch.export, save, load in another process", CORE, quick=["DiT"])
+@torch.no_grad()
+def test_export(family: str, tmp_path: Path) -> None:
+    model, inputs, others, expected = exportable(family, W4)
+    paths = [str(tmp_path / name) for name in ("model.pt2", "inputs.pt", "output.pt")]
+    torch.export.save(torch.export.export(model, inputs), paths[0])
+    torch.save(others, paths[1])
+    subprocess.run([sys.executable, "-c", ELSEWHERE, *paths], check=True)
+    torch.testing.assert_close(torch.load(paths[2]), expected, rtol=1e-4, atol=1e-5)
+
+
+@action("torch.jit.trace, save, load", CORE, quick=["DiT"])
+@torch.no_grad()
+def test_torchscript(family: str, tmp_path: Path) -> None:
+    model, inputs, others, expected = exportable(family, W4)
+    torch.jit.trace(model, inputs, check_trace=False).save(tmp_path / "model.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "model.pt")(*others), expected, rtol=1e-4, atol=1e-5)
+
+
+@action("openvino.convert_model", CORE, quick=["DiT"])
+@torch.no_grad()
+def test_openvino(family: str) -> None:
+    openvino = pytest.importorskip("openvino")
+    model, inputs, others, expected = exportable(family, W8)
+    compiled = openvino.compile_model(
+        openvino.convert_model(model, example_input=inputs), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    (output,) = compiled([tensor.numpy() for tensor in others]).values()
+    assert relative_error(torch.from_numpy(output), expected) < 1e-2  # a code may differ at a tie
 
 
 # ---- pipelines

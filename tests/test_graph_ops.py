@@ -152,18 +152,37 @@ def test_a_call_with_gradients_is_traced_through() -> None:
 
 
 @pytest.mark.parametrize("is_block", [False, True])
-def test_a_graph_exported_without_gradients_refuses_to_give_one(is_block: bool) -> None:
-    """It would be zero: whatever an operator computes is unknown to autograd."""
+def test_an_exported_graph_holds_the_weights_and_gives_the_same_gradients(is_block: bool) -> None:
+    """An operator names its module by a number of this process, which means nothing, or another one, elsewhere."""
     model: nn.Module = nn.Sequential(FeedForward(6, inner_dim=32) if is_block else nn.Linear(6, 4))
     quantize_(model.eval().requires_grad_(False), PQCADConfig(method="fixed", weight_bits=4))
-    x = torch.randn(2, 6)
+    x = torch.randn(2, 6, requires_grad=True)
     with torch.no_grad():
-        graph = torch.export.export(model, (x,)).module()
-        torch.testing.assert_close(graph(x), model(x))
+        program = torch.export.export(model, (x.detach(),))
+    assert "pqcad" not in str(program.graph)
+    outputs = []
+    for function in (program.module(), model):
+        x.grad = None
+        with kernels.use("reference"):
+            output = function(x)
+        output.square().sum().backward()
+        outputs.append((output, x.grad.clone()))
+    torch.testing.assert_close(*outputs)
+
+
+def test_a_compiled_graph_without_gradients_refuses_to_give_one() -> None:
+    """It would be zero: whatever an operator computes is unknown to autograd."""
+    layer, x = linear(), torch.randn(2, 6, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"pqcad::.* has no gradient, but an input asks for one"):
-        graph(x.requires_grad_())
-    with torch.no_grad():
-        graph(x)
+        torch.ops.pqcad.packed_linear(x, torch.zeros((), dtype=torch.int64), layer.handle, 4)
+
+
+def test_scripting_names_the_layer_and_the_way_out() -> None:
+    model = quantize_(nn.Sequential(nn.Linear(6, 4)), PQCADConfig(method="fixed", weight_bits=4))
+    with pytest.raises(ValueError, match=r"0: torch\.jit\.script .* dequantize\(\)"):
+        torch.jit.script(model)
+    model[0] = model[0].to_float()
+    torch.jit.script(model)
 
 
 @torch.no_grad()
