@@ -33,14 +33,20 @@ from diffusers_pqcad.timesteps import TimestepGroups, install_timestep_groups, r
 
 logger = logging.getLogger(__name__)
 SAMPLED_WEIGHTS = 2**18
+# Where IP-Adapters put layers of their own: at the root of SD3 and of UNets and Flux, and into attention processors.
+OF_ADAPTERS = ("image_proj.", "encoder_hid_proj.image_projection_layers.")
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, FloatLayer]:
-    """Return the layers of `model` that can be quantized and are not, by name, in registration order."""
+    """Return the layers of `model` that can be quantized and are not, by name, in registration order.
+
+    Without those of an IP-Adapter: its class does not build them, so a saved model could not be loaded.
+    """
     return {
         name: cast(FloatLayer, module)
         for name, module in model.named_modules()
-        if is_quantizable(module) or (isinstance(module, QuantizedLayer) and not module.packed)
+        if (is_quantizable(module) or (isinstance(module, QuantizedLayer) and not module.packed))
+        and not (name.startswith(OF_ADAPTERS) or ".processor." in name)
     }
 
 

@@ -1317,6 +1317,19 @@ def test_ip_adapter_before_quantizing(family: str) -> None:
         assert relative_error(expected, without) > 3 * error
 
 
+@action("... save and reload without it", UNETS)
+def test_ip_adapter_is_not_saved_with_the_model(family: str, tmp_path: Path) -> None:
+    """As from a float model: its class does not build the layers, so they stay in floating point, and are left out."""
+    model = build(family)
+    pipeline = load_ip_adapter(model, family)
+    quantize_(model, W4)
+    assert not any("processor" in name or "image_projection" in name for name in packed_layers(model))
+    model.save_pretrained(tmp_path)
+    pipeline.unload_ip_adapter()
+    assert_same_model(load(family, tmp_path), model, family)
+    assert_same_model(model, quantized(family), family)
+
+
 @action("AnimateDiff: motion modules around a UNet, quantized", ["SD-1.5 UNet"])
 def test_animate_diff(family: str, tmp_path: Path) -> None:
     adapter = MotionAdapter(

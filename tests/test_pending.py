@@ -394,6 +394,18 @@ def test_dequantizing_and_copies(fused: UNet2DModel) -> None:
     assert names["mid_block.resnets.0.nonlinearity"] is nn.SiLU
 
 
+def test_a_method_that_a_hook_kept_is_that_of_the_plain_module(fused: UNet2DModel) -> None:
+    """Such as `_old_forward` of accelerate's hooks, after `dequantize()`."""
+    modules = [module for module in fused.modules() if type(module) in (PendingGroupNorm, PendingSiLU)]
+    kept = [(module, module.forward) for module in modules]
+    remove_pending_(fused)
+    for module, forward in kept:
+        x = torch.randn(2, getattr(module, "num_channels", 4), 5, 6).contiguous(memory_format=torch.channels_last)
+        output = forward(x)
+        assert type(output) is Tensor
+        assert torch.equal(output, module(x))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     "settings",
