@@ -110,6 +110,13 @@ class Changed(nn.Conv1d):
         return F.conv1d(x, self.weight * 2)
 
 
+class Both(nn.Conv1d):
+    """Calls `super().forward`, and reads its weight beside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / self.weight.norm()
+
+
 class OtherConvolution(nn.Conv2d):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return super()._conv_forward(x, weight - weight.mean(), bias)
@@ -132,6 +139,7 @@ class Router(nn.Linear):
     "build",
     [
         lambda: Changed(4, 4, 1),
+        lambda: Both(4, 4, 1),
         lambda: OtherConvolution(4, 4, 1),
         WithMore,
         lambda: Router(4, 4),
