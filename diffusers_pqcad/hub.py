@@ -53,8 +53,8 @@ def _environment_of(row: dict[str, Any]) -> dict[str, Any]:
 
 def packed_shares(metrics: dict[str, Any]) -> str:
     """Return, for the table's notes, what share of all weights those are; nothing where it was not measured."""
-    shares = [row.get("packed_share") or 0 for row in metrics["rows"]]
-    shares = sorted({percent(share) for share in shares if share})
+    measured = [row.get("packed_share") for row in metrics["rows"]]
+    shares = sorted({percent(share) for share in measured if share})
     return f"; they are {' or '.join(shares)} of all weights" if shares else ""
 
 

@@ -40,6 +40,8 @@ HOOKS = (
 )
 SCALE_BUFFERS = ("weight_scale", "input_scale")  # always fp32, whatever the model's dtype
 DTYPE_MARKER = "dtype_marker"
+# What accelerate and diffusers set on a layer that they hook: it calls the layer that is replaced.
+REPLACED_FORWARD = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook")
 
 
 class QuantizedLayer(nn.Module):
@@ -494,8 +496,6 @@ FloatLayer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | QuantizedLayer  # t
 QUANTIZED_LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
     kind.float_type: kind for kind in (PQCADLinear, PQCADConv1d, PQCADConv2d, PQCADConv3d)
 }
-
-
 DERIVED_LAYERS: dict[type[nn.Module], type[QuantizedLayer] | None] = {}  # one class each, as layers are compared by it
 
 
@@ -553,7 +553,8 @@ class DerivedLayer(QuantizedLayer):
         """Return an unpacked layer like the float `layer`, its parameters on meta."""
         quantized = cls.__new__(cls)
         QUANTIZED_LAYERS[cls.plain_type].__init__(quantized, **cls.arguments(layer), device="meta")
-        quantized.own_attributes = tuple(name for name in vars(layer) if name not in vars(quantized))
+        known = {*vars(quantized), *REPLACED_FORWARD}
+        quantized.own_attributes = tuple(name for name in vars(layer) if name not in known)
         return copy_attributes_(quantized, layer, quantized.own_attributes)
 
     def blank_float(self) -> nn.Module:

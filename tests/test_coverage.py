@@ -75,7 +75,7 @@ def test_nothing_is_counted_twice_or_left_out(family: str) -> None:
 
 
 @pytest.fixture
-def messages(caplog: pytest.LogCaptureFixture) -> Callable[[Any, int], list[str]]:
+def messages(caplog: pytest.LogCaptureFixture) -> Callable[[int], list[str]]:
     warn_once.cache_clear()
     log_once.cache_clear()
     caplog.set_level(logging.INFO, logger="diffusers_pqcad")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSafeConv3d
 from diffusers.models.autoencoders.autoencoder_kl_cosmos import CosmosCausalConv3d
@@ -92,11 +93,28 @@ def test_a_compiled_layer(name: str) -> None:
     torch._dynamo.reset()
 
 
+@torch.no_grad()
+def test_a_hook_of_accelerate_stays_with_the_float_layer() -> None:
+    """It replaces the layer's forward by one that calls the float layer."""
+    model, x = nn.Sequential(LAYERS["Wan"][0](), nn.Identity()), torch.randn(VIDEO)
+    add_hook_to_module(model[0], ModelHook())
+    quantize_(model, PQCADConfig(method="fixed", weight_bits=2))
+    assert not hasattr(model[0], "_hf_hook")
+    assert torch.equal(model(x), type(model[0]).forward(model[0], x))
+
+
 class Changed(nn.Conv1d):
     """Reads its weight itself, where a quantized layer would not round what it is multiplied with."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv1d(x, self.weight * 2)
+
+
+class Both(nn.Conv1d):
+    """Calls `super().forward`, and reads its weight beside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / self.weight.norm()
 
 
 class OtherConvolution(nn.Conv2d):
@@ -121,6 +139,7 @@ class Router(nn.Linear):
     "build",
     [
         lambda: Changed(4, 4, 1),
+        lambda: Both(4, 4, 1),
         lambda: OtherConvolution(4, 4, 1),
         WithMore,
         lambda: Router(4, 4),
