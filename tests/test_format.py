@@ -4,11 +4,16 @@ import copy
 import json
 import re
 import shutil
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5EncoderModel
@@ -261,6 +266,83 @@ def test_a_model_that_became_a_part_of_another_is_loaded():
     wider = quantize_(BertForMaskedLM(config), PQCADConfig(method="fixed", modules_to_not_convert=["cls"]))
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("pooler")}
     assert wider.bert.load_state_dict(state) == ([], [])
+
+
+# ---- the guide: what it says is enough to read a file without this package
+
+
+def guide_weight(stored, name, bits):
+    """Return the weights (C, K) of a layer by the rules of the guide; K is filled up to whole blocks."""
+    stream = np.unpackbits(stored[f"{name}.qweight"], axis=1, bitorder="little")
+    codes = stream.reshape(len(stream), -1, bits) @ (1 << np.arange(bits))
+    step, largest = (2, 3) if bits == 2 else (1, 2 ** (bits - 1) - 1)
+    return (codes * step - largest).astype(np.float32)
+
+
+def guide_checksum(stored, name, settings):
+    """Return the checksum of a layer by the rules of the guide."""
+    numbers = [zlib.crc32(json.dumps(name).encode()), zlib.crc32(json.dumps(settings).encode())]
+    for tensor in ("qweight", "weight_scale", "input_scale", "input_zero_point"):
+        if (array := stored.get(f"{name}.{tensor}")) is not None:
+            header = json.dumps([tensor, str(array.dtype), list(array.shape)])
+            numbers.append(zlib.crc32(header.encode() + array.tobytes()))
+    return numbers
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_weights_and_checksums_follow_from_the_file_by_the_rules_of_the_guide(bits, group_size, tmp_path):
+    float_model = UNet2DModel.from_config(small_unet().dequantize().config)
+    model = quantize_(float_model, PQCADConfig(method="fixed", weight_bits=bits, group_size=group_size))
+    model.save_pretrained(tmp_path)
+    stored = load_numpy(tmp_path / FILES["diffusers"])
+    for name, layer in packed_layers(model).items():
+        weight = layer.dequantized_weight().flatten(1).numpy()
+        levels = guide_weight(stored, name, bits)[:, : weight.shape[1]]
+        scale = stored[f"{name}.weight_scale"]
+        groups = levels.reshape(len(levels), scale.shape[1], -1) * scale[:, :, None]
+        assert (groups.reshape(weight.shape) == weight).all(), name
+        settings = [bits, group_size if isinstance(layer, nn.Linear) else None, 8, None]
+        assert stored[f"{name}.{CHECKSUM}"].tolist() == guide_checksum(stored, name, settings), name
+
+
+def test_checksums_with_static_ranges_follow_from_the_file_by_the_rules_of_the_guide(tmp_path):
+    model = small_unet()
+    model.save_pretrained(tmp_path)
+    stored = load_numpy(tmp_path / FILES["diffusers"])
+    for name, layer in packed_layers(model).items():
+        settings = [layer.spec.bits, 4 if isinstance(layer, nn.Linear) else None, 8, [250.5, 500.0]]
+        assert stored[f"{name}.{CHECKSUM}"].tolist() == guide_checksum(stored, name, settings), name
+
+
+def test_the_guide_has_every_field_and_its_default():
+    """Which PQCADConfig writes."""
+    guide = (Path(__file__).parents[1] / "examples" / "guides" / "format.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]*) \|", guide, re.MULTILINE))
+    defaults = PQCADConfig().to_dict()
+    assert {name: json.loads(rows[name].strip("`")) for name in defaults if name != "quant_method"} == {
+        name: value for name, value in defaults.items() if name != "quant_method"
+    }
+
+
+# ---- without this package
+
+
+LOADING = """
+import sys
+from diffusers import UNet2DModel
+from transformers import T5EncoderModel
+{"diffusers": UNet2DModel, "transformers": T5EncoderModel}[sys.argv[1]].from_pretrained(sys.argv[2])
+assert "diffusers_pqcad" not in sys.modules
+"""
+
+
+def test_loaders_that_do_not_know_the_method_name_the_package(saved, library):
+    """diffusers raises, transformers warns; both print the method's name, which is what to import."""
+    command = [sys.executable, "-c", LOADING, library, str(saved)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert "Unknown quantization type, got diffusers_pqcad" in result.stderr
+    assert (result.returncode == 0) == (library == "transformers")
 
 
 # ---- mutants
