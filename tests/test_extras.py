@@ -82,7 +82,7 @@ def optional_imports(node: ast.AST) -> set[str]:
 def required(node: ast.AST) -> set[str]:
     """The modules that the calls of `require` in `node` name."""
     calls = [each for each in ast.walk(node) if isinstance(each, ast.Call) and ast.unparse(each.func) == "require"]
-    return {argument.value for call in calls for argument in call.args[1:]}
+    return {ast.literal_eval(argument) for call in calls for argument in call.args[1:]}
 
 
 def functions(paths: list[Path]) -> Iterator[tuple[str, ast.AST]]:

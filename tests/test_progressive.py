@@ -16,7 +16,7 @@ from diffusers_pqcad import progressive as progressive_module
 from diffusers_pqcad.allocation import BitController
 from diffusers_pqcad.calibration import CalibrationSet
 from diffusers_pqcad.checkpoint import clone_state, load_checkpoint, model_hash, save_checkpoint
-from diffusers_pqcad.convert import match_modules, relative_weight_error
+from diffusers_pqcad.convert import match_modules
 from diffusers_pqcad.fake_quant import (
     at_bits,
     bits_by_module,
@@ -38,7 +38,6 @@ from diffusers_pqcad.progressive import (
     weight_prices,
     weighted_error,
 )
-from diffusers_pqcad.qparams import WeightSpec
 from diffusers_pqcad.reconstruction import ReconstructionConfig, UnitResult
 
 W4 = PQCADConfig(weight_bits=4)
@@ -169,15 +168,24 @@ def test_a_price_is_what_one_transition_does_to_the_output(
         assert prices[name] == pytest.approx(expected, rel=1e-4)
 
 
+def torchs_relative_error(weight: Tensor, bits: int) -> float:
+    """The relative squared error of `weight` rounded by torch, symmetric, with one scale for each output channel."""
+    level = 2 ** (bits - 1) - 1
+    scale = weight.flatten(1).abs().amax(dim=1) / level
+    zero_point = torch.zeros(len(scale), dtype=torch.int32)
+    rounded = torch.fake_quantize_per_channel_affine(weight, scale, zero_point, 0, -level, level)
+    return ((rounded - weight).square().sum() / weight.square().sum()).item()
+
+
 @pytest.mark.fast
+@torch.no_grad()
 def test_the_weight_signal_is_the_added_relative_error(tiny_unet: UNet2DModel) -> None:
     layers = match_modules(tiny_unet, W4)
     controller = BitController({name: layer.weight.numel() for name, layer in layers.items()}, (8, 4))
     prices = weight_prices(tiny_unet, controller)
     for name, layer in layers.items():
-        after, before = (relative_weight_error(layer.weight, WeightSpec(bits)) for bits in (4, 8))
-        assert prices[name] == pytest.approx(after - before)
-        assert prices[name] > 0
+        after, before = (torchs_relative_error(layer.weight, bits) for bits in (4, 8))
+        assert prices[name] == pytest.approx(after - before, rel=1e-3)
 
 
 # The run
@@ -221,14 +229,9 @@ def test_the_history_tells_bits_prices_momenta_and_roll_backs_of_every_round(pq_
         assert set(entry["rolled_back"]) <= {move["layer"] for move in entry["moves"]}
         assert entry["held_out_error"] > 0
     assert any(value > 0 for value in history.rounds[0]["momentum"].values())
+    assert history.units
     assert all({"name", "loss_before", "loss_after", "accepted"} < set(unit) for unit in history.units)
     assert set(history.summary["latent_shift"]) == names
-
-
-def test_reconstruction_is_kept_only_where_it_helped(pq_run: PQ) -> None:
-    _, history = pq_run
-    assert history.units
-    assert all(unit["accepted"] == (unit["loss_after"] < unit["loss_before"]) for unit in history.units)
 
 
 def test_latents_are_carried_and_move_away_from_the_original(pq_run: PQ) -> None:

@@ -180,7 +180,9 @@ def test_calls_within_calls_do_not_disturb_each_other() -> None:
 
 
 @pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))], ids=str
+    "duplicate",
+    [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["deepcopy", "copy", "pickle"],
 )
 def test_a_copy_made_in_a_call_has_groups_of_its_own(duplicate: Any) -> None:
     model, copies = Denoiser(), []

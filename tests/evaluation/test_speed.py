@@ -102,6 +102,7 @@ def test_the_commit_is_that_of_a_checkout_which_tracks_the_file(tmp_path, monkey
     file.write_text("")
     assert commit(file) is None  # no checkout
     git("init")
+    git("commit", "--allow-empty", "-m", "before it")
     assert commit(file) is None  # a file that only lies in one, as an environment in a project's folder does
     git("add", ".")
     git("commit", "-m", "first")
