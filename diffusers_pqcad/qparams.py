@@ -179,13 +179,14 @@ def unchecked_activation_qparams(minimum: Tensor, maximum: Tensor, bits: int) ->
     span, qmax = maximum - minimum, activation_qmax(bits)
     scale = torch.where(span == 0, 1.0, (span / qmax).clamp(min=MIN_SCALE))
     # A NaN has no integer form; as 0 it stays a valid zero point, and the scale carries the NaN to the output.
-    zero_point = (-minimum / scale).nan_to_num(0.0).round().clamp(0, qmax).to(torch.int32)
+    quotient = -minimum / scale
+    zero_point = torch.where(quotient.isnan(), 0.0, quotient).round().clamp(0, qmax).to(torch.int32)
     return ActivationQParams(scale, zero_point)
 
 
 def dynamic_activation_qparams(x: Tensor, bits: int) -> ActivationQParams:
     """Return the 0-dim qparams of the range of `x`, per tensor and call; those of zeros where `x` is empty."""
-    if x.numel() == 0:
+    if not torch.jit.is_tracing() and x.numel() == 0:  # a traced graph is of inputs like those it was traced with
         x = x.new_zeros(1)
     # amin and amax apart: on channels_last tensors they are 20 times faster than aminmax.
     minimum, maximum = x.detach().amin().float().clamp(max=0), x.detach().amax().float().clamp(min=0)
