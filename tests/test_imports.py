@@ -84,7 +84,10 @@ def test_loading_and_calling_a_quantized_model_brings_only_our_loading_code(quan
     for_fused_blocks = {f"diffusers_pqcad.{name}" for name in fused}
     assert ours - for_fused_blocks == {
         "diffusers_pqcad",
-        *(f"diffusers_pqcad.{name}" for name in ("allocation", "config", "convert", "layers", "packing", "qparams")),
+        *(
+            f"diffusers_pqcad.{name}"
+            for name in ("allocation", "checksums", "config", "convert", "layers", "packing", "qparams")
+        ),
         *(
             f"diffusers_pqcad.{name}"
             for name in ("fusion", "graph_ops", "loading", "memory_format", "overrides", "pending", "quantizer")
@@ -93,7 +96,7 @@ def test_loading_and_calling_a_quantized_model_brings_only_our_loading_code(quan
         "diffusers_pqcad.transformers_quantizer",
         *(
             f"diffusers_pqcad.kernels{name}"
-            for name in ("", ".native", ".onednn", ".ranges", ".reference", ".scratch", ".weights", ".x86")
+            for name in ("", ".crc32", ".native", ".onednn", ".ranges", ".reference", ".scratch", ".weights", ".x86")
         ),
     }
 
