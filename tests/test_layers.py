@@ -128,6 +128,7 @@ def test_what_a_packed_layer_stores(bits: int) -> None:
         "bias": (torch.float32, (7,)),
         "qweight": (torch.uint8, (7, packed_row_bytes(12, bits))),
         "weight_scale": (torch.float32, (7, 3)),
+        "checksum": (torch.int64, (4,)),
     }
     assert state["qweight"].numel() == 7 * {2: 3, 3: 6, 4: 6, 6: 9, 8: 12}[bits]
     assert [name for name, _ in layer.named_parameters()] == ["bias"]
