@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers import UNet2DModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from diffusers_pqcad import PQCADConfig, quantize_
 from diffusers_pqcad.attention import FusedAttention
 from diffusers_pqcad.fusion import FusedBlock, remove_fused_
+from diffusers_pqcad.kernels.recent import KEPT_SIZES
 from diffusers_pqcad.kernels.x86 import PackedLayer
 from diffusers_pqcad.layers import QuantizedLayer, packed_layers
 from diffusers_pqcad.qparams import ActivationQParams, WeightSpec
@@ -120,6 +122,56 @@ def test_one_plan_for_each_size(model: nn.ModuleList, kind: str) -> None:
     small, large = inputs_of(kind), inputs_of(kind, height=7)
     assert [builds(model[0], *inputs) for inputs in (small, small, large, small, large)] == [1, 0, 1, 0, 0]
     assert builds(model[0], *inputs_of(kind)) == 0
+
+
+@torch.no_grad()
+def test_of_many_sizes_the_last_ones_are_kept(model: nn.ModuleList, kind: str) -> None:
+    sizes = [*range(1, 2 * KEPT_SIZES + 10)]
+    for height in sizes:
+        call(model[0], *inputs_of(kind, height=height))
+    for layer in packed_layers(model).values():
+        packed = layer._cache[1]
+        assert len(packed.sizes) <= 2 * KEPT_SIZES
+        assert len(packed.plans) <= 2 * KEPT_SIZES
+    assert builds(model[0], *inputs_of(kind, height=sizes[-KEPT_SIZES])) == 0
+    assert builds(model[0], *inputs_of(kind, height=sizes[0])) == 1
+
+
+@torch.no_grad()
+def test_a_server_of_512_sizes_keeps_a_part_of_them_and_stays_right(tiny_unet: UNet2DModel) -> None:
+    model = quantize_(tiny_unet, PQCADConfig(method="fixed", weight_bits=8))
+    layers = list(packed_layers(model).values())
+    if not any(isinstance(block, FusedBlock) for block in model.modules()):
+        pytest.skip("no kernel takes blocks on this computer")
+    sizes = [
+        (batch, 1, 4 * height, 4 * width) for batch in range(1, 9) for height in range(1, 9) for width in range(1, 9)
+    ]
+    for size in sizes:
+        model(torch.zeros(size), 10)
+    kept = [len(part) for layer in layers for part in (layer._cache[1].sizes, layer._cache[1].plans)]
+    assert max(kept) <= 2 * KEPT_SIZES
+    fresh = copy.deepcopy(model)  # without what this one keeps
+    for size in (sizes[0], sizes[100], sizes[-1]):
+        x = torch.randn(size)
+        assert torch.equal(model(x, 10).sample, fresh(x, 10).sample)
+
+
+@torch.no_grad()
+def test_a_plan_that_is_forgotten_while_it_runs_is_right(model: nn.ModuleList, kind: str) -> None:
+    """Threads of many sizes at once, of which one is kept."""
+    for layer in packed_layers(model).values():
+        packed = layer.packed_for("x86")
+        packed.sizes.limit = packed.plans.limit = 1
+    inputs = [inputs_of(kind, height=height) for height in range(1, 13)]
+    expected = [call(model[0], *each) for each in inputs]
+
+    def call_all(first: int) -> bool:
+        with torch.no_grad():
+            turns = [*range(first, len(inputs)), *range(first)] * 10
+            return all(torch.equal(call(model[0], *inputs[turn]), expected[turn]) for turn in turns)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call_all, range(4)))
 
 
 def set_static_ranges(layers: list[QuantizedLayer], groups: TimestepGroups) -> None:

@@ -66,6 +66,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     output = torch.empty(query.shape, dtype=torch.float32, device="cpu")
     memory = scratch.buffer(loaded.attention_bytes(shape))
     pointers = (tensor.data_ptr() for tensor in (query, key, value))
-    if not loaded.attend(*pointers, shape, shape.channels**-0.5, memory.data_ptr(), output.data_ptr()):
+    has_memory = loaded.attend(*pointers, shape, shape.channels**-0.5, memory.data_ptr(), output.data_ptr())
+    scratch.give_back(memory)
+    if not has_memory:
         raise MemoryError(f"attention: no memory for the scores of eight queries on {shape.keys} keys.")
     return output

@@ -14,7 +14,6 @@ from diffusers_pqcad.kernels.x86 import (
     Affine,
     Call,
     GroupNorm,
-    Layer,
     PackedLayer,
     ResidualBlock,
 )
@@ -94,7 +93,7 @@ def plan_call(layer: "QuantizedLayer", size: torch.Size, packed: PackedLayer | N
     """
     own = layer.packed_for(NAME) if packed is None else packed  # once: another thread may pack the layer anew
     call = x86.call_of(layer, own, size)
-    return call._replace(layer=Layer.from_buffer_copy(call.layer), keeps=(call.keeps, own if packed is None else None))
+    return call._replace(keeps=(call.keeps, own if packed is None else None))
 
 
 def plan_block(
@@ -144,6 +143,7 @@ def run_block(plan: BlockPlan, x: Tensor, time: Tensor | None) -> Tensor:
     memory = scratch.buffer(plan.num_bytes)
     time_at = None if time is None else time.data_ptr()
     x86.compiled().run_block(x.data_ptr(), time_at, plan.block, memory.data_ptr(), output.data_ptr())
+    scratch.give_back(memory)
     return output
 
 

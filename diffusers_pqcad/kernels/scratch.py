@@ -4,21 +4,36 @@ The C library gives large blocks back to the system when they are freed, and the
 step, or none, as the heap happens to lie, and its time has two values.
 """
 
-import threading
+from collections import deque
 
 import torch
 from torch import Tensor
 
-KEPT_BYTES = 2**27  # of address space for a thread, of which the calls touch a part; larger calls are on their own
+KEPT_BYTES = 2**28  # of address space for all threads, of which the calls touch a part; larger calls are on their own
 
-_kept = threading.local()
+_free: deque[Tensor] = deque()  # the one used last comes last; each operation is whole, so that no thread needs a lock
 
 
 def buffer(num_bytes: int) -> Tensor:
-    """Return at least `num_bytes` uint8 on the CPU, with any values, until this thread asks again."""
-    found = getattr(_kept, "buffer", None)
-    if found is None or found.numel() < num_bytes:
-        found = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
-        if num_bytes <= KEPT_BYTES:
-            _kept.buffer = found
-    return found
+    """Return at least `num_bytes` uint8 on the CPU, with any values, for this call alone until it gives them back."""
+    if num_bytes <= KEPT_BYTES:
+        try:
+            found = _free.pop()
+        except IndexError:
+            pass
+        else:
+            if found.numel() >= num_bytes:
+                return found
+    return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+
+
+def give_back(found: Tensor) -> None:
+    """Keep what `buffer` returned for the next call, of any thread; one that is not given back is freed as others."""
+    if found.numel() > KEPT_BYTES:
+        return
+    _free.append(found)
+    while len(_free) > 1 and sum(map(Tensor.numel, tuple(_free))) > KEPT_BYTES:
+        try:
+            _free.popleft()
+        except IndexError:  # other threads took the rest
+            return

@@ -141,6 +141,7 @@ def quantize_rows(
         weight.data_ptr(), scale.data_ptr(), rows, groups, length // groups, finds_scale, spec.bits, row_codes,
         threads, room.data_ptr(), packed.data_ptr(), errors.data_ptr(),
     )  # fmt: skip
+    scratch.give_back(room)
     refuse_width(result, spec.bits)
     return errors.sum(0).float()
 

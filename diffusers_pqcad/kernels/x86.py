@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from diffusers_pqcad.kernels import native, onednn, ranges, scratch
 from diffusers_pqcad.kernels.layout import check_layout
+from diffusers_pqcad.kernels.recent import Recent
 from diffusers_pqcad.pending import Norm, PendingActivation
 from diffusers_pqcad.qparams import MIN_SCALE, ScalarQParams, activation_qmax
 
@@ -163,8 +164,8 @@ class PackedLayer(NamedTuple):
     `weight` int8 (B, S, O, 4); `windows` int32 (V, 3) and `window_starts` int32 (B + 1,); `level_sum` int32 and
     `scale` fp32, both (B O,); `weights` points to them, and says whether they take signed codes. With `is_winograd`,
     four blocks are for the same outputs. `ranges` are the static activation ranges, `None` where each call chooses its
-    own. `geometries` and `layers` remember the shapes of inputs, and the ranges they came with; `plans`, those of a
-    block that starts with this layer (fusion.py).
+    own. `sizes` remembers the latest shapes of inputs, and the ranges they came with; `plans`, those of a block that
+    starts with this layer (fusion.py).
     """
 
     weight: Tensor
@@ -175,9 +176,8 @@ class PackedLayer(NamedTuple):
     weights: Weights
     is_winograd: bool
     ranges: list[ScalarQParams] | None
-    geometries: dict[Any, Geometry]
-    layers: dict[Any, Layer]
-    plans: dict[Any, Any]
+    sizes: Recent  # to (Geometry, a Layer by group)
+    plans: Recent
 
 
 @cache
@@ -291,7 +291,7 @@ def pack(layer: "QuantizedLayer") -> PackedLayer:
         windows[:, 1] += (element * channels).repeat_interleave(window_starts.diff())  # its codes follow the others'
     tensors = (weight, windows, window_starts, level_sum, scale)
     weights = Weights(*(tensor.data_ptr() for tensor in tensors), weight.shape[1], is_signed)
-    return PackedLayer(*tensors, weights, is_winograd, ranges.static_ranges(layer), {}, {}, {})
+    return PackedLayer(*tensors, weights, is_winograd, ranges.static_ranges(layer), Recent(), Recent())
 
 
 def segment_starts(height: int, width: int, channels: int, dilation: tuple[int, ...]) -> Tensor:
@@ -368,13 +368,14 @@ def call_of(layer: "QuantizedLayer", packed: PackedLayer, size: torch.Size) -> C
     """Return the call of `layer` for an input of `size` at this call's activation range."""
     assert layer.activation_bits is not None  # refused
     group = None if packed.ranges is None else layer.input_group()
-    geometry = packed.geometries.get(size)
-    if geometry is None:
-        geometry = packed.geometries[size] = geometry_of(layer, size, is_winograd=packed.is_winograd)
-    known = packed.layers.get((size, group))
+    of_size = packed.sizes.get(size)
+    if of_size is None:
+        of_size = packed.sizes[size] = geometry_of(layer, size, is_winograd=packed.is_winograd), {}
+    geometry, by_group = of_size
+    known = by_group.get(group)
     if known is None:
         qparams = NO_RANGE if packed.ranges is None else ranges.current_range(layer, packed.ranges)
-        known = packed.layers[size, group] = Layer(
+        known = by_group[group] = Layer(
             ctypes.addressof(packed.weights),
             None,
             geometry.image,
@@ -384,8 +385,9 @@ def call_of(layer: "QuantizedLayer", packed: PackedLayer, size: torch.Size) -> C
         )
     # Detached: it holds the memory, of which a parameter lets go when another thread casts or moves the layer.
     bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
-    known.bias = None if bias is None else bias.data_ptr()
-    return Call(known, geometry.size, geometry.image.code_bytes(), bias)
+    own = Layer.from_buffer_copy(known)  # another call, in another thread, may have converted the bias for itself
+    own.bias = None if bias is None else bias.data_ptr()
+    return Call(own, geometry.size, geometry.image.code_bytes(), bias)
 
 
 def group_norm_of(norm: Norm) -> GroupNorm:
@@ -426,6 +428,7 @@ def run_calls(
     layers = pointers(*(ctypes.addressof(call.layer) for call in calls))
     targets = pointers(*(output.data_ptr() for output in outputs))
     compiled().run_layers(x.data_ptr(), affine, len(calls), layers, addend, codes.data_ptr(), targets)
+    scratch.give_back(codes)
     return outputs
 
 
