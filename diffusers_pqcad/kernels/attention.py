@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusers_pqcad.kernels import native, scratch
+from diffusers_pqcad.kernels.layout import check_layout
 
 SOURCE = Path(__file__).with_name("csrc") / "attention.c"
 NO_BF16 = "the CPU has no AVX-512 BF16"
@@ -31,6 +32,7 @@ def library() -> ctypes.CDLL | str:
         return loaded
     if not loaded.has_bf16():
         return NO_BF16
+    check_layout(loaded, (Shape,))
     address, shape = ctypes.c_void_p, ctypes.POINTER(Shape)
     loaded.attention_bytes.argtypes, loaded.attention_bytes.restype = [shape], ctypes.c_int64
     loaded.attend.argtypes = [address, address, address, shape, ctypes.c_float, address, address]

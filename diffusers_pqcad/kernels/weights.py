@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_pqcad.kernels import native, scratch
+from diffusers_pqcad.kernels.layout import check_layout
 from diffusers_pqcad.packing import block_shape, pack_levels, packed_row_bytes, unpack_codes, unpack_levels
 from diffusers_pqcad.qparams import (
+    MIN_SCALE,
+    WEIGHT_BITS,
     WeightSpec,
     as_groups,
     min_max_weight_scale,
@@ -26,12 +29,23 @@ SOURCE = Path(__file__).with_name("csrc") / "weights.c"
 CACHED_WEIGHTS = 2**20  # that a CPU still has in its cache when it reads them again, converted
 
 
+def grids() -> dict[str, float]:
+    """Return the levels and the blocks of codes of all bit-widths, by the names that C has for them."""
+    found: dict[str, float] = {}
+    for bits in WEIGHT_BITS:
+        spec, (codes, num_bytes) = WeightSpec(bits), block_shape(bits)
+        found |= {f"{bits} bits: level_max": spec.level_max, f"{bits} bits: level_step": spec.level_step}
+        found |= {f"{bits} bits: codes of a block": codes, f"{bits} bits: bytes of a block": num_bytes}
+    return found
+
+
 @cache
 def library() -> ctypes.CDLL | str:
     """Return the compiled C file, or why there is none on this computer."""
     loaded = native.library(SOURCE)
     if isinstance(loaded, str):
         return loaded
+    check_layout(loaded, constants={"MIN_SCALE": ctypes.c_float(MIN_SCALE).value, **grids()})
     address, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     loaded.quantize_rows.argtypes = [
         *(address, address, long, long, long, integer, integer, long, integer, address, address, address)

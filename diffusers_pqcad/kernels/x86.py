@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_pqcad.kernels import native, onednn, ranges, scratch
+from diffusers_pqcad.kernels.layout import check_layout
 from diffusers_pqcad.pending import Norm, PendingActivation
-from diffusers_pqcad.qparams import ScalarQParams, activation_qmax
+from diffusers_pqcad.qparams import MIN_SCALE, ScalarQParams, activation_qmax
 
 if TYPE_CHECKING:
     from diffusers_pqcad.layers import QuantizedLayer
@@ -34,8 +35,6 @@ NAME = "x86"
 SOURCE = Path(__file__).with_name("csrc") / "layers.c"
 DEPTH = 4  # inputs of a step, as in the C file
 TERMS = 4  # products that make a pair of pixels, as in the C file
-SPARE_EXCESSES = 16  # as in the C file
-CACHE_LINE = 64  # bytes
 MAX_NARROW_BITS = 6  # two steps of the largest levels still fit 16 bits, and sums of three 8
 MIN_PAIRED_INPUTS = 48  # of a column: with fewer, pairs cost more than the products that they save
 SUM_MAX = 2**15 - 1  # of 16 bits
@@ -55,13 +54,8 @@ class Image(ctypes.Structure):
     ]
 
     def code_bytes(self) -> int:
-        """Return the bytes of its codes, with the border and the padded channels: `bytes_of_row` in the C file."""
-        columns = TERMS * self.pairs if self.pairs else self.width + 2 * self.border_x
-        row = columns * self.padded_channels
-        if self.pairs:  # what exceeds 8 bits: as large a row, or a list of three numbers a step, and where pairs start
-            numbers = self.pairs + 1 + 3 * (row // (8 * DEPTH) + SPARE_EXCESSES)
-            row = round_up(2 * row + numbers * ctypes.sizeof(ctypes.c_int32), CACHE_LINE)
-        return self.images * (self.height + 2 * self.border_y) * row
+        """Return the bytes of its codes, with the border and the padded channels."""
+        return compiled().code_bytes(self)
 
 
 class Output(ctypes.Structure):
@@ -124,7 +118,7 @@ class Layer(ctypes.Structure):
 
 
 class GroupNorm(ctypes.Structure):
-    """The parameters of a group norm: as `Norm` in the C file."""
+    """The parameters of a group norm: as `GroupNorm` in the C file."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "bias")),
@@ -143,6 +137,7 @@ class ResidualBlock(ctypes.Structure):
     ]
 
 
+STRUCTS = (Image, Output, Affine, Weights, Filters, Addend, Layer, GroupNorm, ResidualBlock)
 NO_AFFINE, NO_ADDEND = Affine(), Addend()
 
 
@@ -192,7 +187,10 @@ def library() -> ctypes.CDLL | str:
     loaded = native.library(SOURCE)
     if isinstance(loaded, str):
         return loaded
+    constants = {"DEPTH": DEPTH, "TERMS": TERMS, "MIN_SCALE": ctypes.c_float(MIN_SCALE).value}
+    check_layout(loaded, STRUCTS, constants)
     address, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    loaded.code_bytes.argtypes, loaded.code_bytes.restype = [ctypes.POINTER(Image)], long
     loaded.normalize.argtypes = [address, Image, GroupNorm, address, address]
     loaded.run_layers.argtypes = [address, Affine, long, address, Addend, address, address]
     loaded.block_bytes.argtypes = [ctypes.POINTER(ResidualBlock)]

@@ -12,6 +12,7 @@
 
 #include "exp2.h"
 #include "inline.h"
+#include "layout.h"
 
 int has_bf16(void) { return 1; }
 
@@ -23,6 +24,9 @@ int has_bf16(void) { return 1; }
 typedef struct {
     int64_t batch, heads, queries, keys, channels;
 } Shape;
+
+EXPORT_LAYOUT(STRUCT(Shape), FIELD(Shape, batch), FIELD(Shape, heads), FIELD(Shape, queries), FIELD(Shape, keys),
+              FIELD(Shape, channels))
 
 /* Two bf16 numbers that one lane multiplies: of neighbouring channels, or of neighbouring keys. */
 typedef uint32_t Pair;

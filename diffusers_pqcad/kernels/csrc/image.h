@@ -65,6 +65,12 @@ static inline int64_t bytes_of_row(const Image *image)
     return (2 * codes + starts + room_for_excesses(codes) * (int64_t)sizeof(Excess) + LINE - 1) / LINE * LINE;
 }
 
+/* Bytes of all rows of codes, the border's among them. */
+static inline int64_t bytes_of_image(const Image *image)
+{
+    return image->images * (image->height + 2 * image->border_y) * bytes_of_row(image);
+}
+
 /* The excesses of the row of codes that starts at `row`. */
 static inline Excesses excesses_of(const uint8_t *row, const Image *image)
 {

@@ -11,8 +11,31 @@
 
    What takes long is dealt out as threads ask for it, for cores may be busy, or of several kinds. */
 #include "filters.h"  /* what is done once to a layer's weights */
+#include "layout.h"
 #include "residual.h" /* what is done in each call, of one layer, some or a block */
 
-/* For x86.py: what this code was compiled for. */
+/* For x86.py: what this code was compiled for, and the bytes of an image's codes. */
 int has_vnni(void) { return VNNI; }
 int block_outputs(void) { return OUTPUTS; }
+int64_t code_bytes(const Image *image) { return bytes_of_image(image); }
+
+/* As in x86.py, and MIN_SCALE in qparams.py. */
+EXPORT_LAYOUT(
+    STRUCT(Image), FIELD(Image, images), FIELD(Image, height), FIELD(Image, width), FIELD(Image, channels),
+    FIELD(Image, border_y), FIELD(Image, border_x), FIELD(Image, padded_channels), FIELD(Image, pairs),
+    STRUCT(Output), FIELD(Output, out_height), FIELD(Output, out_width), FIELD(Output, out_channels),
+    FIELD(Output, stride_y), FIELD(Output, stride_x), FIELD(Output, is_gated),
+    STRUCT(Affine), FIELD(Affine, gain), FIELD(Affine, shift), FIELD(Affine, has_silu), FIELD(Affine, is_layer_norm),
+    FIELD(Affine, eps), FIELD(Affine, mean), FIELD(Affine, inverse_deviation),
+    STRUCT(Weights), FIELD(Weights, weight), FIELD(Weights, windows), FIELD(Weights, window_starts),
+    FIELD(Weights, level_sum), FIELD(Weights, scale), FIELD(Weights, steps), FIELD(Weights, is_signed),
+    STRUCT(Filters), FIELD(Filters, levels), FIELD(Filters, scale), FIELD(Filters, outputs), FIELD(Filters, channels),
+    FIELD(Filters, height), FIELD(Filters, width), FIELD(Filters, padded_channels), FIELD(Filters, in_pairs),
+    STRUCT(Addend), FIELD(Addend, numbers), FIELD(Addend, is_per_image),
+    STRUCT(Layer), FIELD(Layer, weights), FIELD(Layer, bias), FIELD(Layer, image), FIELD(Layer, output),
+    FIELD(Layer, scale), FIELD(Layer, zero_point), FIELD(Layer, qmax),
+    STRUCT(GroupNorm), FIELD(GroupNorm, weight), FIELD(GroupNorm, bias), FIELD(GroupNorm, groups), FIELD(GroupNorm, eps),
+    STRUCT(ResidualBlock), FIELD(ResidualBlock, norm1), FIELD(ResidualBlock, norm2), FIELD(ResidualBlock, embedding),
+    FIELD(ResidualBlock, conv1), FIELD(ResidualBlock, conv2), FIELD(ResidualBlock, shortcut),
+    FIELD(ResidualBlock, embeds_silu),
+    CONSTANT(DEPTH), CONSTANT(TERMS), CONSTANT(MIN_SCALE))

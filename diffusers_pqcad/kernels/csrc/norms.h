@@ -60,11 +60,11 @@ typedef struct {
     const float *weight, *bias;
     int64_t groups;
     double eps;
-} Norm;
+} GroupNorm;
 
 /* Group normalization as an affine map: gain and shift, both (images, channels), with which x * gain + shift is x less its
    group's mean, over the group's standard deviation, times `weight`, plus `bias`. Variances are those of all values. */
-void normalize(const float *x, Image image, Norm norm, float *gain, float *shift)
+void normalize(const float *x, Image image, GroupNorm norm, float *gain, float *shift)
 {
     double started = omp_get_wtime();
     int64_t groups = norm.groups, chunks = (image.channels + CHUNK - 1) / CHUNK, size = image.channels / groups;

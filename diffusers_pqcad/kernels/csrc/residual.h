@@ -9,16 +9,10 @@
 /* A residual block: conv2(SiLU(norm2(conv1(SiLU(norm1(x))) + embedding))) + shortcut(x), the embedding being that of a
    time vector, after a SiLU where `embeds_silu`. `embedding` and `shortcut` may be NULL: nothing and `x` in their place. */
 typedef struct {
-    Norm norm1, norm2;
+    GroupNorm norm1, norm2;
     const Layer *embedding, *conv1, *conv2, *shortcut;
     int64_t embeds_silu;
 } ResidualBlock;
-
-INLINE int64_t code_bytes(const Layer *layer)
-{
-    const Image *image = &layer->image;
-    return image->images * (image->height + 2 * image->border_y) * bytes_of_row(image);
-}
 
 /* Where a block keeps what lies between its layers: `hidden` as large as its output, `embedding` (images, channels), the
    maps of a norm, and codes. */
@@ -30,9 +24,9 @@ static Scratch scratch_of(const ResidualBlock *block)
 {
     const Image *input = &block->conv1->image, *hidden = &block->conv2->image;
     int64_t maps = sizeof(float) * input->images * max(input->channels, hidden->channels);
-    int64_t codes = max(code_bytes(block->conv1), code_bytes(block->conv2));
-    if (block->embedding) codes = max(codes, code_bytes(block->embedding));
-    if (block->shortcut) codes = max(codes, code_bytes(block->shortcut));
+    int64_t codes = max(bytes_of_image(&block->conv1->image), bytes_of_image(&block->conv2->image));
+    if (block->embedding) codes = max(codes, bytes_of_image(&block->embedding->image));
+    if (block->shortcut) codes = max(codes, bytes_of_image(&block->shortcut->image));
     Scratch at = {0};
     at.embedding = sizeof(float) * hidden->images * hidden->height * hidden->width * hidden->channels;
     at.gain = at.embedding + sizeof(float) * hidden->images * hidden->channels;

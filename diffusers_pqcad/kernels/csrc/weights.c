@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "inline.h"
+#include "layout.h"
 
 #define LANES 16
 
@@ -191,3 +192,10 @@ int highest_code(const uint8_t *packed, int64_t count, int bits)
     default: return highest(packed, count, 8, 1, 1);
     }
 }
+
+/* As in qparams.py and packing.py. */
+#define CASE(BITS, LEVEL_MAX, LEVEL_STEP, CODES, BYTES)                                                                    \
+    {#BITS " bits: level_max", LEVEL_MAX}, {#BITS " bits: level_step", LEVEL_STEP},                                        \
+    {#BITS " bits: codes of a block", CODES}, {#BITS " bits: bytes of a block", BYTES},
+EXPORT_LAYOUT(GRIDS CONSTANT(MIN_SCALE))
+#undef CASE

@@ -1,0 +1,84 @@
+"""Specification of what Python and compiled C agree about: a size, a place or a constant that differs is found."""
+
+import ctypes
+from types import ModuleType
+
+import pytest
+
+from diffusers_pqcad.kernels import attention, weights, x86
+from diffusers_pqcad.kernels.layout import check_layout, layout_in_c, layout_of
+
+needs_x86 = pytest.mark.skipif(isinstance(x86.library(), str), reason=str(x86.library()))
+FIELDS = [(name, ctypes.c_int64) for name in ("numbers", "is_per_image")]  # of the struct Addend, pointers as integers
+
+
+def struct_of(name: str, fields: list[tuple[str, type]]) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+def check_addend(fields: list[tuple[str, type]]) -> None:
+    """Compare `fields` with those of Addend in C, and all else with itself."""
+    structs = tuple(struct for struct in x86.STRUCTS if struct is not x86.Addend)
+    known = layout_in_c(x86.compiled())
+    constants = {name: known[name] for name in ("DEPTH", "TERMS", "MIN_SCALE")}
+    check_layout(x86.compiled(), (*structs, struct_of("Addend", fields)), constants)
+
+
+@needs_x86
+def test_the_fields_that_c_has_pass() -> None:
+    check_addend(FIELDS)
+
+
+@needs_x86
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ([*FIELDS, ("more", ctypes.c_int64)], "Addend size: 16 in C, 24 in Python; Addend.more end: nothing in C"),
+        (FIELDS[:1], "Addend size: 16 in C, 8 in Python; Addend.is_per_image end: 16 in C, nothing in Python"),
+        (FIELDS[::-1], "Addend.is_per_image end: 16 in C, 8 in Python"),
+        ([FIELDS[0], ("is_per_image", ctypes.c_int32)], "Addend.is_per_image end: 16 in C, 12 in Python"),
+        ([FIELDS[0], ("is_per_layer", ctypes.c_int64)], "Addend.is_per_layer end: nothing in C, 16 in Python"),
+    ],
+    ids=["one more", "one less", "in another order", "of another type", "of another name"],
+)
+def test_a_wrong_field_is_an_error(fields: list[tuple[str, type]], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        check_addend(fields)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "wrong"),
+    [
+        (x86, "STRUCTS", x86.STRUCTS[1:]),
+        (x86, "DEPTH", 8),
+        (x86, "TERMS", 6),
+        (x86, "MIN_SCALE", 1e-13),
+        (attention, "Shape", struct_of("Shape", [("batch", ctypes.c_int64)])),
+        (weights, "WEIGHT_BITS", (2, 3, 4, 8)),
+        (weights, "MIN_SCALE", 1e-13),
+        (weights, "block_shape", lambda bits: (8, bits)),
+    ],
+)
+def test_a_library_is_compared_when_it_is_loaded(
+    module: ModuleType, name: str, wrong: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isinstance(module.library(), str):
+        pytest.skip(module.library())
+    monkeypatch.setattr(module, name, wrong)
+    module.library.cache_clear()
+    with pytest.raises(RuntimeError, match="must agree"):
+        module.library()
+    monkeypatch.undo()
+    assert not isinstance(module.library(), str)
+
+
+def test_all_structs_of_a_kernel_are_compared() -> None:
+    structs = {each for each in vars(x86).values() if isinstance(each, type) and issubclass(each, ctypes.Structure)}
+    assert structs == set(x86.STRUCTS)
+
+
+def test_places_are_in_bytes() -> None:
+    struct = struct_of("Two", [("first", ctypes.c_int8), ("second", ctypes.c_int32)])
+    assert layout_of(struct) == {
+        "Two size": 8, "Two.first start": 0, "Two.first end": 1, "Two.second start": 4, "Two.second end": 8,
+    }  # fmt: skip
