@@ -280,12 +280,12 @@ class QuantizedLayer(nn.Module):
         return (self.activation_bits,)
 
     def cached_bytes(self) -> int:
-        """Return the bytes of a kernel's int8 copy: one a weight, and 4/3 where pixels are computed in pairs."""
+        """Return the bytes of a kernel's int8 copy: one a weight, and 4/3 of a Winograd kernel's."""
         cache = self._cache  # read once: another thread may move the layer
         if cache is None:
             return 0
-        in_pairs = isinstance(cache[1], kernels.x86.PackedLayer) and cache[1].in_pairs
-        return self.weight_shape.numel() * (kernels.x86.TERMS if in_pairs else 3) // 3
+        is_winograd = isinstance(cache[1], kernels.x86.PackedLayer) and cache[1].is_winograd
+        return self.weight_shape.numel() * (kernels.x86.TILE_SIZE if is_winograd else 3) // 3
 
     def to_float(self) -> nn.Module:
         """Return the plain float layer with this layer's dequantized weight, and the same bias and hooks."""

@@ -537,5 +537,5 @@ def test_layers_share_the_codes_of_an_input_where_theirs_are_the_same(static_ran
     outputs = x86.run_calls(calls, x)
     assert len(packed_layers(model)) == len(outputs) == 7
     for call, output in zip(calls, outputs, strict=True):
-        scratch.room(call.code_bytes).fill_(77)  # nothing is left of the codes before
+        scratch.buffer(call.code_bytes).fill_(77)  # nothing is left of the codes before
         assert torch.equal(x86.run_call(call, x), output)

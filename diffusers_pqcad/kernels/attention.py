@@ -48,8 +48,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """Return softmax(q k^T / sqrt(channels)) v of each head, fp32 (B, Q, heads channels).
 
     `query` is fp32 (B, Q, heads channels), `key` and `value` (B, K, heads channels), on the CPU: in bf16 products
-    where the CPU has them, else as PyTorch does. Raises ValueError for other shapes, and MemoryError where the scores
-    of eight queries find no room.
+    where the CPU has them, else as PyTorch does. Raises ValueError for other shapes, and MemoryError where there
+    is none for the scores of eight queries.
     """
     batch, queries, width = query.shape
     if key.shape != value.shape or key.shape[::2] != (batch, width) or width % heads or not key.shape[1]:
@@ -64,8 +64,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     shape = Shape(batch, heads, queries, key.shape[1], width // heads)
     output = torch.empty(query.shape, dtype=torch.float32, device="cpu")
-    memory = scratch.room(loaded.attention_bytes(shape))
+    memory = scratch.buffer(loaded.attention_bytes(shape))
     pointers = (tensor.data_ptr() for tensor in (query, key, value))
     if not loaded.attend(*pointers, shape, shape.channels**-0.5, memory.data_ptr(), output.data_ptr()):
-        raise MemoryError(f"attention: no room for the scores of eight queries on {shape.keys} keys.")
+        raise MemoryError(f"attention: no memory for the scores of eight queries on {shape.keys} keys.")
     return output

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class BlockPlan(NamedTuple):
     """A residual block at one size of its input and one activation range of each layer; `keeps` lives as long.
 
-    The packed weights of the first convolution hold the plan, and not the plan them: whoever runs it does.
+    The packed weights of the first convolution hold the plan, and not the plan them: its caller does.
     """
 
     block: ResidualBlock
@@ -40,7 +40,7 @@ class AttentionPlan(NamedTuple):
     """An attention block at one size of its inputs and one activation range of each layer; `keeps` lives as long.
 
     `calls` are those of queries, keys, values and output; a layer norm before them is in `affine`. The packed weights
-    of the queries hold the plan, and not the plan them: whoever runs it does. As a part of a transformer it holds all.
+    of the queries hold the plan, and not the plan them: its caller does. As a part of a transformer it holds all.
     """
 
     norm: GroupNorm | None
@@ -57,7 +57,7 @@ class FeedForwardPlan(NamedTuple):
 
     `calls` are those of the gated layer and the last one; a layer norm before them is in `affine`, and `keeps` holds
     it. With `adds_input`, the input is added to the output. The packed weights of the first hold the plan, and not the
-    plan them: whoever runs it does. As a part of a transformer it holds all.
+    plan them: its caller does. As a part of a transformer it holds all.
     """
 
     calls: tuple[Call, ...]
@@ -78,7 +78,7 @@ class TransformerPlan(NamedTuple):
     """A transformer over the pixels of images at one size of its inputs and one activation range of each layer.
 
     `calls` are those of the first and the last projection; `parts` are what lies between them, in order. The packed
-    weights of the first projection hold the plan, and not the plan them: whoever runs it does.
+    weights of the first projection hold the plan, and not the plan them: its caller does.
     """
 
     norm: GroupNorm
@@ -141,7 +141,7 @@ def run_block(plan: BlockPlan, x: Tensor, time: Tensor | None) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     time = None if time is None else time.contiguous()
     output = torch.empty(plan.size, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
-    memory = scratch.room(plan.num_bytes)
+    memory = scratch.buffer(plan.num_bytes)
     time_at = None if time is None else time.data_ptr()
     x86.compiled().run_block(x.data_ptr(), time_at, plan.block, memory.data_ptr(), output.data_ptr())
     return output

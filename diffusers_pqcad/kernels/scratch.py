@@ -14,11 +14,11 @@ KEPT_BYTES = 2**27  # of address space for a thread, of which the calls touch a 
 _kept = threading.local()
 
 
-def room(num_bytes: int) -> Tensor:
+def buffer(num_bytes: int) -> Tensor:
     """Return at least `num_bytes` uint8 on the CPU, with any values, until this thread asks again."""
-    found = getattr(_kept, "room", None)
+    found = getattr(_kept, "buffer", None)
     if found is None or found.numel() < num_bytes:
         found = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
         if num_bytes <= KEPT_BYTES:
-            _kept.room = found
+            _kept.buffer = found
     return found

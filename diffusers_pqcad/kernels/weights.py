@@ -128,7 +128,7 @@ def quantize_rows(
     (rows, length), groups = weight.shape, scale.shape[1]
     block_codes, _ = block_shape(spec.bits)
     row_codes, threads = -(-length // block_codes) * block_codes, loaded.max_threads()
-    room = scratch.room(threads * row_codes)
+    room = scratch.buffer(threads * row_codes)
     errors = torch.empty(rows, 2, dtype=torch.float64, device="cpu")
     loaded.quantize_rows(
         weight.data_ptr(), scale.data_ptr(), rows, groups, length // groups, finds_scale, spec.bits, row_codes,

@@ -7,10 +7,9 @@ and more for the levels that layers have. The windows are cut from the levels th
 them. Levels of 8 bits take signed codes, which fit as single products.
 
 With VNNI, convolutions three pixels wide take two thirds of the products, by Winograd's minimal filtering (Lavin and
-Gray 2016, arXiv:1509.09308), which adds and subtracts neighbouring codes. Few sums and differences exceed 8 bits, as
-activations are large in few places: what they exceed them by is listed, and its products are added. Codes of 7 bits
-leave nothing to list. This is exact for levels of up to 6 bits with a scale for each output; filters of 8 bits are
-rounded once more.
+Gray 2016, arXiv:1509.09308), which adds and subtracts neighbouring codes. Few sums and differences overflow 8 bits, as
+activations are large in few places: the overflow is listed, and its products are added. Codes of 7 bits have none.
+This is exact for levels of up to 6 bits with a scale for each output; filters of 8 bits are rounded once more.
 """
 
 import ctypes
@@ -34,9 +33,9 @@ if TYPE_CHECKING:
 NAME = "x86"
 SOURCE = Path(__file__).with_name("csrc") / "layers.c"
 DEPTH = 4  # inputs of a step, as in the C file
-TERMS = 4  # products that make a pair of pixels, as in the C file
+TILE_SIZE = 4  # elements of a Winograd tile, as in the C file
 MAX_NARROW_BITS = 6  # two steps of the largest levels still fit 16 bits, and sums of three 8
-MIN_PAIRED_INPUTS = 48  # of a column: with fewer, pairs cost more than the products that they save
+MIN_WINOGRAD_INPUTS = 48  # of a column: with fewer, the transforms cost more than the products that they save
 SUM_MAX = 2**15 - 1  # of 16 bits
 MAX_LINE = 32  # pixels
 NO_RANGE = ScalarQParams(0.0, 0)  # asks for the range of each input
@@ -50,7 +49,7 @@ class Image(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ("images", "height", "width", "channels", "border_y", "border_x", "padded_channels", "pairs")
+        for name in ("images", "height", "width", "channels", "border_y", "border_x", "padded_channels", "tiles")
     ]
 
     def code_bytes(self) -> int:
@@ -94,7 +93,7 @@ class Filters(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("levels", "scale")),
         *(
             (name, ctypes.c_int64)
-            for name in ("outputs", "channels", "height", "width", "padded_channels", "in_pairs")
+            for name in ("outputs", "channels", "height", "width", "padded_channels", "is_winograd")
         ),
     ]
 
@@ -162,10 +161,10 @@ class PackedLayer(NamedTuple):
     """What does not change from call to call; B blocks of O outputs, S steps of 4 inputs, V windows.
 
     `weight` int8 (B, S, O, 4); `windows` int32 (V, 3) and `window_starts` int32 (B + 1,); `level_sum` int32 and
-    `scale` fp32, both (B O,); `weights` points to them, and says whether they take signed codes. With `in_pairs`, four
-    blocks are for the same outputs. `ranges` are the static activation ranges, `None` where each call chooses its own.
-    `geometries` and `layers` remember the shapes of inputs, and the ranges they came with; `plans`, those of a block
-    that starts with this layer (fusion.py).
+    `scale` fp32, both (B O,); `weights` points to them, and says whether they take signed codes. With `is_winograd`,
+    four blocks are for the same outputs. `ranges` are the static activation ranges, `None` where each call chooses its
+    own. `geometries` and `layers` remember the shapes of inputs, and the ranges they came with; `plans`, those of a
+    block that starts with this layer (fusion.py).
     """
 
     weight: Tensor
@@ -174,7 +173,7 @@ class PackedLayer(NamedTuple):
     level_sum: Tensor
     scale: Tensor
     weights: Weights
-    in_pairs: bool
+    is_winograd: bool
     ranges: list[ScalarQParams] | None
     geometries: dict[Any, Geometry]
     layers: dict[Any, Layer]
@@ -187,7 +186,7 @@ def library() -> ctypes.CDLL | str:
     loaded = native.library(SOURCE)
     if isinstance(loaded, str):
         return loaded
-    constants = {"DEPTH": DEPTH, "TERMS": TERMS, "MIN_SCALE": ctypes.c_float(MIN_SCALE).value}
+    constants = {"DEPTH": DEPTH, "TILE_SIZE": TILE_SIZE, "MIN_SCALE": ctypes.c_float(MIN_SCALE).value}
     check_layout(loaded, STRUCTS, constants)
     address, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     loaded.code_bytes.argtypes, loaded.code_bytes.restype = [ctypes.POINTER(Image)], long
@@ -245,24 +244,24 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def takes_pairs(layer: nn.Module) -> bool:
-    """Return whether the quantized `layer` computes pairs of neighbouring pixels from four products, not six."""
+def uses_winograd(layer: nn.Module) -> bool:
+    """Return whether the quantized `layer` computes two neighbouring pixels from four products, not six: F(2, 3)."""
     if not isinstance(layer, nn.Conv2d) or layer.kernel_size[1] != 3 or layer.stride[1] != 1 or layer.dilation[1] != 1:
         return False
-    return layer.in_channels * layer.kernel_size[0] >= MIN_PAIRED_INPUTS and bool(compiled().has_vnni())
+    return layer.in_channels * layer.kernel_size[0] >= MIN_WINOGRAD_INPUTS and bool(compiled().has_vnni())
 
 
-def pack_filters(levels: Tensor, scale: Tensor, *, in_pairs: bool) -> tuple[Tensor, Tensor, Tensor]:
+def pack_filters(levels: Tensor, scale: Tensor, *, is_winograd: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return weight, level sums and scales, as `PackedLayer` has them, of `levels` int8 (O, C, H, W) and `scale` (O,).
 
-    `in_pairs`: as the filters of F(2, 3), of which those that exceed 8 bits are rounded to them (`read_terms` in the C
-    file).
+    `is_winograd`: as the transformed filters of F(2, 3), of which those that overflow 8 bits are rounded to them
+    (`transform_filter` in the C file).
     """
     size, outputs = levels.shape, compiled().block_outputs()
     levels, scale = levels.contiguous(), scale.float().contiguous()
-    filters = Filters(levels.data_ptr(), scale.data_ptr(), *size, round_up(size[1], DEPTH), in_pairs)
-    blocks = round_up(size[0], outputs) // outputs * (TERMS if in_pairs else 1)
-    steps = size[2] * (1 if in_pairs else size[3]) * filters.padded_channels // DEPTH
+    filters = Filters(levels.data_ptr(), scale.data_ptr(), *size, round_up(size[1], DEPTH), is_winograd)
+    blocks = round_up(size[0], outputs) // outputs * (TILE_SIZE if is_winograd else 1)
+    steps = size[2] * (1 if is_winograd else size[3]) * filters.padded_channels // DEPTH
     weight = torch.empty(blocks, steps, outputs, DEPTH, dtype=torch.int8, device="cpu")
     level_sum = torch.empty(blocks * outputs, dtype=torch.int32, device="cpu")
     scales = torch.empty(blocks * outputs, dtype=torch.float32, device="cpu")
@@ -276,21 +275,21 @@ def pack(layer: "QuantizedLayer") -> PackedLayer:
     levels, scale = layer.channel_levels()
     levels = levels.view(*levels.shape, 1, 1) if levels.dim() == 2 else levels
     dilation = layer.dilation if isinstance(layer, nn.Conv2d) else (1, 1)
-    in_pairs, channels = takes_pairs(layer), round_up(levels.shape[1], DEPTH)
-    weight, level_sum, scale = pack_filters(levels, scale, in_pairs=in_pairs)
+    is_winograd, channels = uses_winograd(layer), round_up(levels.shape[1], DEPTH)
+    weight, level_sum, scale = pack_filters(levels, scale, is_winograd=is_winograd)
     has_vnni = bool(compiled().has_vnni())
     is_signed = is_wide(layer) and not has_vnni
     fits = has_vnni or is_signed
     limit = torch.iinfo(torch.int32).max if fits else SUM_MAX // activation_qmax(layer.activation_bits)
     height, width = levels.shape[2:]
-    segments = segment_starts(height, 1 if in_pairs else width, channels, dilation)
+    segments = segment_starts(height, 1 if is_winograd else width, channels, dilation)
     windows, window_starts = plan_windows(weight, segments, limit)
-    if in_pairs:
-        term = torch.arange(len(weight), dtype=torch.int32, device="cpu") % TERMS
-        windows[:, 1] += (term * channels).repeat_interleave(window_starts.diff())  # its codes follow the others'
+    if is_winograd:
+        element = torch.arange(len(weight), dtype=torch.int32, device="cpu") % TILE_SIZE
+        windows[:, 1] += (element * channels).repeat_interleave(window_starts.diff())  # its codes follow the others'
     tensors = (weight, windows, window_starts, level_sum, scale)
     weights = Weights(*(tensor.data_ptr() for tensor in tensors), weight.shape[1], is_signed)
-    return PackedLayer(*tensors, weights, in_pairs, ranges.static_ranges(layer), {}, {}, {})
+    return PackedLayer(*tensors, weights, is_winograd, ranges.static_ranges(layer), {}, {}, {})
 
 
 def segment_starts(height: int, width: int, channels: int, dilation: tuple[int, ...]) -> Tensor:
@@ -316,15 +315,16 @@ def plan_windows(weight: Tensor, segments: Tensor, limit: int) -> tuple[Tensor, 
     return windows[:count].clone(), starts
 
 
-def geometry_of(layer: "QuantizedLayer", size: torch.Size, *, in_pairs: bool) -> Geometry:
-    """Return the geometry of `layer`, packed `in_pairs` or not, for an input of `size`, of a convolution with a batch.
+def geometry_of(layer: "QuantizedLayer", size: torch.Size, *, is_winograd: bool) -> Geometry:
+    """Return the geometry of `layer` for an input of `size`, of a convolution with a batch.
 
-    Raises ValueError for a size that the layer cannot take: C would read beyond the input.
+    With `is_winograd`, a convolution is packed for F(2, 3). Raises ValueError for a size that the layer cannot take: C
+    would read beyond the input.
     """
     if isinstance(layer, nn.Conv2d):
         if len(size) != 4 or size[1] != layer.in_channels:
             raise ValueError(f"{layer.name}: expected (N, {layer.in_channels}, H, W), got an input of {tuple(size)}.")
-        geometry = conv_geometry(layer, size, in_pairs=in_pairs)
+        geometry = conv_geometry(layer, size, is_winograd=is_winograd)
         if min(geometry.size) < 1:
             raise ValueError(f"{layer.name}: an input of {tuple(size)}, padded, is smaller than the kernel.")
         return geometry
@@ -334,7 +334,7 @@ def geometry_of(layer: "QuantizedLayer", size: torch.Size, *, in_pairs: bool) ->
     return linear_geometry(layer, size)
 
 
-def conv_geometry(layer: nn.Conv2d, size: torch.Size, *, in_pairs: bool) -> Geometry:
+def conv_geometry(layer: nn.Conv2d, size: torch.Size, *, is_winograd: bool) -> Geometry:
     """Return the geometry of a convolution of an input of `size` (N, C, H, W)."""
     assert not isinstance(layer.padding, str)  # refused
     height, width = (
@@ -343,8 +343,8 @@ def conv_geometry(layer: nn.Conv2d, size: torch.Size, *, in_pairs: bool) -> Geom
         + 1
         for axis in range(2)
     )
-    pairs = round_up(width, 2) // 2 if in_pairs else 0
-    image = Image(size[0], *size[2:], layer.in_channels, *layer.padding, round_up(layer.in_channels, DEPTH), pairs)
+    tiles = round_up(width, 2) // 2 if is_winograd else 0
+    image = Image(size[0], *size[2:], layer.in_channels, *layer.padding, round_up(layer.in_channels, DEPTH), tiles)
     output = Output(height, width, layer.out_channels, *layer.stride, 0)
     return Geometry(image, output, (size[0], layer.out_channels, height, width))
 
@@ -368,7 +368,7 @@ def call_of(layer: "QuantizedLayer", packed: PackedLayer, size: torch.Size) -> C
     group = None if packed.ranges is None else layer.input_group()
     geometry = packed.geometries.get(size)
     if geometry is None:
-        geometry = packed.geometries[size] = geometry_of(layer, size, in_pairs=packed.in_pairs)
+        geometry = packed.geometries[size] = geometry_of(layer, size, is_winograd=packed.is_winograd)
     known = packed.layers.get((size, group))
     if known is None:
         qparams = NO_RANGE if packed.ranges is None else ranges.current_range(layer, packed.ranges)
@@ -419,7 +419,7 @@ def run_calls(
     outputs = [
         torch.empty(call.size, dtype=torch.float32, device="cpu", memory_format=memory_format) for call in calls
     ]
-    codes, pointers = scratch.room(max(call.code_bytes for call in calls)), ctypes.c_void_p * len(calls)
+    codes, pointers = scratch.buffer(max(call.code_bytes for call in calls)), ctypes.c_void_p * len(calls)
     layers = pointers(*(ctypes.addressof(call.layer) for call in calls))
     targets = pointers(*(output.data_ptr() for output in outputs))
     compiled().run_layers(x.data_ptr(), affine, len(calls), layers, addend, codes.data_ptr(), targets)

@@ -111,21 +111,21 @@ def oracle(layer: QuantizedLayer, x: Tensor, *, kernel: str = "") -> Tensor:
         sums, shape = nn.functional.linear(centred, weight), (-1,)
     else:
         geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        is_paired = (kernel or layer.kernel_name()) == "x86" and in_pairs(layer)
-        even, odd = paired_weights(weight) if is_paired else (weight, weight)
+        is_transformed = (kernel or layer.kernel_name()) == "x86" and uses_winograd(layer)
+        even, odd = winograd_weights(weight) if is_transformed else (weight, weight)
         sums, shape = nn.functional.conv2d(centred, even, None, *geometry), (-1, 1, 1)
         sums[..., 1::2] = nn.functional.conv2d(centred, odd, None, *geometry)[..., 1::2]
     output = sums * (layer.weight_scale.double() * float(scale)).view(shape)
     return output if layer.bias is None else output + layer.bias.double().view(shape)
 
 
-def in_pairs(layer: nn.Conv2d) -> bool:
-    """Whether the kernel x86 computes pairs of pixels of `layer` by F(2, 3)."""
+def uses_winograd(layer: nn.Conv2d) -> bool:
+    """Whether the kernel x86 computes `layer` by F(2, 3)."""
     row = (layer.kernel_size[1], layer.stride[1], layer.dilation[1], layer.groups)
     return row == (3, 1, 1, 1) and layer.in_channels * layer.kernel_size[0] >= 48 and x86.compiled().has_vnni()
 
 
-def paired_weights(levels: Tensor) -> tuple[Tensor, Tensor]:
+def winograd_weights(levels: Tensor) -> tuple[Tensor, Tensor]:
     """The levels (O, C, H, 3) that pixels of even and of odd columns see, where sums beyond 8 bits were rounded."""
     first, middle, last = levels.numpy().astype(np.float32).transpose(3, 0, 1, 2)
     halves = []

@@ -20,7 +20,7 @@ def check_addend(fields: list[tuple[str, type]]) -> None:
     """Compare `fields` with those of Addend in C, and all else with itself."""
     structs = tuple(struct for struct in x86.STRUCTS if struct is not x86.Addend)
     known = layout_in_c(x86.compiled())
-    constants = {name: known[name] for name in ("DEPTH", "TERMS", "MIN_SCALE")}
+    constants = {name: known[name] for name in ("DEPTH", "TILE_SIZE", "MIN_SCALE")}
     check_layout(x86.compiled(), (*structs, struct_of("Addend", fields)), constants)
 
 
@@ -51,7 +51,7 @@ def test_a_wrong_field_is_an_error(fields: list[tuple[str, type]], message: str)
     [
         (x86, "STRUCTS", x86.STRUCTS[1:]),
         (x86, "DEPTH", 8),
-        (x86, "TERMS", 6),
+        (x86, "TILE_SIZE", 6),
         (x86, "MIN_SCALE", 1e-13),
         (attention, "Shape", struct_of("Shape", [("batch", ctypes.c_int64)])),
         (weights, "WEIGHT_BITS", (2, 3, 4, 8)),

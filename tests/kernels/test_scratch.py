@@ -17,32 +17,32 @@ def _nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_is_kept_and_grows() -> None:
-    first = scratch.room(100)
+    first = scratch.buffer(100)
     assert (first.dtype, first.device.type) == (torch.uint8, "cpu")
-    assert scratch.room(50) is first
-    assert scratch.room(101).numel() >= 101
-    assert scratch.room(100) is scratch.room(101)
+    assert scratch.buffer(50) is first
+    assert scratch.buffer(101).numel() >= 101
+    assert scratch.buffer(100) is scratch.buffer(101)
 
 
 def test_what_is_very_large_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "KEPT_BYTES", 1000)
-    kept = scratch.room(1000)
-    large = weakref.ref(scratch.room(1001))
+    kept = scratch.buffer(1000)
+    large = weakref.ref(scratch.buffer(1001))
     assert large() is None
-    assert scratch.room(10) is kept
+    assert scratch.buffer(10) is kept
 
 
 def test_threads_have_their_own_until_they_end() -> None:
-    mine, others = scratch.room(100), []
+    mine, others = scratch.buffer(100), []
 
     def ask() -> None:
-        room = scratch.room(100)
-        others.append((room.data_ptr(), weakref.ref(room)))
+        buffer = scratch.buffer(100)
+        others.append((buffer.data_ptr(), weakref.ref(buffer)))
 
     thread = threading.Thread(target=ask)
     thread.start()
     thread.join()
-    [(address, room)] = others
+    [(address, buffer)] = others
     assert address != mine.data_ptr()
-    assert room() is None
-    assert scratch.room(100) is mine
+    assert buffer() is None
+    assert scratch.buffer(100) is mine

@@ -129,32 +129,32 @@ INLINE float exponentials(const float *scores, int64_t keys, int64_t padded, Pai
     return _mm512_reduce_add_ps(sum);
 }
 
-/* One thread's room: the scores of ROWS queries, their exponentials as pairs, the queries as pairs, and a row of those. */
+/* One thread's buffers: the scores of ROWS queries, their exponentials as pairs, the queries as pairs, and a row of those. */
 typedef struct {
     float *scores;
     Pair *weights, *queries, *row;
-} Room;
+} Scratch;
 
 static void attend_rows(const float *q, const Shape *shape, int64_t count, float factor, const Pair *keys,
-                        const Pair *values, Room room, float *out)
+                        const Pair *values, Scratch scratch, float *out)
 {
     int64_t pairs = channel_pairs(shape), padded = padded_keys(shape), stride = shape->heads * shape->channels;
     __m512 sums[ROWS][2];
     float inverse[ROWS];
     for (int64_t i = 0; i < ROWS; i++) /* the last query stands for those that a tile lacks */
-        to_pairs(q + min(i, count - 1) * stride, shape->channels, factor, room.queries + i * pairs);
+        to_pairs(q + min(i, count - 1) * stride, shape->channels, factor, scratch.queries + i * pairs);
     for (int64_t key = 0; key < padded; key += COLUMNS) {
-        multiply(2, room.queries, pairs, keys + key * pairs, pairs, sums);
+        multiply(2, scratch.queries, pairs, keys + key * pairs, pairs, sums);
         for (int i = 0; i < ROWS; i++)
-            for (int j = 0; j < 2; j++) _mm512_storeu_ps(room.scores + i * padded + key + 16 * j, sums[i][j]);
+            for (int j = 0; j < 2; j++) _mm512_storeu_ps(scratch.scores + i * padded + key + 16 * j, sums[i][j]);
     }
     for (int i = 0; i < ROWS; i++)
-        inverse[i] = 1 / exponentials(room.scores + i * padded, shape->keys, padded, room.weights + i * padded / 2);
+        inverse[i] = 1 / exponentials(scratch.scores + i * padded, shape->keys, padded, scratch.weights + i * padded / 2);
     for (int64_t first = 0; first < shape->channels; first += COLUMNS) {
         const Pair *panel = values + first * padded / 2;
         int64_t left = shape->channels - first;
-        if (left > 16) multiply(2, room.weights, padded / 2, panel, padded / 2, sums);
-        else multiply(1, room.weights, padded / 2, panel, padded / 2, sums);
+        if (left > 16) multiply(2, scratch.weights, padded / 2, panel, padded / 2, sums);
+        else multiply(1, scratch.weights, padded / 2, panel, padded / 2, sums);
         for (int64_t i = 0; i < count; i++)
             for (int64_t j = 0; j < 2 && left > 16 * j; j++) {
                 __mmask16 real = left - 16 * j >= 16 ? 0xffff : (__mmask16)((1u << (left - 16 * j)) - 1);
@@ -164,8 +164,8 @@ static void attend_rows(const float *q, const Shape *shape, int64_t count, float
     }
 }
 
-/* out = softmax(q k^T * scale) v for each head. `memory` has room for `attention_bytes`. Return 0 where there was no room
-   for a thread's scores, and nothing was written that means anything. */
+/* out = softmax(q k^T * scale) v for each head. `memory` has `attention_bytes`. Return 0 where a thread got no memory for its
+   scores, and nothing was written that means anything. */
 int attend(const float *q, const float *k, const float *v, const Shape *shape, float scale, Pair *memory, float *out)
 {
     const float log2_e = 1.44269504f;
@@ -177,13 +177,13 @@ int attend(const float *q, const float *k, const float *v, const Shape *shape, f
     {
         const int64_t sizes[4] = {ROWS * padded, ROWS * padded / 2, ROWS * (pairs + 8), pairs + 8};
         Pair *own = malloc(sizeof(Pair) * (size_t)(sizes[0] + sizes[1] + sizes[2] + sizes[3]));
-        Room room = {(float *)own, own + sizes[0], own + sizes[0] + sizes[1], own + sizes[0] + sizes[1] + sizes[2]};
+        Scratch scratch = {(float *)own, own + sizes[0], own + sizes[0] + sizes[1], own + sizes[0] + sizes[1] + sizes[2]};
         failed = own == NULL;
 #pragma omp for schedule(static)
         for (int64_t head = 0; head < heads; head++) {
             if (!own) continue;
             int64_t start = head / shape->heads * shape->keys * shape->heads * channels + head % shape->heads * channels;
-            pack_keys(k + start, shape, room.row, keys + head * key_panels_size(shape));
+            pack_keys(k + start, shape, scratch.row, keys + head * key_panels_size(shape));
             pack_values(v + start, shape, values + head * value_panels_size(shape));
         }
 #pragma omp for schedule(dynamic) /* cores may be busy, or of several kinds */
@@ -193,7 +193,7 @@ int attend(const float *q, const float *k, const float *v, const Shape *shape, f
             int64_t start = (head / shape->heads * shape->queries + first) * shape->heads * channels
                             + head % shape->heads * channels;
             attend_rows(q + start, shape, min(shape->queries - first, ROWS), scale * log2_e,
-                        keys + head * key_panels_size(shape), values + head * value_panels_size(shape), room, out + start);
+                        keys + head * key_panels_size(shape), values + head * value_panels_size(shape), scratch, out + start);
         }
         free(own);
     }

@@ -15,7 +15,7 @@
 typedef struct {
     const int8_t *levels;
     const float *scale;
-    int64_t outputs, channels, height, width, padded_channels, in_pairs;
+    int64_t outputs, channels, height, width, padded_channels, is_winograd;
 } Filters;
 
 /* A chunk of channels of one row of an output's filter, from channel `c` on: zeros beyond the last one. */
@@ -28,20 +28,18 @@ INLINE void read_levels(const Filters *filters, int64_t o, int64_t y, int64_t x,
     for (int64_t i = 0; i < CHUNK && i < left; i++) chunk[i] = from[i * pixels];
 }
 
-/* The filters of F(2, 3). With the inputs d of a pair and a filter g of three pixels, m = (d0 - d2) g0, (d1 + d2) (g0 + g1 +
-   g2) / 2, (d2 - d1) (g0 - g1 + g2) / 2 and (d1 - d3) g2 make the outputs m0 + m1 + m2 and m1 - m2 - m3 (Lavin and Gray
-   2016, 4.1). The scales have the halves. Where the sums of an output's filter exceed 8 bits, they are divided by `step` and
-   rounded, an error of at most 0.75 of a level. */
-INLINE void read_terms(const Filters *filters, int64_t o, int64_t y, int64_t c, const float *step, Levels *terms)
+/* The transformed filter of F(2, 3), g0, g0 + g1 + g2, g0 - g1 + g2 and g2 (winograd.h): the scales have the halves. Where
+   the sums of an output's filter exceed 8 bits, they are divided by `step` and rounded, an error of at most 0.75 of a level. */
+INLINE void transform_filter(const Filters *filters, int64_t o, int64_t y, int64_t c, const float *step, Levels *elements)
 {
     Levels middle;
-    read_levels(filters, o, y, 0, c, terms[0]);
+    read_levels(filters, o, y, 0, c, elements[0]);
     read_levels(filters, o, y, 1, c, middle);
-    read_levels(filters, o, y, 2, c, terms[3]);
+    read_levels(filters, o, y, 2, c, elements[3]);
     for (int i = 0; i < CHUNK; i++) {
-        const int outer = terms[0][i] + terms[3][i];
-        terms[1][i] = (int8_t)__builtin_rintf((float)(outer + middle[i]) / step[1]);
-        terms[2][i] = (int8_t)__builtin_rintf((float)(outer - middle[i]) / step[2]);
+        const int outer = elements[0][i] + elements[3][i];
+        elements[1][i] = (int8_t)__builtin_rintf((float)(outer + middle[i]) / step[1]);
+        elements[2][i] = (int8_t)__builtin_rintf((float)(outer - middle[i]) / step[2]);
     }
 }
 
@@ -65,23 +63,24 @@ static void find_steps(const Filters *filters, int64_t o, float *step)
    beyond the last output, all are zeros. */
 static void pack_output(const Filters *filters, int64_t o, int64_t steps, int8_t *weight, int32_t *level_sum, float *scale)
 {
-    const int terms = filters->in_pairs ? TERMS : 1, is_real = o < filters->outputs;
+    const int elements = filters->is_winograd ? TILE_SIZE : 1, is_real = o < filters->outputs;
     const int64_t channels = filters->padded_channels;
-    float step[TERMS] = {1, 1, 1, 1};
-    int32_t sum[TERMS] = {0};
-    if (is_real && filters->in_pairs) find_steps(filters, o, step);
-    for (int64_t place = 0; place < steps * DEPTH / channels; place++) /* rows of a filter in pairs, else its pixels */
+    float step[TILE_SIZE] = {1, 1, 1, 1};
+    int32_t sum[TILE_SIZE] = {0};
+    if (is_real && filters->is_winograd) find_steps(filters, o, step);
+    for (int64_t place = 0; place < steps * DEPTH / channels; place++) /* rows of a transformed filter, else its pixels */
         for (int64_t c = 0; c < channels; c += CHUNK) {
-            Levels chunk[TERMS] = {0};
-            if (is_real && filters->in_pairs) read_terms(filters, o, place, c, step, chunk);
+            Levels chunk[TILE_SIZE] = {0};
+            if (is_real && filters->is_winograd) transform_filter(filters, o, place, c, step, chunk);
             else if (is_real) read_levels(filters, o, place / filters->width, place % filters->width, c, chunk[0]);
-            for (int k = 0; k < terms; k++) {
+            for (int k = 0; k < elements; k++) {
                 int8_t *target = weight + (k * steps + (place * channels + c) / DEPTH) * OUTPUTS * DEPTH;
-                for (int64_t i = 0; i < CHUNK && i < channels - c; i += DEPTH) memcpy(target + i * OUTPUTS, chunk[k] + i, DEPTH);
+                for (int64_t i = 0; i < CHUNK && i < channels - c; i += DEPTH)
+                    memcpy(target + i * OUTPUTS, chunk[k] + i, DEPTH);
                 for (int i = 0; i < CHUNK; i++) sum[k] += chunk[k][i];
             }
         }
-    for (int k = 0; k < terms; k++) {
+    for (int k = 0; k < elements; k++) {
         level_sum[k * OUTPUTS] = sum[k];
         scale[k * OUTPUTS] = !is_real ? 0 : filters->scale[o] * step[k] * (k == 1 || k == 2 ? 0.5f : 1);
     }
@@ -90,13 +89,13 @@ static void pack_output(const Filters *filters, int64_t o, int64_t steps, int8_t
 /* Write `filters` in blocks, and for every output of every block the sum of its levels and its scale: as `Weights` has them. */
 void pack_filters(const Filters *filters, int8_t *weight, int32_t *level_sum, float *scale)
 {
-    const int terms = filters->in_pairs ? TERMS : 1;
-    const int64_t pixels = filters->height * (filters->in_pairs ? 1 : filters->width);
+    const int elements = filters->is_winograd ? TILE_SIZE : 1;
+    const int64_t pixels = filters->height * (filters->is_winograd ? 1 : filters->width);
     const int64_t steps = pixels * filters->padded_channels / DEPTH, blocks = (filters->outputs + OUTPUTS - 1) / OUTPUTS;
 #pragma omp parallel for schedule(dynamic)
     for (int64_t block = 0; block < blocks; block++)
         for (int j = 0; j < OUTPUTS; j++) {
-            const int64_t first = block * terms * OUTPUTS;
+            const int64_t first = block * elements * OUTPUTS;
             pack_output(filters, block * OUTPUTS + j, steps, weight + first * steps * DEPTH + j * DEPTH,
                         level_sum + first + j, scale + first + j);
         }
@@ -105,7 +104,7 @@ void pack_filters(const Filters *filters, int8_t *weight, int32_t *level_sum, fl
 /* Cut the steps of every block into windows that cannot overflow: of any 16-bit sum, neither the positive nor the
    negative levels add up to more than `limit`. A window also ends with a `segment`, the steps whose inputs are
    consecutive in memory; segment k starts at row `segments[k].y`, byte `segments[k].x`. Return how many windows were
-   written; `windows` has room for one a step. A single step must fit the limit. */
+   written; there are at most as many as steps. A single step must fit the limit. */
 int64_t plan_windows(const int8_t *weight, int64_t blocks, int64_t steps, int64_t segment, const Window *segments,
                      int limit, Window *windows, int32_t *window_starts)
 {

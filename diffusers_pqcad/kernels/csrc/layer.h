@@ -9,7 +9,7 @@
 
 /* What does not change from call to call. Per block of OUTPUTS channels: `weight` (steps, OUTPUTS, DEPTH) and windows from
    window_starts[block] to window_starts[block + 1]; `level_sum` and `scale` hold a number for every output of every
-   block. With `is_signed`, codes are signed. For codes in pairs, TERMS blocks follow each other for the same channels. */
+   block. With `is_signed`, codes are signed. For Winograd tiles, TILE_SIZE blocks follow each other for the same channels. */
 typedef struct {
     const int8_t *weight;
     const Window *windows;
@@ -53,20 +53,20 @@ INLINE Block block_of(const Weights *weights, int64_t index, float input_scale, 
 }
 
 /* Write the blocks whose products make OUTPUTS channels from `channel` on, and return how many there are: one; with gates
-   two; for codes in pairs TERMS, of which the second has the bias: it is added to both pixels (`write_pair`). With `is_dense`,
-   their sums include all excesses, with the terms' own biases. */
+   two; for Winograd tiles TILE_SIZE, of which the second has the bias: it is added to both outputs (`transform_output`). With
+   `is_dense`, their sums include all overflow, with the elements' own biases. */
 INLINE int blocks_of(const Layer *layer, int64_t channel, float input_scale, int zero_point, int is_dense, Block *blocks)
 {
     const Weights *weights = layer->weights;
     const float *bias = layer->bias ? layer->bias + channel : NULL;
     int64_t index = channel / OUTPUTS, outputs = layer->output.out_channels, count = outputs - channel;
-    if (layer->image.pairs) {
-        for (int k = 0; k < TERMS; k++) {
-            const Term term = term_of(k, zero_point, layer->qmax);
-            const int zero = is_dense ? term.zero + term.bias : term.zero;
-            blocks[k] = block_of(weights, index * TERMS + k, input_scale, zero, k == 1 ? bias : NULL, count);
+    if (layer->image.tiles) {
+        for (int k = 0; k < TILE_SIZE; k++) {
+            const Element element = element_of(k, zero_point, layer->qmax);
+            const int zero = is_dense ? element.zero + element.bias : element.zero;
+            blocks[k] = block_of(weights, index * TILE_SIZE + k, input_scale, zero, k == 1 ? bias : NULL, count);
         }
-        return TERMS;
+        return TILE_SIZE;
     }
     blocks[0] = block_of(weights, index, input_scale, zero_point, bias, count);
     if (!layer->output.is_gated) return 1;
@@ -74,8 +74,8 @@ INLINE int blocks_of(const Layer *layer, int64_t channel, float input_scale, int
     return 2;
 }
 
-/* A row of a tile: its codes, its image, its column, and the first pixel of its output. A pair is `is_single` where it is
-   the last one of an odd number of pixels. */
+/* A row of a micro-tile: its codes, its image, its column, and the first pixel of its output. Of a Winograd tile, which has
+   two outputs, only one is real where it `is_single`: the last one of an odd number of pixels. */
 typedef struct {
     const uint8_t *codes;
     int64_t image, column, pixel;
@@ -87,9 +87,9 @@ INLINE void find_rows(const uint8_t *codes, const Layer *layer, int64_t columns,
 {
     const Image *image = &layer->image;
     const Output *output = &layer->output;
-    const int64_t row_bytes = bytes_of_row(image), pixels = image->pairs ? 2 : 1;
+    const int64_t row_bytes = bytes_of_row(image), pixels = image->tiles ? 2 : 1;
     const int64_t image_bytes = (image->height + 2 * image->border_y) * row_bytes;
-    const int64_t column_bytes = image->padded_channels * (image->pairs ? TERMS : output->stride_x);
+    const int64_t column_bytes = image->padded_channels * (image->tiles ? TILE_SIZE : output->stride_x);
     int64_t column = first % columns, line = first / columns, n = line / output->out_height, y = line % output->out_height;
     for (int i = 0; i < ROWS; i++) { /* counted on: divisions for each row would take as long as a short product */
         rows[i] = (Row){codes + n * image_bytes + y * output->stride_y * row_bytes + column * column_bytes, n, column,

@@ -1,4 +1,4 @@
-/* Exact sums of products of 8-bit codes and int8 levels: a tile of the output, one block of outputs at a time. */
+/* Exact sums of products of 8-bit codes and int8 levels: a micro-tile of the output, one block of outputs at a time. */
 #pragma once
 
 #include <stdint.h>
@@ -7,8 +7,8 @@
 #include "image.h"
 #include "vectors.h"
 
-/* A tile of the output is ROWS pixels by OUTPUTS channels, two vectors of sums. These stay in registers, of which there are
-   32 with AVX-512 and else 16; images of 4x4 pixels and more are whole tiles of 8. */
+/* A micro-tile of the output is ROWS pixels by OUTPUTS channels, two vectors of sums. These stay in registers, of which there
+   are 32 with AVX-512 and else 16; images of 4x4 pixels and more are whole micro-tiles of 8. */
 #define ROWS (VECTOR_BYTES == 64 ? 8 : 6)
 #define OUTPUTS (2 * LANES)
 
@@ -53,8 +53,8 @@ INLINE void multiply_rows(int rows, const uint8_t *const *codes, int64_t row_byt
         for (int j = 0; j < 2; j++) store(sums[i] + LANES * j, wide[i][j]);
 }
 
-INLINE void multiply_tile(int count, int is_signed, const uint8_t *const *codes, int64_t row_bytes, const int8_t *weight,
-                          const Window *window, const Window *end, int32_t sums[ROWS][OUTPUTS])
+INLINE void multiply_micro_tile(int count, int is_signed, const uint8_t *const *codes, int64_t row_bytes,
+                                const int8_t *weight, const Window *window, const Window *end, int32_t sums[ROWS][OUTPUTS])
 {
     (void)is_signed;
     if (count <= 2) multiply_rows(2, codes, row_bytes, weight, window, end, sums);
@@ -120,8 +120,8 @@ INLINE void multiply_wide(int rows, const uint8_t *const *codes, int64_t row_byt
         for (int j = 0; j < 2; j++) _mm256_store_si256((__m256i *)sums[i] + j, wide[i][j]);
 }
 
-INLINE void multiply_tile(int count, int is_signed, const uint8_t *const *codes, int64_t row_bytes, const int8_t *weight,
-                          const Window *window, const Window *end, int32_t sums[ROWS][OUTPUTS])
+INLINE void multiply_micro_tile(int count, int is_signed, const uint8_t *const *codes, int64_t row_bytes,
+                                const int8_t *weight, const Window *window, const Window *end, int32_t sums[ROWS][OUTPUTS])
 {
     if (is_signed) multiply_wide(ROWS, codes, row_bytes, weight, window, end, sums);
     else if (count <= 2) multiply_narrow(2, codes, row_bytes, weight, window, end, sums);

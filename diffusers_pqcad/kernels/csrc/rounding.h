@@ -48,7 +48,7 @@ INLINE void quantize_pixel(const float *x, Affine affine, int64_t channels, floa
 }
 
 /* Write `x`, after `affine` and SiLU where there is one, in codes, with its border and surplus channels in the code of zero;
-   return whether the excesses of pairs are dense, in all rows. Codes that are to be signed are written less 128: a flip of
+   return whether the overflow of tiles is dense, in all rows. Codes that are to be signed are written less 128: a flip of
    the first bit. */
 int quantize(const float *x, Image image, Affine affine, float inverse_scale, int zero_point, int qmax, int is_signed,
              uint8_t *codes)
@@ -56,9 +56,9 @@ int quantize(const float *x, Image image, Affine affine, float inverse_scale, in
     const uint8_t flip = is_signed ? SIGNED_OFFSET : 0;
     const int code_of_zero = zero_point ^ flip;
     int64_t height = image.height + 2 * image.border_y, row_bytes = bytes_of_row(&image), channels = image.padded_channels;
-    int64_t width = image.pairs ? 2 * image.pairs + 2 : image.width + 2 * image.border_x; /* as the kernel reads it */
-    Term terms[TERMS];
-    for (int k = 0; k < TERMS; k++) terms[k] = term_of(k, zero_point, qmax);
+    int64_t width = image.tiles ? 2 * image.tiles + 2 : image.width + 2 * image.border_x; /* as the kernel reads it */
+    Element elements[TILE_SIZE];
+    for (int k = 0; k < TILE_SIZE; k++) elements[k] = element_of(k, zero_point, qmax);
     int is_dense = 0;
 #pragma omp parallel for schedule(dynamic) reduction(| : is_dense) if (image.images * height > 1)
     for (int64_t line = 0; line < image.images * height; line++) {
@@ -78,9 +78,9 @@ int quantize(const float *x, Image image, Affine affine, float inverse_scale, in
             }
             memset(row, code_of_zero, (width - before - image.width) * channels);
         }
-        if (image.pairs) is_dense |= transform_row(start, &image, terms);
+        if (image.tiles) is_dense |= transform_input(start, &image, elements);
     }
-    if (is_dense) make_dense(codes, image.images * height, &image, terms);
+    if (is_dense) make_dense(codes, image.images * height, &image, elements);
     return is_dense;
 }
 

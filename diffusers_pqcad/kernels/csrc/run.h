@@ -11,7 +11,7 @@
 #include "rounding.h"
 #include "winograd.h"
 
-#define TILES 16 /* of rows, that follow each other in one block of outputs */
+#define MICRO_TILES 16 /* that follow each other in one block of outputs */
 
 /* Convolution, or matrix product where an image is one row of pixels, of `codes`, which `quantize` wrote with `scale` and
    `zero_point`, and for which it returned `is_dense`. `out` is channels_last. */
@@ -21,37 +21,38 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
     const Image image = layer->image;
     const Output output = layer->output;
     const int is_signed = (int)layer->weights->is_signed;
-    int64_t row_bytes = bytes_of_row(&image), columns = image.pairs ? image.pairs : output.out_width;
-    int64_t rows = image.images * output.out_height * columns, tiles = (rows + ROWS - 1) / ROWS;
-    int64_t blocks = (output.out_channels + OUTPUTS - 1) / OUTPUTS, runs = (tiles + TILES - 1) / TILES;
-    int32_t biases[TERMS];
-    for (int k = 0; k < TERMS; k++) memset(biases + k, term_of(k, zero_point, layer->qmax).bias, sizeof(int32_t));
+    int64_t row_bytes = bytes_of_row(&image), columns = image.tiles ? image.tiles : output.out_width;
+    int64_t rows = image.images * output.out_height * columns, micro_tiles = (rows + ROWS - 1) / ROWS;
+    int64_t blocks = (output.out_channels + OUTPUTS - 1) / OUTPUTS, runs = (micro_tiles + MICRO_TILES - 1) / MICRO_TILES;
+    int32_t biases[TILE_SIZE];
+    for (int k = 0; k < TILE_SIZE; k++) memset(biases + k, element_of(k, zero_point, layer->qmax).bias, sizeof(int32_t));
 #pragma omp parallel for schedule(dynamic) if (blocks * runs > 1)
     for (int64_t task = 0; task < blocks * runs; task++) {
-        int64_t start = task % runs * TILES, stop = start + TILES < tiles ? start + TILES : tiles;
+        int64_t start = task % runs * MICRO_TILES, stop = start + MICRO_TILES < micro_tiles ? start + MICRO_TILES : micro_tiles;
         int64_t channel = task / runs * OUTPUTS;
         int64_t channels = output.out_channels - channel < OUTPUTS ? output.out_channels - channel : OUTPUTS;
-        Block block[TERMS];
+        Block block[TILE_SIZE];
         const int products = blocks_of(layer, channel, input_scale, zero_point, is_dense, block);
-        for (int64_t tile = start; tile < stop; tile++) {
-            int32_t sums[TERMS][ROWS][OUTPUTS] __attribute__((aligned(64)));
+        for (int64_t micro_tile = start; micro_tile < stop; micro_tile++) {
+            int32_t sums[TILE_SIZE][ROWS][OUTPUTS] __attribute__((aligned(64)));
             const uint8_t *sources[ROWS];
             Row row[ROWS];
-            int count = rows - tile * ROWS < ROWS ? (int)(rows - tile * ROWS) : ROWS;
-            find_rows(codes, layer, columns, tile * ROWS, count, row);
+            int count = rows - micro_tile * ROWS < ROWS ? (int)(rows - micro_tile * ROWS) : ROWS;
+            find_rows(codes, layer, columns, micro_tile * ROWS, count, row);
             for (int i = 0; i < ROWS; i++) sources[i] = row[i].codes;
             for (int k = 0; k < products; k++)
-                multiply_tile(count, is_signed, sources, row_bytes, block[k].weight, block[k].window, block[k].end, sums[k]);
-            if (is_dense) add_dense(count, &image, sources, block, sums);
-            if (image.pairs && !is_dense) add_excesses(&image, row, count, block, biases, sums);
+                multiply_micro_tile(count, is_signed, sources, row_bytes, block[k].weight, block[k].window, block[k].end,
+                                    sums[k]);
+            if (is_dense) add_dense_overflow(count, &image, sources, block, sums);
+            if (image.tiles && !is_dense) add_listed_overflow(&image, row, count, block, biases, sums);
             for (int i = 0; i < count; i++) {
                 int64_t at = row[i].pixel * output.out_channels + channel;
                 int64_t added = addend.is_per_image ? row[i].image * output.out_channels + channel : at;
                 const float *numbers = addend.numbers ? addend.numbers + added : NULL;
-                if (image.pairs) {
+                if (image.tiles) {
                     const float *others = numbers && !addend.is_per_image ? numbers + output.out_channels : numbers;
                     float *second = row[i].is_single ? NULL : out + at + output.out_channels;
-                    write_pair(sums, i, block, numbers, others, channels, out + at, second);
+                    transform_output(sums, i, block, numbers, others, channels, out + at, second);
                     continue;
                 }
                 dequantize_row(sums[0][i], &block[0].epilogue, numbers, channels, out + at);
@@ -69,7 +70,7 @@ INLINE int share_codes(const Layer *a, const Layer *b)
 }
 
 /* Write to `outs` what each of `layers` makes of `x`, dense and channels_last, after `affine`; plus `addend`, which may be
-   the output. `codes` has room for those of any of the layers' images. */
+   the output. `codes` holds those of any of the layers' images. */
 void run_layers(const float *x, Affine affine, int64_t count, const Layer *const *layers, Addend addend, uint8_t *codes,
                 float *const *outs)
 {
