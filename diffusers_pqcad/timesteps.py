@@ -123,10 +123,12 @@ def checkpoint_in_groups_(model: nn.Module) -> None:
     """Let the modules of `model` that checkpoint others do so in its groups, or plainly where it has none."""
     groups = groups_of(model)
     for module in model.modules():
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        plain = function.function if isinstance(function, Checkpointed) else function
+        function: Any = module.__dict__.get("_gradient_checkpointing_func")
+        plain: Any = function.function if isinstance(function, Checkpointed) else function
         if function is not None:
-            module._gradient_checkpointing_func = plain if groups is None else Checkpointed(plain, groups)
+            setattr(  # noqa: B010 - mypy takes the attributes of modules for tensors
+                module, "_gradient_checkpointing_func", plain if groups is None else Checkpointed(plain, groups)
+            )
 
 
 def groups_of(model: nn.Module) -> TimestepGroups | None:
@@ -156,7 +158,7 @@ def class_in_groups(base: Any) -> Any:
         index = groups.index_of(timestep) if groups.boundaries else torch.zeros((), dtype=torch.int64)
         return groups.run(index, function, *args, **kwargs)
 
-    class InGroups(base):  # type: ignore[misc,valid-type]
+    class InGroups(base):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             if "forward" not in self.__dict__:
                 return super().__call__(*args, **kwargs)
