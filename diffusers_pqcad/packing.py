@@ -9,7 +9,7 @@ from math import ceil, gcd
 import torch
 from torch import Tensor
 
-from diffusers_pqcad.qparams import WEIGHT_BITS, WeightSpec
+from diffusers_pqcad.qparams import WEIGHT_BITS, WeightSpec, is_exported
 
 
 def block_shape(bits: int) -> tuple[int, int]:
@@ -30,8 +30,11 @@ def packed_row_bytes(row_length: int, bits: int) -> int:
 
 
 def word_dtype(num_bytes: int) -> torch.dtype:
-    """Return the narrowest integers that hold a block: the fewer bytes are moved, the faster."""
-    return torch.uint8 if num_bytes == 1 else torch.int32
+    """Return the narrowest integers that hold a block: the fewer bytes are moved, the faster.
+
+    What is exported takes int32: ONNX's exporter shifts uint8 as if it had a sign.
+    """
+    return torch.uint8 if num_bytes == 1 and not is_exported() else torch.int32
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -62,7 +65,7 @@ def unpack_codes(packed: Tensor, bits: int, row_length: int) -> Tensor:
     blocks = packed.view(rows, -1, num_bytes)
     words = blocks[:, :, 0].to(word_dtype(num_bytes))
     for index in range(1, num_bytes):
-        words |= blocks[:, :, index].to(words.dtype) << 8 * index
+        words = words + (blocks[:, :, index].to(words.dtype) << 8 * index)  # ONNX has no |= of integers
     codes = torch.empty(*words.shape, per_block, dtype=torch.uint8, device=packed.device)
     for index in range(per_block):
         codes[:, :, index] = (words >> bits * index) & (2**bits - 1)

@@ -189,7 +189,8 @@ def dynamic_activation_qparams(x: Tensor, bits: int) -> ActivationQParams:
     if not torch.jit.is_tracing() and x.numel() == 0:  # a traced graph is of inputs like those it was traced with
         x = x.new_zeros(1)
     # amin and amax apart: on channels_last tensors they are 20 times faster than aminmax.
-    minimum, maximum = x.detach().amin().float().clamp(max=0), x.detach().amax().float().clamp(min=0)
+    x, axes = x.detach(), tuple(range(x.dim()))  # named: ONNX asks for them
+    minimum, maximum = x.amin(axes).float().clamp(max=0), x.amax(axes).float().clamp(min=0)
     return unchecked_activation_qparams(minimum, maximum, bits)
 
 

@@ -64,8 +64,11 @@ class TimestepGroups:
         There a number would be a constant, and each group of timesteps would need a graph of its own. Raises
         ValueError, with `name`, that of the layer that asks, outside of a call.
         """
-        group = self.index if torch.compiler.is_compiling() else self.current
-        if group is None and self.index is not None:
+        compiling = torch.compiler.is_compiling()
+        group = getattr(self._call, "index" if compiling else "current", None)
+        if group is not None:
+            return group
+        if self.index is not None:
             if torch.jit.is_tracing():
                 return self.index
             self.select(self.index)  # a compiled call, and this layer outside of the graph

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -175,6 +176,32 @@ def test_a_compiled_graph_without_gradients_refuses_to_give_one() -> None:
     layer, x = linear(), torch.randn(2, 6, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"pqcad::.* has no gradient, but an input asks for one"):
         torch.ops.pqcad.packed_linear(x, torch.zeros((), dtype=torch.int64), layer.handle, 4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@torch.no_grad()
+def test_torchscript_of_every_width(bits: int, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.SiLU(), nn.Conv2d(6, 4, 1)).eval()
+    quantize_(model, PQCADConfig(method="fixed", weight_bits=bits))
+    torch.jit.trace(model, torch.randn(1, 4, 8, 8), check_trace=False).save(tmp_path / "model.pt")
+    x = torch.randn(3, 4, 8, 8)  # another batch
+    with kernels.use("reference"):
+        torch.testing.assert_close(torch.jit.load(tmp_path / "model.pt")(x), model(x))
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@torch.no_grad()
+def test_onnx_of_every_width(bits: int, dynamo: bool, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    onnx_reference = pytest.importorskip("onnx.reference")
+    model, x = nn.Sequential(nn.Linear(6, 4)).eval(), torch.randn(3, 6)
+    quantize_(model, PQCADConfig(method="fixed", weight_bits=bits))
+    path, options = str(tmp_path / "model.onnx"), {"verbose": False} if dynamo else {}
+    torch.onnx.export(model, (x,), path, dynamo=dynamo, input_names=["x"], **options)
+    (output,) = onnx_reference.ReferenceEvaluator(path).run(None, {"x": x.numpy()})
+    with kernels.use("reference"):
+        torch.testing.assert_close(torch.from_numpy(output), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_scripting_names_the_layer_and_the_way_out() -> None:
