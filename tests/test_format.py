@@ -16,7 +16,7 @@ from diffusers import UNet2DModel
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5EncoderModel
+from transformers import BertConfig, BertForTokenClassification, BertModel, T5Config, T5EncoderModel
 
 from diffusers_pqcad import PQCADConfig, kernels, quantize_, requantize_
 from diffusers_pqcad.checksums import CHECKSUM
@@ -256,16 +256,28 @@ def test_a_single_layer_has_a_checksum_too():
     assert copy.deepcopy(model).load_state_dict(model.state_dict()) == ([], [])
 
 
-def test_a_model_that_became_a_part_of_another_is_loaded():
-    """Its layers have longer names there."""
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_that_is_a_part_of_another_is_loaded_and_compared(bits, tmp_path):
+    """Its layers have longer names there, as transformers' own loader gives them."""
     config = BertConfig(
         vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
     )
     torch.manual_seed(0)
-    model = quantize_(BertModel(config), PQCADConfig(method="fixed"))
-    wider = quantize_(BertForMaskedLM(config), PQCADConfig(method="fixed", modules_to_not_convert=["cls"]))
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("pooler")}
-    assert wider.bert.load_state_dict(state) == ([], [])
+    model = BertModel(config, add_pooling_layer=False).eval()
+    quantize_(model, PQCADConfig(method="fixed", weight_bits=bits)).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["quantization_config"]["modules_to_not_convert"] = ["classifier"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    stored = load_file(tmp_path / FILES["transformers"])
+    head = {"classifier.weight": torch.zeros(2, 16), "classifier.bias": torch.zeros(2)}
+    save_file(stored | head, tmp_path / FILES["transformers"], {"format": "pt"})
+    wider = BertForTokenClassification.from_pretrained(tmp_path)
+    name = "encoder.layer.0.output.dense"
+    assert torch.equal(packed_layers(wider)[f"bert.{name}"].qweight, packed_layers(model)[name].qweight)
+    flipped = flip_bit(stored[f"{name}.qweight"])
+    save_file(stored | head | {f"{name}.qweight": flipped}, tmp_path / FILES["transformers"], {"format": "pt"})
+    with pytest.raises(ValueError, match=f"bert.{name}.qweight: its checksum is"):
+        BertForTokenClassification.from_pretrained(tmp_path)
 
 
 # ---- the guide: what it says is enough to read a file without this package
