@@ -93,7 +93,7 @@ def test_loading_and_calling_a_quantized_model_brings_only_our_loading_code(quan
         "diffusers_pqcad.transformers_quantizer",
         *(
             f"diffusers_pqcad.kernels{name}"
-            for name in ("", ".native", ".onednn", ".ranges", ".reference", ".scratch", ".weights", ".x86")
+            for name in ("", ".native", ".onednn", ".ranges", ".recent", ".reference", ".scratch", ".weights", ".x86")
         ),
     }
 
