@@ -37,6 +37,7 @@ def test_it_is_kept_and_grows() -> None:
 
 
 def test_nobody_gets_what_another_call_has() -> None:
+    scratch.give_back(scratch.buffer(100))
     first, second = scratch.buffer(100), scratch.buffer(100)
     assert first.data_ptr() != second.data_ptr()
 
@@ -65,7 +66,10 @@ def test_all_together_keep_no_more_than_one_may_and_the_oldest_goes(monkeypatch:
 
 def test_what_is_not_given_back_is_freed() -> None:
     """As after an error."""
-    assert weakref.ref(scratch.buffer(100))() is None
+    room = scratch.buffer(100)
+    seen = weakref.ref(room)
+    del room
+    assert seen() is None
 
 
 @pytest.mark.skipif(isinstance(x86.library(), str), reason="needs the kernel x86")
