@@ -12,6 +12,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,13 +28,15 @@ import models
 import psutil
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import HfArgumentParser
 
 from diffusers_pqcad import PQCADConfig
 from diffusers_pqcad.evaluation.speed import environment
 
 PLAIN = "plain load, fp32"
-FROM_PACKED = {"W4 saved packed": "W4 fixed"}  # and what saves it
+PACKED, UNCHECKED = "W4 saved packed", "W4 saved packed, no checksums"
+FROM_PACKED = {PACKED: "W4 fixed", UNCHECKED: UNCHECKED}  # and the folder
 CONFIGS: dict[str, dict[str, Any] | None] = {
     PLAIN: None,
     "W4 fixed": {"method": "fixed", "weight_bits": 4},
@@ -81,7 +84,19 @@ def load(settings: Settings, name: str, directory: Path) -> dict[str, Any]:
     saved = directory / ("float" if name == PLAIN else name)
     if not saved.exists():
         model.save_pretrained(saved)
+    if name == PACKED and not (directory / UNCHECKED).exists():
+        drop_checksums_(shutil.copytree(source, directory / UNCHECKED))
     return result | {"file_bytes": sum(file.stat().st_size for file in saved.glob("*.safetensors"))}
+
+
+def drop_checksums_(folder: Path) -> None:
+    """Make the packed model in `folder` one of format version 1, which has no checksums."""
+    for path in folder.glob("*.safetensors"):
+        tensors = {name: tensor for name, tensor in load_file(path).items() if not name.endswith(".checksum")}
+        save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= {"format_version": 1, "quant_method": "pqcad"}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def peak_bytes() -> int:
