@@ -10,28 +10,28 @@ from typing import Any
 from diffusers.quantizers import auto as _diffusers
 from transformers.quantizers import auto as _transformers
 
-from diffusers_pqcad.config import METHOD_NAMES, PQCADConfig
-from diffusers_pqcad.quantizer import PQCADQuantizer
-from diffusers_pqcad.transformers_quantizer import PQCADTransformersQuantizer
+from diffusers_pqcad.loading.config import METHOD_NAMES, PQCADConfig
+from diffusers_pqcad.loading.quantizer import PQCADQuantizer
+from diffusers_pqcad.loading.transformers_quantizer import PQCADTransformersQuantizer
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "CalibrationSet": "calibration",
-    "DistillConfig": "distillation",
-    "PQCADConv1d": "layers",
-    "PQCADConv2d": "layers",
-    "PQCADConv3d": "layers",
-    "PQCADLinear": "layers",
-    "ProgressiveConfig": "progressive",
-    "collect_calibration_set": "calibration",
-    "convert_": "fake_quant",
-    "distill": "distillation",
+    "CalibrationSet": "compression.calibration",
+    "DistillConfig": "compression.distillation",
+    "PQCADConv1d": "layers.quantized",
+    "PQCADConv2d": "layers.quantized",
+    "PQCADConv3d": "layers.quantized",
+    "PQCADLinear": "layers.quantized",
+    "ProgressiveConfig": "compression.progressive",
+    "collect_calibration_set": "compression.calibration",
+    "convert_": "compression.fake_quant",
+    "distill": "compression.distillation",
     "evaluate": "evaluation",
-    "inspect": "inspection",
-    "progressive_quantize": "progressive",
-    "quantize_": "convert",
-    "requantize_": "convert",
+    "inspect": "loading.inspection",
+    "progressive_quantize": "compression.progressive",
+    "quantize_": "loading.convert",
+    "requantize_": "loading.convert",
 }
 __all__ = ["PQCADConfig", "PQCADQuantizer", *_LAZY]
 

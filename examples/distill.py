@@ -38,20 +38,20 @@ from diffusers_pqcad import (
     convert_,
     distill,
     evaluate,
-    hub,
     progressive_quantize,
     quantize_,
 )
-from diffusers_pqcad.calibration import check_unconditional
-from diffusers_pqcad.checkpoint import load_checkpoint, save_checkpoint, write_text
+from diffusers_pqcad.compression.calibration import check_unconditional
+from diffusers_pqcad.compression.checkpoint import load_checkpoint, save_checkpoint, write_text
+from diffusers_pqcad.compression.fake_quant import fake_quant_state, freeze_, load_fake_quant_state_
+from diffusers_pqcad.compression.optimization import check_minimum
+from diffusers_pqcad.compression.reconstruction import ReconstructionConfig
+from diffusers_pqcad.compression.sampling import generate, initial_noise, sample_shape, timestep_grid
 from diffusers_pqcad.evaluation import generate_samples, load_extractor, to_uint8
+from diffusers_pqcad.evaluation.extras import MissingExtraError, require
 from diffusers_pqcad.evaluation.speed import environment
-from diffusers_pqcad.extras import MissingExtraError, require
-from diffusers_pqcad.fake_quant import fake_quant_state, freeze_, load_fake_quant_state_
-from diffusers_pqcad.optimization import check_minimum
-from diffusers_pqcad.plots import plot_bits, plot_curves, plot_samples
-from diffusers_pqcad.reconstruction import ReconstructionConfig
-from diffusers_pqcad.sampling import generate, initial_noise, sample_shape, timestep_grid
+from diffusers_pqcad.publishing import hub
+from diffusers_pqcad.publishing.plots import plot_bits, plot_curves, plot_samples
 
 HERE = Path(__file__).resolve().parent
 BUNDLED_TEACHER = HERE / "models" / "fashion-mnist"

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusers_pqcad.extras import require
+from diffusers_pqcad.evaluation.extras import require
 
 HUB_ID = "zalando-datasets/fashion_mnist"
 DEBIAN_DIR = "/usr/share/datasets/fashion-mnist"  # apt-get install dataset-fashion-mnist

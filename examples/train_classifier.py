@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from diffusers_pqcad.evaluation.extras import require
 from diffusers_pqcad.evaluation.features import (
     CONFIG_FILE,
     SmallClassifier,
@@ -30,7 +31,6 @@ from diffusers_pqcad.evaluation.features import (
     save_extractor,
 )
 from diffusers_pqcad.evaluation.metrics import feature_statistics, frechet_distance, kernel_distance
-from diffusers_pqcad.extras import require
 
 
 @dataclass

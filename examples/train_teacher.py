@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from diffusers_pqcad.checkpoint import load_checkpoint, save_checkpoint
+from diffusers_pqcad.compression.checkpoint import load_checkpoint, save_checkpoint
 
 # What the network learns to say, of (scheduler, clean images, noise, timesteps).
 TARGETS: dict[str, Callable[[DDIMScheduler, Tensor, Tensor, Tensor], Tensor]] = {

@@ -8,10 +8,10 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from diffusers_pqcad.kernels import fused
-from diffusers_pqcad.layers import packed_layers
-from diffusers_pqcad.qparams import activation_qparams
-from diffusers_pqcad.timesteps import TimestepGroups
+from diffusers_pqcad.kernels.x86 import fused
+from diffusers_pqcad.layers.quantized import packed_layers
+from diffusers_pqcad.layers.timesteps import TimestepGroups
+from diffusers_pqcad.numerics.qparams import activation_qparams
 
 Block = TypeVar("Block", bound=nn.Module)
 

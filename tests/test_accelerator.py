@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from diffusers_pqcad import DistillConfig, PQCADConfig, convert_, distill, progressive_quantize
-from diffusers_pqcad.checkpoint import load_checkpoint, save_checkpoint
-from diffusers_pqcad.coverage import average_bits
-from diffusers_pqcad.fake_quant import fake_quant_state, freeze_, load_fake_quant_state_
-from diffusers_pqcad.progressive import trajectory_error
+from diffusers_pqcad.compression.checkpoint import load_checkpoint, save_checkpoint
+from diffusers_pqcad.compression.fake_quant import fake_quant_state, freeze_, load_fake_quant_state_
+from diffusers_pqcad.compression.progressive import trajectory_error
+from diffusers_pqcad.loading.coverage import average_bits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -49,12 +49,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from diffusers_pqcad import PQCADConfig, inspect, kernels, quantize_, requantize_
-from diffusers_pqcad.convert import finish_, mark_quantized_
-from diffusers_pqcad.coverage import coverage
-from diffusers_pqcad.fusion import remove_fused_
-from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear, packed_layers
-from diffusers_pqcad.qparams import ActivationQParams, dynamic_activation_qparams
-from diffusers_pqcad.timesteps import install_timestep_groups
+from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear, packed_layers
+from diffusers_pqcad.layers.timesteps import install_timestep_groups
+from diffusers_pqcad.loading.convert import finish_, mark_quantized_
+from diffusers_pqcad.loading.coverage import coverage
+from diffusers_pqcad.numerics.qparams import ActivationQParams, dynamic_activation_qparams
+from diffusers_pqcad.runtime.fusion import remove_fused_
 
 CORE = ("UNet2DModel", "SD-1.5 UNet", "DiT")
 DENOISERS = tuple(name for name, family in FAMILIES.items() if family.has_timestep)

@@ -19,10 +19,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusers_pqcad.coverage import average_bits
-from diffusers_pqcad.kernels import fused, x86
-from diffusers_pqcad.layers import PQCADLinear, kernel_cache_bytes, packed_layers
-from diffusers_pqcad.qparams import WeightSpec
+from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.kernels.x86 import fused
+from diffusers_pqcad.layers.quantized import PQCADLinear, kernel_cache_bytes, packed_layers
+from diffusers_pqcad.loading.coverage import average_bits
+from diffusers_pqcad.numerics.qparams import WeightSpec
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "benchmarks"
 

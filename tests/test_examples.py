@@ -13,8 +13,8 @@ import yaml
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from diffusers_pqcad.coverage import average_bits
-from diffusers_pqcad.layers import packed_layers
+from diffusers_pqcad.layers.quantized import packed_layers
+from diffusers_pqcad.loading.coverage import average_bits
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = (

@@ -93,4 +93,4 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_lazy_names_come_from_the_module_that_defines_them():
-    assert diffusers_pqcad.quantize_ is importlib.import_module("diffusers_pqcad.convert").quantize_
+    assert diffusers_pqcad.quantize_ is importlib.import_module("diffusers_pqcad.loading.convert").quantize_

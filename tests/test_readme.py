@@ -4,8 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from diffusers_pqcad.coverage import average_bits
-from diffusers_pqcad.reconstruction import ReconstructionConfig
+from diffusers_pqcad.compression.reconstruction import ReconstructionConfig
+from diffusers_pqcad.loading.coverage import average_bits
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from diffusers_pqcad.coverage import average_bits, coverage
+from diffusers_pqcad.compression.fake_quant import fake_quant_layers
+from diffusers_pqcad.compression.sampling import denoise, generate, initial_noise, sample_shape, timestep_grid
+from diffusers_pqcad.evaluation.extras import require
 from diffusers_pqcad.evaluation.features import FeatureExtractor, extract_features, load_extractor
 from diffusers_pqcad.evaluation.metrics import (
     bootstrap_interval,
@@ -34,10 +36,8 @@ from diffusers_pqcad.evaluation.speed import (
     layers_by_kernel,
     tensor_bytes,
 )
-from diffusers_pqcad.extras import require
-from diffusers_pqcad.fake_quant import fake_quant_layers
-from diffusers_pqcad.layers import kernel_cache_bytes
-from diffusers_pqcad.sampling import denoise, generate, initial_noise, sample_shape, timestep_grid
+from diffusers_pqcad.layers.quantized import kernel_cache_bytes
+from diffusers_pqcad.loading.coverage import average_bits, coverage
 
 __all__ = ["EvaluationReport", "evaluate", "generate_samples", "load_extractor", "to_uint8"]
 
@@ -117,7 +117,7 @@ def generate_samples(
     depends on `seed` and i alone: not on `batch_size`, beyond float rounding, and not on `num_images`.
 
     Raises ValueError if `num_images` or `batch_size` is not positive, or where the scheduler cannot run
-    `num_inference_steps` (see `diffusers_pqcad.sampling.timestep_grid`).
+    `num_inference_steps` (see `diffusers_pqcad.compression.sampling.timestep_grid`).
     """
     _check_positive(num_images=num_images, batch_size=batch_size)
     timestep_grid(pipeline.scheduler, num_inference_steps)

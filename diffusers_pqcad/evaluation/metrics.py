@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffusers_pqcad.extras import require
+from diffusers_pqcad.evaluation.extras import require
 
 PSD_TOLERANCE = 1e-6  # a covariance estimate may have eigenvalues this far below zero, relative to its largest one
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from diffusers_pqcad import kernels
-from diffusers_pqcad.layers import QuantizedLayer, packed_layers
+from diffusers_pqcad.layers.quantized import QuantizedLayer, packed_layers
 
 
 class Latency(NamedTuple):

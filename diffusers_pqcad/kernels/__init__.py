@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffusers_pqcad.kernels import native, onednn, reference, x86
-from diffusers_pqcad.pending import PendingActivation
+from diffusers_pqcad.kernels import onednn, reference, x86
+from diffusers_pqcad.kernels.pending import PendingActivation
+from diffusers_pqcad.kernels.x86 import native
 
 if TYPE_CHECKING:
-    from diffusers_pqcad.layers import QuantizedLayer
+    from diffusers_pqcad.layers.quantized import QuantizedLayer
 
 ENVIRONMENT_VARIABLE = "PQCAD_KERNEL"
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_pqcad.kernels import ranges
-from diffusers_pqcad.qparams import ScalarQParams, activation_qmax, dynamic_scalar_qparams
+from diffusers_pqcad.numerics.qparams import ScalarQParams, activation_qmax, dynamic_scalar_qparams
 
 if TYPE_CHECKING:
-    from diffusers_pqcad.layers import QuantizedLayer
+    from diffusers_pqcad.layers.quantized import QuantizedLayer
 
 NAME = "onednn"
 OUTPUT_DTYPES = (torch.float32, torch.bfloat16)

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from diffusers_pqcad.qparams import ScalarQParams
+from diffusers_pqcad.numerics.qparams import ScalarQParams
 
 if TYPE_CHECKING:
-    from diffusers_pqcad.layers import QuantizedLayer
+    from diffusers_pqcad.layers.quantized import QuantizedLayer
 
 
 def static_ranges(layer: "QuantizedLayer") -> list[ScalarQParams] | None:

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from diffusers_pqcad.qparams import fake_quantize_activation
+from diffusers_pqcad.numerics.qparams import fake_quantize_activation
 
 if TYPE_CHECKING:
-    from diffusers_pqcad.layers import QuantizedLayer
+    from diffusers_pqcad.layers.quantized import QuantizedLayer
 
 NAME = "reference"
 

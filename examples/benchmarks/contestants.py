@@ -16,9 +16,9 @@ from models import Inputs
 from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, kernels, quantize_
-from diffusers_pqcad.layers import QuantizedLayer, packed_layers
-from diffusers_pqcad.qparams import activation_qparams
-from diffusers_pqcad.timesteps import install_timestep_groups
+from diffusers_pqcad.layers.quantized import QuantizedLayer, packed_layers
+from diffusers_pqcad.layers.timesteps import install_timestep_groups
+from diffusers_pqcad.numerics.qparams import activation_qparams
 
 Step = Callable[[Inputs], Tensor]
 STOCK = "stock diffusers, fp32"

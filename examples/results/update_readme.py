@@ -13,7 +13,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from diffusers_pqcad.hub import results_table, table_notes
+from diffusers_pqcad.publishing.hub import results_table, table_notes
 
 HERE = Path(__file__).resolve().parent
 READMES = (HERE.parents[1] / "README.md", HERE.parent / "benchmarks" / "README.md")

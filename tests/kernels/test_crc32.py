@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusers_pqcad.kernels import crc32, native
+from diffusers_pqcad.kernels.x86 import crc32, native
 
 pytestmark = pytest.mark.fast
 

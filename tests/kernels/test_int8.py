@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from diffusers_pqcad import kernels
 from diffusers_pqcad.kernels import onednn, ranges, x86
-from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear, QuantizedLayer
-from diffusers_pqcad.qparams import (
+from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear, QuantizedLayer
+from diffusers_pqcad.layers.timesteps import TimestepGroups
+from diffusers_pqcad.numerics.qparams import (
     ACTIVATION_BITS,
     WEIGHT_BITS,
     ActivationQParams,
@@ -28,7 +29,6 @@ from diffusers_pqcad.qparams import (
     dynamic_scalar_qparams,
     fake_quantize_activation,
 )
-from diffusers_pqcad.timesteps import TimestepGroups
 
 pytestmark = pytest.mark.skipif(not onednn.available(), reason="this PyTorch has no oneDNN int8 operators")
 ROOT = Path(__file__).parents[2]
@@ -478,8 +478,8 @@ def test_onednn_refuses_wide_layers_exactly_where_products_saturate() -> None:
 def test_no_warning_reaches_the_user() -> None:
     """The fused quantize pass warns once a process that it is deprecated; another process, so that it has not yet."""
     code = (
-        "import torch; from diffusers_pqcad.layers import PQCADLinear, PQCADConv2d; "
-        "from diffusers_pqcad.qparams import WeightSpec; torch.set_grad_enabled(False)\n"
+        "import torch; from diffusers_pqcad.layers.quantized import PQCADLinear, PQCADConv2d; "
+        "from diffusers_pqcad.numerics.qparams import WeightSpec; torch.set_grad_enabled(False)\n"
         "for layer, x in ((PQCADLinear(8, 8), torch.randn(2, 8)), (PQCADConv2d(4, 4, 3), torch.randn(1, 4, 5, 5))):\n"
         "    layer.pack_(WeightSpec(4), activation_bits=8); layer(x); assert layer._cache[0][0] != 'reference'\n"
     )

@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusers_pqcad import kernels
 from diffusers_pqcad.kernels import onednn, reference, x86
-from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear, QuantizedLayer
-from diffusers_pqcad.qparams import WeightSpec, activation_qparams
-from diffusers_pqcad.timesteps import TimestepGroups
+from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear, QuantizedLayer
+from diffusers_pqcad.layers.timesteps import TimestepGroups
+from diffusers_pqcad.numerics.qparams import WeightSpec, activation_qparams
 
 pytestmark = [
     pytest.mark.fast,

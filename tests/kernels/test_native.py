@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_pqcad.kernels import attention, native, weights, x86
+from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.kernels.x86 import attention, native, weights
 
 SOURCE = "int answer(void) { return 42; }\n"
 pytestmark = pytest.mark.skipif(
@@ -125,7 +126,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 LOAD = """
 import sys
 from pathlib import Path
-from diffusers_pqcad.kernels import native
+from diffusers_pqcad.kernels.x86 import native
 for source in sys.argv[1:]:
     found = native.library(Path(source))
     assert not isinstance(found, str), (source, found)

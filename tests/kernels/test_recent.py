@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusers_pqcad.kernels.recent import Recent
+from diffusers_pqcad.kernels.x86.recent import Recent
 
 pytestmark = pytest.mark.fast
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from diffusers_pqcad import PQCADConfig, quantize_
-from diffusers_pqcad.kernels import scratch, x86
+from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.kernels.x86 import scratch
 
 pytestmark = pytest.mark.fast
 

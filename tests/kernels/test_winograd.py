@@ -9,10 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, kernels, quantize_
-from diffusers_pqcad.blocks import FusedResnetBlock2D
 from diffusers_pqcad.kernels import x86
-from diffusers_pqcad.layers import PQCADConv2d, kernel_cache_bytes, packed_layers
-from diffusers_pqcad.qparams import ACTIVATION_BITS, WEIGHT_BITS, ActivationQParams, WeightSpec, activation_qmax
+from diffusers_pqcad.layers.quantized import PQCADConv2d, kernel_cache_bytes, packed_layers
+from diffusers_pqcad.numerics.qparams import (
+    ACTIVATION_BITS,
+    WEIGHT_BITS,
+    ActivationQParams,
+    WeightSpec,
+    activation_qmax,
+)
+from diffusers_pqcad.runtime.residual import FusedResnetBlock2D
 
 HAS_VNNI = not isinstance(x86.library(), str) and bool(x86.compiled().has_vnni())
 needs_vnni = pytest.mark.skipif(not HAS_VNNI, reason="Winograd tiles are for VNNI")

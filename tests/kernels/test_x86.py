@@ -11,10 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusers_pqcad import kernels
-from diffusers_pqcad.kernels import native, x86
-from diffusers_pqcad.layers import PQCADConv2d, PQCADLinear
-from diffusers_pqcad.qparams import ACTIVATION_BITS, WEIGHT_BITS, WeightSpec, activation_qmax, activation_qparams
-from diffusers_pqcad.timesteps import TimestepGroups
+from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.kernels.x86 import native
+from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear
+from diffusers_pqcad.layers.timesteps import TimestepGroups
+from diffusers_pqcad.numerics.qparams import (
+    ACTIVATION_BITS,
+    WEIGHT_BITS,
+    WeightSpec,
+    activation_qmax,
+    activation_qparams,
+)
 
 pytestmark = pytest.mark.skipif(isinstance(x86.library(), str), reason=str(x86.library()))
 SEGMENTS = torch.tensor([[0, 0, 0], [1, 8, 0], [3, 0, 0]], dtype=torch.int32)

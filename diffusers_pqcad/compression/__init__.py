@@ -1,0 +1,1 @@
+"""PQ and CAD: calibration, fake quantization, reconstruction and distillation."""

@@ -1,0 +1,1 @@
+"""Packed layers as modules: what they store, and what they compute by a kernel."""

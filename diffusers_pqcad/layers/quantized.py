@@ -1,0 +1,642 @@
+"""Quantized layers: float layers whose weights are stored as packed integers."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusers_pqcad import kernels
+from diffusers_pqcad.kernels.pending import PendingActivation
+from diffusers_pqcad.kernels.x86 import weights
+from diffusers_pqcad.layers import graph_ops
+from diffusers_pqcad.layers.checksums import (
+    CHECKSUM,
+    PACKED_BUFFERS,
+    empty_checksum,
+    layer_checksum,
+    refuse_other_checksum,
+)
+from diffusers_pqcad.layers.computed_weight import ComputedWeight, PackedMetadata
+from diffusers_pqcad.layers.timesteps import TimestepGroups
+from diffusers_pqcad.numerics.packing import packed_row_bytes, unpack_levels
+from diffusers_pqcad.numerics.qparams import (
+    ActivationQParams,
+    WeightSpec,
+    dequantize_weight,
+    dynamic_activation_qparams,
+    min_max_weight_scale,
+    quantize_weight,
+    relative,
+)
+
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+SCALE_BUFFERS = ("weight_scale", "input_scale")  # always fp32, whatever the model's dtype
+DTYPE_MARKER = "dtype_marker"
+# What accelerate and diffusers set on a layer that they hook: it calls the layer that is replaced.
+REPLACED_FORWARD = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook")
+
+
+class QuantizedLayer(nn.Module):
+    """What all quantized layers share. A plain float layer until `pack_` or `allocate_packed_`.
+
+    Buffers once packed: `qweight` uint8 (C_out, packed_row_bytes); `weight_scale` fp32 (C_out, G); where calibrated,
+    `input_scale` fp32 and `input_zero_point` int32, both (number of timestep groups,). `weight` is then computed, with
+    the dtype of `dtype_marker`: an empty buffer that is never saved, and that diffusers finds before the fp32 scales
+    when it asks a layer without bias for its dtype. State dicts also hold a `checksum`, as checksums.py has it: a
+    buffer only while a file is being loaded, and computed anew for each state dict.
+    """
+
+    # Class-level defaults: peft builds adapters with `type(base_layer)(...)`, and those must be plain float layers.
+    spec: WeightSpec
+    packed: bool = False
+    activation_bits: int | None = None
+    timestep_groups: TimestepGroups | None = None
+    name: str = ""
+    perturbation: float | None = None  # ||Q(W) - W||^2 / ||W||^2 when it was packed; not saved
+    _cache: tuple[tuple[Any, ...], Any] | None = None  # what it is for, and what a kernel has packed
+    handle: Tensor  # names this layer in a graph
+    qweight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Registered as None from the start: a parallel loader walks the buffers while others are being filled.
+        self.register_buffer(DTYPE_MARKER, None, persistent=False)
+        for buffer in (*PACKED_BUFFERS, CHECKSUM):
+            self.register_buffer(buffer, None)
+        self.handle = graph_ops.register(self)
+
+    @property
+    def weight(self) -> Tensor:
+        """The float weight: the parameter of an unpacked layer, else a `ComputedWeight` (a plain one in a graph)."""
+        parameters = self.__dict__.get("_parameters", {})
+        if "weight" not in parameters:
+            raise AttributeError("weight")
+        if parameters["weight"] is not None:
+            return parameters["weight"]
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph drops what nothing is computed from
+            return self.dequantized_weight().to(self.weight_dtype)
+        return ComputedWeight.of_packed(
+            dict(self._buffers),
+            self.spec,
+            shape=self.weight_shape,
+            dtype=self.weight_dtype,
+            layer_name=self.name,
+        )
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Dtype of `weight`."""
+        marker = self._buffers[DTYPE_MARKER]
+        return self.weight.dtype if marker is None else marker.dtype
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """Shape of the float weight, (C_out, ...)."""
+        raise NotImplementedError
+
+    def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the float operation of this layer with the given weight and bias."""
+        raise NotImplementedError
+
+    def levels(self) -> Tensor:
+        """Return the int8 levels, in the shape of the float weight."""
+        return unpack_levels(self.qweight, self.spec, self.weight_shape)
+
+    def channel_levels(self) -> tuple[Tensor, Tensor]:
+        """Return int8 levels in the shape of the float weight, and fp32 scales (C_out,): what int8 products take.
+
+        Scales per output channel keep the stored levels as they are, at any bit-width. Rows of several scales (groups)
+        are re-quantized to 8 bits per channel, an error of at most 1/254 of a row's range.
+        """
+        try:
+            levels = weights.unpack(self.qweight, self.spec, self.weight_shape)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+        scale = self.weight_scale
+        if scale.shape[1] > 1:
+            weight, spec = dequantize_weight(levels, scale), WeightSpec(8)
+            scale = min_max_weight_scale(weight, spec)
+            levels = quantize_weight(weight, scale, spec)
+        return levels, scale.flatten().contiguous()
+
+    def dequantized_weight(self) -> Tensor:
+        """Return the fp32 weight that the packed integers stand for."""
+        return dequantize_weight(self.levels(), self.weight_scale)
+
+    def allocate_packed_(
+        self,
+        spec: WeightSpec,
+        *,
+        activation_bits: int | None,
+        timestep_groups: TimestepGroups | None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Turn this layer into a packed one with empty buffers of the right shapes, for a checkpoint to fill.
+
+        `compute_dtype` is that of the computed weight; `None`: as before.
+        """
+        rows, row_length = self.weight_shape[0], self.weight_shape[1:].numel()
+        device, dtype = self.weight.device, compute_dtype or self.weight.dtype
+        on = "cpu" if device.type == "meta" else device  # no checkpoint fills this one
+        self._buffers[DTYPE_MARKER] = torch.empty(0, dtype=dtype, device=on)
+        self.spec, self.activation_bits, self.timestep_groups = spec, activation_bits, timestep_groups
+        self._buffers["qweight"] = torch.empty(
+            rows, packed_row_bytes(row_length, spec.bits), dtype=torch.uint8, device=device
+        )
+        self._buffers["weight_scale"] = torch.empty(
+            rows, spec.num_groups(row_length), dtype=torch.float32, device=device
+        )
+        if timestep_groups is not None:
+            self._buffers["input_scale"] = torch.empty(len(timestep_groups), dtype=torch.float32, device=device)
+            self._buffers["input_zero_point"] = torch.empty(len(timestep_groups), dtype=torch.int32, device=device)
+        self._parameters["weight"] = None
+        self.packed, self._cache = True, None
+
+    @torch.no_grad()
+    def pack_(self, spec: WeightSpec, *, activation_bits: int | None, scale: Tensor | None = None) -> None:
+        """Quantize the float weight to `spec` and drop it; `scale` (C_out, G) defaults to min-max.
+
+        Raises ValueError, naming the layer, for weights that are not finite or groups that do not fit; the layer is
+        unchanged then.
+        """
+        try:
+            qweight, scale, errors = weights.quantize(self.weight, spec, scale)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+        self.allocate_packed_(spec, activation_bits=activation_bits, timestep_groups=None)
+        self._buffers |= {"qweight": qweight, "weight_scale": scale}
+        self.perturbation = relative(errors)
+
+    @torch.no_grad()
+    def unpack_(self) -> None:
+        """Undo `pack_`: this layer holds its dequantized weight as a parameter again, and nothing else."""
+        weight = self.weight.clone()
+        for buffer in (DTYPE_MARKER, *PACKED_BUFFERS, CHECKSUM):
+            self._buffers[buffer] = None
+        self._parameters["weight"] = nn.Parameter(weight)
+        self.packed, self.activation_bits, self.timestep_groups, self._cache = False, None, None, None
+
+    def set_input_qparams_(self, qparams: ActivationQParams, groups: TimestepGroups) -> None:
+        """Make the activation ranges static: `qparams` (len(groups),), one range per timestep group."""
+        self._buffers["input_scale"] = qparams.scale.detach().float().clone()
+        self._buffers["input_zero_point"] = qparams.zero_point.detach().to(torch.int32).clone()
+        self.timestep_groups, self._cache = groups, None
+
+    def input_group(self) -> int | Tensor | None:
+        """Return this call's static range: an int, (B,) int64 where there are several, `None` for dynamic ranges.
+
+        While a graph is made of the call, an int64 tensor also for a single range.
+        """
+        if self.activation_bits is None:
+            return None
+        if self.timestep_groups is None:  # asked first: a graph is guarded by all tensors that were looked at
+            return None if self.input_scale is None else 0
+        return self.timestep_groups.of_call(self.name)
+
+    def input_qparams(self, x: Tensor) -> ActivationQParams | None:
+        """Return the qparams for this call: 0-dim, or (B, 1, ...) for a batch of several timestep groups."""
+        if self.activation_bits is None:
+            return None
+        group = self.input_group()
+        if group is None or self.input_scale is None or self.input_zero_point is None:
+            return dynamic_activation_qparams(x, self.activation_bits)
+        return qparams_of_group(ActivationQParams(self.input_scale, self.input_zero_point), group, x, self.name)
+
+    def refusal(self, kernel: str) -> str | None:
+        """Return why `kernel` cannot run this layer here, or `None`."""
+        return kernels.KERNELS[kernel].refusal(self)
+
+    def kernel_name(self) -> str:
+        """Return the name of the fastest kernel that can run this layer here without a gradient."""
+        return next(name for name, kernel in kernels.KERNELS.items() if kernel.refusal(self) is None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the layer's output in the dtype of `input`, which has the name that callers of a float layer use."""
+        if not self.packed:
+            return super().forward(input)
+        if not torch.compiler.is_compiling():
+            return self.compute(input)
+        # An operator has no gradient, and no meaning in another process; the reference kernel can be traced.
+        if not graph_ops.takes_operators() or kernels.needs_gradient(self, input):
+            return kernels.reference.run(self, None, input)
+        return graph_ops.call(self, input)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Return the output of the packed layer by the kernel that this call takes, without hooks."""
+        kernel = kernels.select_kernel(self, x)
+        if isinstance(x, PendingActivation) and not kernels.fuses(kernel):
+            x = x.value()
+        packed = None if kernel.NAME == kernels.reference.NAME else self.packed_for(kernel.NAME)
+        return kernel.run(self, packed, x)
+
+    def packed_for(self, name: str) -> Any:
+        """Return what the kernel `name` keeps of this layer: made once, and again when it is lost."""
+        cache = self._cache  # read once: another thread may move the layer
+        key = (name, *self.packed_arguments())
+        if cache is None or cache[0] != key:
+            cache = self._cache = (key, kernels.KERNELS[name].pack(self))
+        return cache[1]
+
+    def packed_arguments(self) -> tuple[Any, ...]:
+        """Return what kernels pack the weights for, beside the weights, that somebody may set on this layer."""
+        return (self.activation_bits,)
+
+    def cached_bytes(self) -> int:
+        """Return the bytes of a kernel's int8 copy: one a weight, and 4/3 of a Winograd kernel's."""
+        cache = self._cache  # read once: another thread may move the layer
+        if cache is None:
+            return 0
+        is_winograd = isinstance(cache[1], kernels.x86.PackedLayer) and cache[1].is_winograd
+        return self.weight_shape.numel() * (kernels.x86.TILE_SIZE if is_winograd else 3) // 3
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise ValueError(
+            f"{self.name}: torch.jit.script compiles source text, and cannot compile that of packed layers. Use "
+            "torch.jit.trace or torch.export, or call dequantize() first."
+        )
+
+    def to_float(self) -> nn.Module:
+        """Return the plain float layer with this layer's dequantized weight, and the same bias and hooks."""
+        layer = self.blank_float()
+        layer.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=self.weight_dtype.is_floating_point)
+        layer.register_parameter("bias", self.bias)
+        for hooks in HOOKS:
+            setattr(layer, hooks, getattr(self, hooks))
+        return layer.train(self.training)
+
+    @classmethod
+    def from_float(cls, layer: nn.Module, name: str) -> Self:
+        """Return an unpacked quantized layer that shares the parameters and hooks of the float `layer`."""
+        quantized = cls.blank(layer)
+        quantized._parameters.update(layer._parameters)
+        for hooks in HOOKS:  # the same dictionaries, so that a handle still removes its hook
+            setattr(quantized, hooks, getattr(layer, hooks))
+        quantized.name = name
+        return quantized.train(layer.training)
+
+    float_type: type[nn.Module]
+
+    @classmethod
+    def blank(cls, layer: nn.Module) -> Self:
+        """Return an unpacked layer like the float `layer`, its parameters on meta."""
+        return cls(**cls.arguments(layer), device="meta")
+
+    def blank_float(self) -> nn.Module:
+        """Return a float layer like this one, its parameters on meta."""
+        return self.float_type(**self.arguments(self), device="meta")
+
+    @staticmethod
+    def arguments(layer: Any) -> dict[str, Any]:
+        """Return the constructor arguments that describe `layer`."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        packed = {name: self._buffers.get(name) for name in PACKED_BUFFERS}
+        super()._apply(fn, recurse)
+        for name, before in packed.items():
+            after = self._buffers.get(name)
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        if any(self._buffers.get(name) is not before for name, before in packed.items()):
+            self._cache = None  # moved; a cast alone leaves what kernels have packed
+        return self
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """Return the packed tensors of this layer by name, in the order of PACKED_BUFFERS."""
+        return {name: tensor for name in PACKED_BUFFERS if (tensor := self._buffers[name]) is not None}
+
+    def checksum_of(self, name: str) -> Tensor:
+        """Return the checksum of this packed layer as the layer `name` of a file."""
+        groups = self.timestep_groups
+        boundaries = None if groups is None else [float(boundary) for boundary in groups.boundaries]
+        settings = [self.spec.bits, self.spec.group_size, self.activation_bits, boundaries]
+        return layer_checksum(name, settings, self.packed_tensors())
+
+    def allocate_checksum_(self) -> None:
+        """Make room for the checksum of a file that is about to be loaded; see `verify_`."""
+        self._buffers[CHECKSUM] = empty_checksum(self.packed_tensors())
+
+    def verify_(self, name: str, owners: Mapping[int, str]) -> None:
+        """Compare the loaded tensors with the file's checksum, if there is one, and drop that.
+
+        Raises ValueError as `refuse_other_checksum`.
+        """
+        stored = self._buffers[CHECKSUM]
+        if stored is not None:
+            refuse_other_checksum(name, stored, self.checksum_of(name), owners)
+            self._buffers[CHECKSUM] = None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Add the packed tensors and their checksum, or, of a part of the model, the float weight in their place.
+
+        The parts of a model are read by others, such as `ControlNetModel.from_unet`, as float weights. `prefix` is
+        then shorter than this layer's name.
+        """
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.packed:
+            return
+        if self.name and prefix.count(".") <= self.name.count("."):
+            for name in self._buffers:
+                destination.pop(prefix + name, None)
+            destination[prefix + "weight"] = self.weight
+            return
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]] = PackedMetadata(version=self._version, name=self.name)
+        is_here = all(tensor.device.type != "meta" for tensor in self.packed_tensors().values())
+        if is_here and self._buffers[CHECKSUM] is None:
+            destination[prefix + CHECKSUM] = self.checksum_of(prefix.removesuffix("."))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        stored = None
+        if self.packed:
+            local_metadata = dict(local_metadata)  # of a packed layer, readable to this one
+            if prefix + "weight" in state_dict:
+                state_dict |= self.packed_tensors_of(state_dict.pop(prefix + "weight"), prefix)
+            stored = state_dict.get(prefix + CHECKSUM)
+            if stored is not None and self._buffers[CHECKSUM] is None:  # torch would not expect it
+                state_dict = {name: value for name, value in state_dict.items() if name != prefix + CHECKSUM}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        self._cache = None
+        if stored is not None:
+            name, error_messages = prefix.removesuffix("."), args[-1]
+            try:
+                refuse_other_checksum(name, stored, self.checksum_of(name), {})
+            except ValueError as error:
+                error_messages.append(str(error))
+
+    def packed_tensors_of(self, weight: Tensor, prefix: str) -> dict[str, Tensor]:
+        """Return what the packed layer was read from as `weight`, as entries of a state dict.
+
+        Raises ValueError for the weight of a float layer, or of one with another grid or other activation ranges.
+        """
+        buffers = {name for name, buffer in self._buffers.items() if buffer is not None}
+        packed = getattr(weight, "packed", None)
+        found = {name: buffer for name, buffer in (packed or {}).items() if buffer is not None}
+        if not found or weight.spec != self.spec or found.keys() != buffers:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{self.name}: a packed layer ({self.spec.bits} bits, activations {self.activation_scheme()}) cannot "
+                f"take {'weights of another grid' if found else 'a float weight'}. Call dequantize() on its model, "
+                "load the weights, and quantize it again."
+            )
+        return {prefix + name: buffer for name, buffer in found.items() if name != DTYPE_MARKER}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # oneDNN's packed tensors can be neither copied nor pickled; they are rebuilt on the next call.
+        return self.__dict__ | {"_cache": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.handle = graph_ops.register(self)  # a copy is a layer of its own
+
+    def activation_scheme(self) -> str:
+        """Return "float", "8-bit dynamic" or "8-bit static xG" with G timestep groups."""
+        if self.activation_bits is None:
+            return "float"
+        ranges = "dynamic" if self.input_scale is None else f"static x{len(self.input_scale)}"
+        return f"{self.activation_bits}-bit {ranges}"
+
+    def extra_repr(self) -> str:
+        """Add bits, activation scheme and kernel to the float layer's description."""
+        if not self.packed:
+            return super().extra_repr()
+        groups = f", group_size={self.spec.group_size}" if self.spec.group_size else ""
+        details = f"bits={self.spec.bits}{groups}, activations={self.activation_scheme()}, kernel={self.kernel_name()}"
+        return f"{super().extra_repr()}, {details}"
+
+
+# The ignores below: `weight` is a property here, and `bias` may be None, where torch declares plain attributes.
+class PQCADLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc,override]
+    """`nn.Linear` with packed weights of 2, 3, 4, 6 or 8 bits; scales per output or per `group_size` inputs."""
+
+    float_type = nn.Linear
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """(out_features, in_features)."""
+        return torch.Size((self.out_features, self.in_features))
+
+    def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return `F.linear`."""
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def arguments(layer: Any) -> dict[str, Any]:
+        """Return the constructor arguments of a linear layer."""
+        return {
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+            "bias": layer.bias is not None,
+        }
+
+
+class QuantizedConvolution(QuantizedLayer):
+    """What the convolutions of one, two and three dimensions share; one scale per output channel."""
+
+    in_channels: int
+    out_channels: int
+    groups: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """(out_channels, in_channels / groups, and the kernel's size: depth, height, width or the last of these)."""
+        return torch.Size((self.out_channels, self.in_channels // self.groups, *self.kernel_size))
+
+    def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the convolution of the float layer, any padding mode."""
+        return self._conv_forward(x, weight, bias)  # type: ignore[operator]
+
+    def packed_arguments(self) -> tuple[Any, ...]:
+        """Return also how the kernel moves over the image."""
+        return self.activation_bits, self.stride, self.padding, self.dilation
+
+    @staticmethod
+    def arguments(layer: Any) -> dict[str, Any]:
+        """Return the constructor arguments of a convolution."""
+        names = "in_channels out_channels kernel_size stride padding dilation groups padding_mode".split()
+        return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}
+
+
+class PQCADConv1d(QuantizedConvolution, nn.Conv1d):  # type: ignore[misc,override]
+    """`nn.Conv1d` with packed weights of 2, 3, 4, 6 or 8 bits; one scale per output channel."""
+
+    float_type = nn.Conv1d
+
+
+class PQCADConv2d(QuantizedConvolution, nn.Conv2d):  # type: ignore[misc,override]
+    """`nn.Conv2d` with packed weights of 2, 3, 4, 6 or 8 bits; one scale per output channel."""
+
+    float_type = nn.Conv2d
+
+
+class PQCADConv3d(QuantizedConvolution, nn.Conv3d):  # type: ignore[misc,override]
+    """`nn.Conv3d` with packed weights of 2, 3, 4, 6 or 8 bits; one scale per output channel."""
+
+    float_type = nn.Conv3d
+
+
+FloatLayer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | QuantizedLayer  # the last one while it is not packed
+QUANTIZED_LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
+    kind.float_type: kind for kind in (PQCADLinear, PQCADConv1d, PQCADConv2d, PQCADConv3d)
+}
+DERIVED_LAYERS: dict[type[nn.Module], type[QuantizedLayer] | None] = {}  # one class each, as layers are compared by it
+
+
+def quantized_type(float_type: type[nn.Module]) -> type[QuantizedLayer] | None:
+    """Return the quantized class of a float layer's class, or `None` where there is none."""
+    if float_type in QUANTIZED_LAYERS:
+        return QUANTIZED_LAYERS[float_type]
+    if float_type not in DERIVED_LAYERS:
+        DERIVED_LAYERS[float_type] = derived_type(float_type)
+    return DERIVED_LAYERS[float_type]
+
+
+def derived_type(float_type: type[nn.Module]) -> type[QuantizedLayer] | None:
+    """Return a new quantized class for a class that is derived from a layer's, or `None` where there can be none.
+
+    A class derived from a convolution, such as the causal ones of video autoencoders, keeps its own forward, which
+    must leave the weight to the `super().forward` that it calls. Those derived from `nn.Linear` have none: they are
+    routers of experts, layers of other quantizers, or the output of torch's attention, whose forward nobody calls.
+    """
+    base = next((kind for kind in float_type.__mro__ if kind in QUANTIZED_LAYERS), nn.Linear)
+    if base is nn.Linear or issubclass(float_type, QuantizedLayer):
+        return None
+    derived = float_type.__mro__[: float_type.__mro__.index(base)]
+    if not all(leaves_weight_to_base(kind) for kind in derived):
+        return None
+    bases = (DerivedLayer, float_type, QUANTIZED_LAYERS[base])
+    return type(f"PQCAD{float_type.__name__}", bases, {"float_type": float_type, "plain_type": base})
+
+
+def leaves_weight_to_base(kind: type) -> bool:
+    """Return whether what `kind` itself defines of a layer touches the weight by `super().forward` only.
+
+    Not so torch's own classes, of layers that are lazy or parametrized.
+    """
+    if kind.__module__.startswith("torch.") or not {"weight", "_conv_forward", "__call__"}.isdisjoint(vars(kind)):
+        return False
+    forward = vars(kind).get("forward")
+    if forward is None:
+        return True
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return code is not None and "__class__" in code.co_freevars and "weight" not in code.co_names
+
+
+class DerivedLayer(QuantizedLayer):
+    """A quantized layer of a class that is derived from a plain one: it is made without the constructor of that class.
+
+    What that class sets on its layers, beyond what the plain one does, is taken over.
+    """
+
+    plain_type: type[nn.Module]
+    own_attributes: tuple[str, ...] = ()
+
+    @classmethod
+    def blank(cls, layer: Any) -> Self:
+        """Return an unpacked layer like the float `layer`, its parameters on meta."""
+        quantized = cls.__new__(cls)
+        QUANTIZED_LAYERS[cls.plain_type].__init__(quantized, **cls.arguments(layer), device="meta")
+        known = {*vars(quantized), *REPLACED_FORWARD}
+        quantized.own_attributes = tuple(name for name in vars(layer) if name not in known)
+        return copy_attributes_(quantized, layer, quantized.own_attributes)
+
+    def blank_float(self) -> nn.Module:
+        """Return a float layer like this one, its parameters on meta."""
+        layer = self.float_type.__new__(self.float_type)
+        self.plain_type.__init__(layer, **self.arguments(self), device="meta")
+        return copy_attributes_(layer, self, self.own_attributes)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is found by that of the float layer: it was made here, and no import has its name.
+        return new_layer, (self.float_type,), self.__getstate__()
+
+
+def copy_attributes_(target: Any, source: Any, names: tuple[str, ...]) -> Any:
+    """Set the attributes `names` of `source` on `target`, and return that."""
+    for name in names:
+        target.__dict__[name] = source.__dict__[name]
+    return target
+
+
+def new_layer(float_type: type[nn.Module]) -> QuantizedLayer:
+    """Return an instance of the quantized class of `float_type`, for pickle to fill."""
+    kind = quantized_type(float_type)
+    assert kind is not None
+    return kind.__new__(kind)
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """Return whether `module` is a float layer with a quantized class, and holds its weight and its bias only.
+
+    With a weight norm, for instance, it holds two parameters that its weight is computed from.
+    """
+    holds = [*module._parameters, *module._buffers, *module._modules]
+    return quantized_type(type(module)) is not None and set(holds) == {"weight", "bias"}
+
+
+def qparams_of_group(qparams: ActivationQParams, group: int | Tensor, x: Tensor, name: str) -> ActivationQParams:
+    """Return those of `qparams` (G,) that belong to `group`: 0-dim, or of a (B,) `group`, to broadcast against `x`."""
+    if isinstance(group, int):
+        return ActivationQParams(*(values[group] for values in qparams))
+    # Not `values[group]`: a graph would look at the number in a 0-dim tensor.
+    chosen = [values.index_select(0, group.flatten().to(values.device)) for values in qparams]
+    return ActivationQParams(
+        *(per_sample(values, x, name) if group.dim() else values.reshape(()) for values in chosen)
+    )
+
+
+def per_sample(values: Tensor, x: Tensor, name: str) -> Tensor:
+    """Return `values` (B,), one for each timestep of the batch, so that they broadcast against `x` (k * B, ...)."""
+    samples, timesteps = x.shape[0], values.shape[0]  # not len(): TorchScript would keep it as a number
+    if not torch.jit.is_tracing() and samples % timesteps:
+        raise ValueError(
+            f"{name}: a batch of {samples} cannot be matched with {timesteps} timesteps of several activation "
+            "ranges. Call the model with one timestep per sample, or with a single timestep."
+        )
+    return values.repeat_interleave(samples // timesteps).view(-1, *[1] * (x.dim() - 1))
+
+
+def refuse_other_than_model(model: Any) -> None:
+    """Raise ValueError for a pipeline, or anything else that is no module."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"expected a model, got {type(model).__name__}. Give its parts one by one, such as `pipe.unet`, or load "
+            "the pipeline by from_pretrained(..., quantization_config=...)."
+        )
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Return the quantized layers of `model`, packed or not yet, by name, in registration order."""
+    refuse_other_than_model(model)
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def packed_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Return the packed layers of `model` by name, in registration order."""
+    return {name: layer for name, layer in quantized_layers(model).items() if layer.packed}
+
+
+def kernel_cache_bytes(model: nn.Module) -> int:
+    """Return the bytes of the int8 copies that kernels hold beside the packed weights, built on first use.
+
+    What they pad, and some numbers for each output, are not counted.
+    """
+    return sum(layer.cached_bytes() for layer in packed_layers(model).values())

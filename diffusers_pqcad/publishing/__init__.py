@@ -1,0 +1,1 @@
+"""Tables, model cards, pictures, and the way to the Hub."""

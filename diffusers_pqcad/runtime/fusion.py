@@ -1,0 +1,214 @@
+"""Blocks of diffusers' models that the int8 kernel computes at once, where nobody looks at the modules in them."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+
+from diffusers_pqcad import kernels
+from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.kernels.pending import Norm, PendingGroupNorm
+from diffusers_pqcad.layers import graph_ops
+from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear, QuantizedLayer
+from diffusers_pqcad.numerics.qparams import is_exported
+
+
+class Plans(NamedTuple):
+    """What a block computes for inputs of some sizes, as long as its modules have these `marks`: a plan `by_group`.
+
+    All of its layers with static ranges have the same group; `static` is where the first one is among the modules.
+    """
+
+    marks: list[tuple[Any, ...]]
+    static: int | None
+    by_group: dict[int | None, Any]
+
+
+class FusedBlock:
+    """Part of a block of class `plain` that changed its class to compute at once what its modules would.
+
+    A call is common where this class can compute it, told without a look at numbers, as tracing needs; the compiled
+    graph holds one operator then. The rest is seen when it runs: hooks, or modules of another kind.
+    """
+
+    plain: ClassVar[type[nn.Module]]
+    handle: Tensor  # names it for operators
+
+    def __init_subclass__(cls) -> None:
+        cls.__name__ = cls.plain.__name__  # what libraries look for: blocks that must stay on one device, for instance
+
+    @staticmethod
+    def first_layer(block: Any) -> Any:
+        """Return the layer of `block` that is computed first; `None` where a block is not of the common kind."""
+        raise NotImplementedError
+
+    def plan_of(
+        self, inputs: list[Tensor], key: tuple[Any, ...], build: Callable[[x86.PackedLayer], Any]
+    ) -> tuple[x86.PackedLayer | None, Any]:
+        """Return what `build` returns for `key` and the activation ranges of this call, as long as no module changes.
+
+        It is kept with the packed weights of the first layer, which are returned before it: hold them while it runs,
+        for another thread may move the layer. The plan is `None` where no kernel can run that layer on `inputs`, where
+        somebody looks on, or where images of the batch have ranges of their own, which no kernel takes.
+        """
+        owner = self.first_layer(self)
+        if is_watched() or not all(kernels.has_numbers(tensor) and tensor.numel() for tensor in inputs):
+            return None, None
+        modules = list(parts_of(cast(nn.Module, self)))
+        marks = [marks_of(module) for module in modules]
+        cache = owner._cache  # read once: another thread may move the layer
+        packed: x86.PackedLayer | None = None if cache is None or cache[0][0] != x86.NAME else cache[1]
+        known = None if packed is None else packed.plans.get(key)
+        if packed is None or known is None or known.marks != marks:
+            if owner.kernel_name() != x86.NAME:
+                return None, None
+            packed = owner.packed_for(x86.NAME)
+            static = next((i for i, module in enumerate(modules) if has_static_range(module)), None)
+            known = Plans(marks, static, {})
+        group = None if known.static is None else cast(QuantizedLayer, modules[known.static]).input_group()
+        if isinstance(group, Tensor):
+            return None, None
+        if group not in known.by_group:
+            groups = {id(module.timestep_groups) for module in modules if has_static_range(module)}
+            plan = build(packed) if len(groups) < 2 else None
+            marks = [marks_of(module) for module in modules]  # layers are packed by now
+            by_group = {**known.by_group, group: plan} if marks == known.marks else {group: plan}
+            known = packed.plans[key] = Plans(marks, known.static, by_group)
+        return packed, known.by_group[group]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]  # of the other base, a module
+        self.handle = graph_ops.register(cast(nn.Module, self))  # a copy is a block of its own
+
+
+def install_fused_(model: nn.Module, kinds: Iterable[type[FusedBlock]]) -> None:
+    """Let the blocks of `model` compute at once where the kernel can; they change their class to one of `kinds`."""
+    by_class = {kind.plain: kind for kind in kinds}
+    for block in model.modules():
+        if block is model and hasattr(model, "save_pretrained"):
+            continue  # a pipeline is saved with the class of this model
+        kind = by_class.get(type(block))
+        layer: Any = None if kind is None else kind.first_layer(block)
+        if kind is not None and is_packed(layer) and layer.kernel_name() == x86.NAME:
+            block.__class__ = kind  # type: ignore[assignment]
+            block.handle = graph_ops.register(block)
+
+
+def remove_fused_(model: nn.Module) -> None:
+    """Undo `install_fused_`."""
+    for block in model.modules():
+        if isinstance(block, FusedBlock):
+            block.__class__ = block.plain  # type: ignore[assignment]
+            del block.handle
+
+
+def is_packed(layer: Any) -> bool:
+    """Return whether `layer` is a packed one, and of no other class than the package's: no adapter around it."""
+    return type(layer) in (PQCADConv2d, PQCADLinear) and layer.packed
+
+
+def is_inference(block: nn.Module, x: Any, *others: Any) -> bool:
+    """Return whether `block` computes no gradient of any kind, in fp32 on a CPU; no number is looked at.
+
+    Asked first of every call: `x`, and what else is not `None`, are tensors then, and not what a processor of
+    somebody's own may take (an IP-Adapter's gets text and images in a tuple).
+    """
+    if is_exported():
+        return False
+    tensors = [x, *(other for other in others if other is not None)]
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        return False
+    if block.training or any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return False
+    return not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (*tensors, *block.parameters()))
+
+
+def is_watched() -> bool:
+    """Return whether another kernel was asked for, or somebody looks at all modules."""
+    return bool(kernels.forced() not in (None, x86.NAME) or _global_forward_hooks or _global_forward_pre_hooks)
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Return whether somebody looks at what `module` takes and returns, or computes it in another way."""
+    state = module.__dict__  # with what `compile()` made of it, for a backend that somebody chose
+    is_replaced = "forward" in state or state.get("_compiled_call_impl") is not None
+    return bool(is_replaced or module._forward_hooks or module._forward_pre_hooks)
+
+
+def parts_of(block: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules in `block`, on all levels, as `modules()` does, which keeps books on them."""
+    for module in block._modules.values():
+        if module is not None:
+            yield module
+            if module._modules:
+                yield from parts_of(module)
+
+
+VALUES: dict[type[nn.Module], tuple[str, ...]] = {  # of modules, that plans are built on
+    nn.GroupNorm: ("num_groups", "eps", "affine"),
+    PendingGroupNorm: ("num_groups", "eps", "affine"),
+    nn.LayerNorm: ("normalized_shape", "eps"),
+    nn.Dropout: ("p", "training"),
+    PQCADLinear: ("in_features", "out_features", "packed", "activation_bits"),
+    PQCADConv2d: (
+        *("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+        *("in_channels", "out_channels", "packed", "activation_bits"),
+    ),
+}
+
+
+def marks_of(module: nn.Module) -> tuple[Any, ...]:
+    """Return values that change with what a plan is built on of `module`."""
+    state = module.__dict__
+    parameters = [
+        (tensor.data_ptr(), tensor.dtype, tensor.is_cpu, tensor.shape, tensor.is_contiguous())
+        for tensor in state["_parameters"].values()
+        if tensor is not None
+    ]
+    buffers, cache = state["_buffers"], state.get("_cache")
+    packed = None if cache is None else id(cache[1])  # a plan keeps it, so that its number is not given again
+    codes, groups = buffers.get("qweight"), state.get("timestep_groups")
+    ranges = codes is None or codes.is_cpu, buffers.get("input_scale") is None, id(groups)
+    values = map(state.get, VALUES.get(type(module), ()))
+    return (id(module), type(module), is_changed(module), packed, ranges, *values, *parameters)
+
+
+def has_static_range(module: nn.Module) -> bool:
+    """Return whether `module` is a layer whose activation range is static."""
+    return isinstance(module, QuantizedLayer) and module.input_scale is not None
+
+
+def drops_nothing(module: nn.Module) -> bool:
+    """Return whether `module` is a dropout that passes on what it gets, and nobody looks at it."""
+    return type(module) is nn.Dropout and not is_changed(module) and not (module.training and module.p > 0)
+
+
+def is_plain(tensor: Tensor | None) -> bool:
+    """Return whether the numbers of `tensor` are fp32 in the CPU's memory, side by side."""
+    if tensor is None:
+        return False
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def takes_kernel(layer: nn.Module) -> bool:
+    """Return whether this call of `layer` is one for the kernel x86, and nobody looks at it."""
+    if not is_packed(layer) or is_changed(layer):
+        return False
+    assert isinstance(layer, QuantizedLayer)
+    if layer.kernel_name() != x86.NAME or isinstance(layer.input_group(), Tensor):
+        return False
+    return layer.bias is None or is_plain(layer.bias)
+
+
+def plain_norm(module: nn.Module) -> Norm | None:
+    """Return the group norm that `module` computes, or `None` where the kernel cannot take it, or somebody looks."""
+    if type(module) not in (nn.GroupNorm, PendingGroupNorm) or is_changed(module):
+        return None
+    assert isinstance(module, nn.GroupNorm)
+    if not is_plain(module.weight) or not is_plain(module.bias) or module.num_channels % module.num_groups:
+        return None
+    return Norm.of(module)

@@ -1,0 +1,586 @@
+"""Specification of CAD: exact two-step targets, the gate, the ablation switches, and a best state that is kept."""
+
+import copy
+import dataclasses
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from torch import Tensor, nn
+
+from diffusers_pqcad import DistillConfig, distill
+from diffusers_pqcad.compression import distillation as distillation_module
+from diffusers_pqcad.compression.calibration import CalibrationSet, collect_calibration_set
+from diffusers_pqcad.compression.checkpoint import save_checkpoint
+from diffusers_pqcad.compression.distillation import (
+    Distillation,
+    Gate,
+    Jumps,
+    StepStats,
+    ddim_landing,
+    target_output,
+    two_step_landing,
+)
+from diffusers_pqcad.compression.fake_quant import (
+    bits_by_module,
+    fake_quant_layers,
+    latent_weight,
+    timestep_boundaries,
+)
+from diffusers_pqcad.compression.progressive import trajectory_error, weighted_error
+
+PREDICTIONS = ["sample", "epsilon", "v_prediction"]
+QUICK = DistillConfig(
+    max_train_steps=6,
+    train_batch_size=4,
+    learning_rate=1e-4,
+    scale_learning_rate=1e-5,
+    gate_steps=2,
+    evaluation_steps=2,
+)
+
+
+def scheduler_of(prediction_type: str, **settings: object) -> DDIMScheduler:
+    values = {"timestep_spacing": "trailing", "clip_sample": False, "prediction_type": prediction_type}
+    return DDIMScheduler(num_train_timesteps=1000, **values | settings)
+
+
+def coefficients(scheduler: DDIMScheduler, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma in float64, (B, 1, 1, 1); -1 is data."""
+    table = torch.cat([scheduler.alphas_cumprod.double(), torch.ones(1, dtype=torch.float64)])
+    alphas_cumprod = table[timestep].view(-1, 1, 1, 1)
+    return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+
+class Perfect(nn.Module):
+    """A model that knows the data: every image is `data`."""
+
+    def __init__(self, scheduler: DDIMScheduler, data: Tensor) -> None:
+        super().__init__()
+        self.scheduler, self.data = scheduler, data
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> SimpleNamespace:
+        alpha, sigma = coefficients(self.scheduler, timestep)
+        eps = (sample - alpha * self.data) / sigma
+        outputs = {
+            "sample": self.data.double().expand_as(eps),
+            "epsilon": eps,
+            "v_prediction": alpha * eps - sigma * self.data,
+        }
+        return SimpleNamespace(sample=outputs[self.scheduler.config.prediction_type].float())
+
+
+def run_of(student: nn.Module, given: nn.Module | None, data: CalibrationSet, /, **changes: object) -> Distillation:
+    return Distillation(student, given, data, dataclasses.replace(QUICK, **changes))
+
+
+def train(
+    student: nn.Module,
+    given: nn.Module | None,
+    recorded: CalibrationSet,
+    /,
+    *,
+    checkpoint: Path | None = None,
+    data: Tensor | None = None,
+    **changes: object,
+) -> list[StepStats]:
+    config = dataclasses.replace(QUICK, **changes)
+    return list(distill(student, given, recorded, config, data=data, checkpoint=checkpoint))
+
+
+def same_state(a: nn.Module, b: nn.Module) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+# Targets
+
+
+@pytest.mark.fast
+def test_a_student_jumps_over_every_second_step_of_the_teacher() -> None:
+    jumps = Jumps.of(torch.tensor([999, 749, 499, 249]))
+    assert jumps.start.tolist() == [999, 499]
+    assert jumps.middle.tolist() == [749, 249]
+    assert jumps.end.tolist() == [499, -1]
+    assert [value.tolist() for value in (jumps.start, jumps.end)] == [[999, 499], [499, -1]]
+    single = Jumps.of(torch.tensor([999, 499]))
+    assert (single.start.tolist(), single.middle.tolist(), single.end.tolist()) == ([999], [499], [-1])
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_targets_agree_with_the_formula_in_float64(prediction: str) -> None:
+    scheduler = scheduler_of(prediction)
+    start, end = torch.tensor([999, 799, 499, 199]), torch.tensor([799, 599, 299, -1])
+    sample, landing = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3)
+    (alpha, sigma), (alpha_end, sigma_end) = coefficients(scheduler, start), coefficients(scheduler, end)
+    ratio = sigma_end / sigma
+    x = (landing.double() - ratio * sample) / (alpha_end - ratio * alpha)
+    eps = (sample - alpha * x) / sigma
+    expected = {"sample": x, "epsilon": eps, "v_prediction": alpha * eps - sigma * x}[prediction]
+    target = target_output(sample, landing, start, end, scheduler)
+    assert target.dtype == torch.float32
+    torch.testing.assert_close(target.double(), expected, rtol=1e-4, atol=1e-5)
+    if prediction == "sample":
+        torch.testing.assert_close(target[3], landing[3])  # the last step: the output is the landing
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("settings", [{}, {"set_alpha_to_one": False}], ids=["data", "alpha_0"])
+def test_a_scheduler_step_with_the_target_lands_on_the_landing(prediction: str, settings: dict[str, bool]) -> None:
+    scheduler = scheduler_of(prediction, **settings)
+    scheduler.set_timesteps(5)
+    grid = [*scheduler.timesteps.tolist(), -1]
+    for start, end in zip(grid[:-1], grid[1:], strict=True):
+        sample, landing = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
+        times = torch.full((3,), start), torch.full((3,), end)
+        output = target_output(sample, landing, *times, scheduler)
+        stepped = scheduler.step(output, start, sample, eta=0.0).prev_sample
+        torch.testing.assert_close(stepped, landing, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ddim_landing(output, sample, *times, scheduler), landing, rtol=0, atol=1e-5)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_two_steps_are_two_steps_of_the_scheduler(tiny_unet: UNet2DModel, prediction: str) -> None:
+    scheduler = scheduler_of(prediction)
+    scheduler.set_timesteps(4)
+    jumps, rows = Jumps.of(scheduler.timesteps), torch.tensor([0, 1, 0])
+    sample = torch.randn(3, 1, 8, 8)
+    landing = two_step_landing(tiny_unet, sample, jumps, rows, scheduler)
+    assert not landing.requires_grad
+    for i, row in enumerate(rows.tolist()):
+        state = sample[i : i + 1]
+        for timestep in (int(jumps.start[row]), int(jumps.middle[row])):
+            with torch.no_grad():
+                state = scheduler.step(tiny_unet(state, timestep).sample, timestep, state, eta=0.0).prev_sample
+        # fp32 on both sides, and an epsilon model's x is divided by alpha = 0.006 at t = 999.
+        torch.testing.assert_close(landing[i : i + 1], state, rtol=0, atol=5e-5)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_for_a_perfect_model_two_steps_are_one(prediction: str) -> None:
+    scheduler = scheduler_of(prediction)
+    model = Perfect(scheduler, torch.randn(1, 1, 4, 4))
+    jumps, rows = Jumps.of(torch.tensor([999, 749, 499, 249])), torch.tensor([0, 1, 1])
+    sample = torch.randn(3, 1, 4, 4)
+    start, end = jumps.start[rows], jumps.end[rows]
+    landing = two_step_landing(model, sample, jumps, rows, scheduler)
+    output = model(sample, start).sample
+    torch.testing.assert_close(landing, ddim_landing(output, sample, start, end, scheduler), rtol=0, atol=1e-5)
+    target = target_output(sample, landing, start, end, scheduler)
+    torch.testing.assert_close(target, output, rtol=1e-4, atol=1e-4)
+
+
+def test_calibration_targets_lead_along_the_recorded_trajectories(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet
+) -> None:
+    run = run_of(tiny_quantized, None, tiny_calibration_set, teacher="none")
+    data = tiny_calibration_set
+    run.scheduler.set_timesteps(2)
+    for row, timestep in enumerate((999, 499)):
+        trajectories = torch.tensor([5, 2, 11])
+        sample, target = run.calibration_batch(data, trajectories, torch.full((3,), row))
+        assert torch.equal(sample, data.trajectory[[5, 2, 11], 2 * row])
+        landing = run.scheduler.step(target, timestep, sample, eta=0.0).prev_sample
+        torch.testing.assert_close(landing, data.trajectory[[5, 2, 11], 2 * row + 2], rtol=0, atol=1e-5)
+
+
+def test_the_recorded_model_has_no_held_out_error_as_a_teacher(
+    tiny_quantized: UNet2DModel, tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet
+) -> None:
+    run = run_of(tiny_quantized, tiny_unet, tiny_calibration_set, teacher="fp")
+    errors = run.held_out_error_per_jump(tiny_unet, two_steps=True)
+    assert errors.shape == (2,)
+    assert errors.max() < 1e-9
+    assert (run.held_out_error_per_jump(tiny_quantized, two_steps=False) > 1e-4).all()
+
+
+def test_fresh_inputs_are_renoised_end_points_or_data(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet
+) -> None:
+    run = run_of(tiny_quantized, None, tiny_calibration_set, teacher="none")
+    rows, data = torch.tensor([0, 1, 1, 0]), torch.full((9, 1, 8, 8), 3.0)
+    sample = run.fresh_batch(rows, torch.Generator().manual_seed(4), data)
+    generator = torch.Generator().manual_seed(4)
+    torch.randint(0, 9, (4,), generator=generator)
+    noise = torch.randn(4, 1, 8, 8, generator=generator)
+    alpha, sigma = coefficients(run.scheduler, run.jumps.start[rows])
+    torch.testing.assert_close(sample, (alpha * 3 + sigma * noise).float())
+
+
+# The gate
+
+
+@pytest.mark.fast
+def test_the_gate_by_hand() -> None:
+    gate = Gate(torch.tensor([1.0, 1.0, 1.0]), momentum=0.7)
+    torch.testing.assert_close(gate.value(), torch.full((3,), 0.5))  # begins at twice the teacher's error
+    gate.update(torch.tensor([4.0, 1.0, 0.0]))
+    torch.testing.assert_close(gate.student_error, torch.tensor([2.6, 1.7, 1.4]))
+    torch.testing.assert_close(gate.value(), torch.tensor([1.6 / 2.6, 0.7 / 1.7, 0.4 / 1.4]))
+    gate.update(torch.tensor([4.0, 1.0, 0.0]))
+    torch.testing.assert_close(gate.student_error, torch.tensor([3.02, 1.49, 0.98]))
+    assert gate.value()[2] == 0  # below the teacher's: closed, never negative
+
+
+@pytest.mark.fast
+def test_a_gate_stays_between_closed_and_open() -> None:
+    gate = Gate(torch.tensor([0.0, 0.0, 5.0]), momentum=0.5)
+    assert gate.value()[:2].tolist() == [0, 0]  # nothing to divide by
+    for error in (torch.tensor([1.0, 1e-30, 1.0]), torch.tensor([1e9, 0.0, 0.0])):
+        gate.update(error)
+        assert ((gate.value() >= 0) & (gate.value() <= 1)).all()
+    assert gate.value()[0] == 1  # a perfect teacher is trusted fully
+
+
+@pytest.mark.fast
+def test_without_momentum_the_gate_is_the_last_measurement() -> None:
+    gate = Gate(torch.tensor([1.0]), momentum=0.0)
+    gate.update(torch.tensor([4.0]))
+    assert gate.value().item() == 0.75
+
+
+# The switches
+
+
+@pytest.fixture
+def calls(tiny_quantized: UNet2DModel) -> tuple[UNet2DModel, list[int]]:
+    """A teacher, and the batch sizes of its calls."""
+    teacher, sizes = copy.deepcopy(tiny_quantized), []
+    teacher.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    return teacher, sizes
+
+
+def test_the_loss_is_the_sum_of_its_terms(
+    tiny_quantized: UNet2DModel, calls: tuple[UNet2DModel, list[int]], tiny_calibration_set: CalibrationSet
+) -> None:
+    run = run_of(tiny_quantized, calls[0], tiny_calibration_set, calibration_weight=3.0)
+    data = run.train_set.trajectory[:, -1]
+    loss, teacher_loss, calibration_loss = run.losses(tiny_quantized, 5, 0, torch.ones(2), data)
+    assert loss.item() == pytest.approx(teacher_loss.item() + 3 * calibration_loss.item(), rel=1e-5)
+    generator = torch.Generator().manual_seed(5 * 8191)
+    rows = torch.randint(0, 2, (4,), generator=generator)
+    sample = run.fresh_batch(rows, generator, data)
+    with torch.no_grad():
+        target = run.teacher_target(sample, rows)
+        output = tiny_quantized(sample, run.jumps.start[rows]).sample
+        expected = weighted_error(output, target, run.weight[rows]).item()
+        rows = torch.randint(0, 2, (4,), generator=generator)
+        trajectories = torch.randint(0, 14, (4,), generator=generator)  # never a held-out one
+        sample, target = run.calibration_batch(tiny_calibration_set, trajectories, rows)
+        output = tiny_quantized(sample, run.jumps.start[rows]).sample
+    assert teacher_loss.item() == pytest.approx(expected, rel=1e-5)
+    assert calibration_loss.item() == pytest.approx(weighted_error(output, target, run.weight[rows]).item(), rel=1e-5)
+
+
+def test_the_gate_scales_each_jump_and_a_closed_one_asks_no_teacher(
+    tiny_quantized: UNet2DModel, calls: tuple[UNet2DModel, list[int]], tiny_calibration_set: CalibrationSet
+) -> None:
+    teacher, sizes = calls
+    run = run_of(tiny_quantized, teacher, tiny_calibration_set)
+    data = run.train_set.trajectory[:, -1]
+    terms = {
+        name: run.losses(tiny_quantized, 1, 0, torch.tensor(gate), data)
+        for name, gate in {"open": [1.0, 1.0], "half": [0.5, 0.5], "first": [1.0, 0.0], "second": [0.0, 1.0]}.items()
+    }
+    assert terms["half"][1].item() == pytest.approx(terms["open"][1].item() / 2, rel=1e-5)
+    assert terms["first"][1].item() + terms["second"][1].item() == pytest.approx(terms["open"][1].item(), rel=1e-5)
+    (both, again), (first, second) = (sizes[0:4:2], sizes[4:8:2])  # two calls each; only the jumps that are open
+    assert both == again == first + second == 4
+    sizes.clear()
+    loss, teacher_loss, calibration_loss = run.losses(tiny_quantized, 1, 0, torch.zeros(2), data)
+    assert teacher_loss is None
+    assert sizes == []
+    assert loss.item() == calibration_loss.item()
+    # The same draws, whatever the gate; in a batch of another size, so the sums may round differently.
+    assert calibration_loss.item() == pytest.approx(terms["open"][2].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("switches", "terms"),
+    [
+        ({}, {"teacher_loss", "calibration_loss", "gate"}),
+        ({"gate": False}, {"teacher_loss", "calibration_loss", "gate"}),
+        ({"calibration": False}, {"teacher_loss", "gate"}),
+        ({"teacher": "none"}, {"calibration_loss"}),
+        ({"teacher": "none", "gate": False}, {"calibration_loss"}),
+    ],
+    ids=["all", "gate off", "calibration off", "no teacher", "no teacher, gate off"],
+)
+def test_every_switch_changes_what_is_learned_from(
+    tiny_quantized: UNet2DModel, calls: tuple[UNet2DModel, list[int]], tiny_calibration_set: CalibrationSet,
+    switches: dict[str, object], terms: set[str],
+) -> None:  # fmt: skip
+    teacher, sizes = calls
+    start = copy.deepcopy(tiny_quantized)
+    given = None if switches.get("teacher") == "none" else teacher
+    (stats,) = train(tiny_quantized, given, tiny_calibration_set, max_train_steps=1, **switches)
+    assert {name for name in ("teacher_loss", "calibration_loss", "gate") if getattr(stats, name) is not None} == terms
+    assert bool(sizes) == (given is not None)
+    if switches == {"gate": False}:
+        assert stats.gate == 1
+    elif "gate" in terms:
+        assert 0 < stats.gate < 1
+    assert stats.loss > 0
+    assert bits_by_module(tiny_quantized) == bits_by_module(start)
+
+
+def test_a_student_better_than_its_teacher_closes_the_gate(
+    tiny_quantized: UNet2DModel, calls: tuple[UNet2DModel, list[int]], tiny_calibration_set: CalibrationSet,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    teacher, sizes = calls
+    monkeypatch.setattr(
+        Distillation,
+        "held_out_error_per_jump",
+        lambda self, model, *, two_steps: torch.full((2,), 5.0 if two_steps else 1.0),
+    )
+    before = copy.deepcopy(tiny_quantized)
+    config = {"calibration": False, "gate_momentum": 0.0, "max_train_steps": 3}
+    stats = train(tiny_quantized, teacher, tiny_calibration_set, **config)
+    assert [entry.gate for entry in stats] == [0, 0, 0]
+    assert [entry.teacher_loss for entry in stats] == [None] * 3
+    assert [entry.loss for entry in stats] == [0, 0, 0]
+    assert sizes == []
+    for name, layer in fake_quant_layers(tiny_quantized).items():
+        assert torch.equal(latent_weight(layer), latent_weight(fake_quant_layers(before)[name]))
+
+
+# Training
+
+
+def test_training_lowers_the_held_out_trajectory_error(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet
+) -> None:
+    teacher, (_, held_out) = copy.deepcopy(tiny_quantized), tiny_calibration_set.split()
+    teacher_state = {name: value.clone() for name, value in teacher.state_dict().items()}
+    start = trajectory_error(tiny_quantized, held_out, 2)
+    stats = train(
+        tiny_quantized, teacher, tiny_calibration_set, max_train_steps=10, train_batch_size=8, evaluation_steps=5
+    )
+    errors = {entry.step: entry.held_out_error for entry in stats if entry.held_out_error is not None}
+    assert list(errors) == [5, 10]
+    assert stats[-1].best_step in errors
+    assert stats[-1].best_error == min(errors.values()) < start
+    assert trajectory_error(tiny_quantized, held_out, 2) <= stats[-1].best_error
+    assert timestep_boundaries(tiny_quantized) == [749]  # ranges of the student's own two steps
+    assert all(torch.equal(value, teacher_state[name]) for name, value in teacher.state_dict().items())
+
+
+def test_statistics_count_the_updates(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(perf_counter=itertools.count(step=0.5).__next__)  # half a second between two looks at it
+    monkeypatch.setattr(distillation_module, "time", clock)
+    stats = train(tiny_quantized, None, tiny_calibration_set, teacher="none", max_train_steps=5)
+    assert [entry.step for entry in stats] == [1, 2, 3, 4, 5]
+    assert [entry.learning_rate for entry in stats] == pytest.approx([1e-4, 8e-5, 6e-5, 4e-5, 2e-5])
+    assert [entry.step for entry in stats if entry.held_out_error is not None] == [2, 4, 5]  # and always the last
+    assert [entry.images_per_second for entry in stats] == [QUICK.train_batch_size / 0.5] * 5
+
+
+def test_the_undistilled_start_is_kept_when_training_only_harms(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet
+) -> None:
+    before = copy.deepcopy(tiny_quantized)
+    stats = train(
+        tiny_quantized,
+        copy.deepcopy(tiny_quantized),
+        tiny_calibration_set,
+        learning_rate=10.0,
+        scale_learning_rate=1.0,
+        max_train_steps=2,
+    )
+    assert stats[-1].best_step == 0
+    assert not stats[-1].held_out_error <= stats[-1].best_error
+    reference, layers = dict(before.named_parameters()), dict(tiny_quantized.named_parameters())
+    assert all(torch.equal(value, reference[name]) for name, value in layers.items())
+    _, held_out = tiny_calibration_set.split()
+    assert trajectory_error(tiny_quantized, held_out, 2) <= stats[-1].best_error
+
+
+def test_end_points_are_the_default_data(tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet) -> None:
+    teacher = copy.deepcopy(tiny_quantized)
+    end_points = tiny_calibration_set.split()[0].trajectory[:, -1]
+    losses = [
+        train(copy.deepcopy(tiny_quantized), teacher, tiny_calibration_set, max_train_steps=1, data=data)[
+            0
+        ].teacher_loss
+        for data in (None, end_points, torch.zeros(5, 1, 8, 8))
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_repeating_gives_the_same_bits_and_another_seed_others(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet
+) -> None:
+    teacher, students = copy.deepcopy(tiny_quantized), []
+    for seed in (0, 0, 1):
+        torch.randn(len(students) + 1)  # the global generator plays no part
+        students.append(copy.deepcopy(tiny_quantized))
+        train(students[-1], teacher, tiny_calibration_set, seed=seed, max_train_steps=2)
+    assert same_state(students[0], students[1])
+    assert not same_state(students[0], students[2])
+
+
+class Killed(BaseException):
+    """Stands for a signal: no handler in the package may catch it."""
+
+
+def test_a_run_that_is_killed_at_every_save_ends_in_the_same_bits(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, straight = copy.deepcopy(tiny_quantized), copy.deepcopy(tiny_quantized)
+    wanted = train(straight, teacher, tiny_calibration_set)
+    kills, seen = 0, []
+
+    def save_and_die(*args: object) -> None:
+        nonlocal kills
+        save_checkpoint(*args)
+        kills += 1
+        raise Killed
+
+    monkeypatch.setattr(distillation_module, "save_checkpoint", save_and_die)
+    for _ in range(20):
+        student = copy.deepcopy(tiny_quantized)
+        try:
+            for entry in distill(student, teacher, tiny_calibration_set, QUICK, checkpoint=tmp_path / "cad"):
+                seen.append(entry)
+            break
+        except Killed:
+            continue
+    assert kills == 3
+    assert same_state(student, straight)
+    assert [entry.step for entry in seen] == [1, 2, 3, 4, 5, 6]  # reported before it is saved: no log has a gap
+    for entry, other in zip(seen, wanted, strict=True):
+        for name in ("loss", "teacher_loss", "calibration_loss", "gate", "learning_rate", "best_error"):
+            assert getattr(entry, name) == getattr(other, name), name
+
+
+def test_a_truncated_resume_file_is_refused(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet, tmp_path: Path
+) -> None:
+    path = tmp_path / "cad.safetensors"
+    save_checkpoint(path, {"weight": torch.ones(100)})
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="cad.safetensors.*damaged"):
+        train(tiny_quantized, None, tiny_calibration_set, teacher="none", checkpoint=path)
+
+
+def test_stopped_early_the_student_is_the_best_state_so_far(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet
+) -> None:
+    config = dataclasses.replace(QUICK, teacher="none", learning_rate=0.05, evaluation_steps=1)  # training only harms
+    start = copy.deepcopy(tiny_quantized)
+    for entry in distill(tiny_quantized, None, tiny_calibration_set, config):
+        if entry.step == 2:
+            break
+    assert entry.best_step == 0
+    weights = {name: latent_weight(layer) for name, layer in fake_quant_layers(tiny_quantized).items()}
+    assert all(torch.equal(weights[name], latent_weight(layer)) for name, layer in fake_quant_layers(start).items())
+
+
+def test_a_resume_file_of_another_student_or_teacher_is_refused(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet, tmp_path: Path
+) -> None:
+    path, start, teacher = tmp_path / "cad.safetensors", copy.deepcopy(tiny_quantized), copy.deepcopy(tiny_quantized)
+    train(tiny_quantized, teacher, tiny_calibration_set, checkpoint=path)
+    other = copy.deepcopy(start)
+    with torch.no_grad():
+        other.conv_in.bias.add_(0.1)
+    with pytest.raises(ValueError, match="begun with other settings.*student"):
+        train(copy.deepcopy(other), teacher, tiny_calibration_set, checkpoint=path)
+    with pytest.raises(ValueError, match="begun with other settings.*teacher"):
+        train(copy.deepcopy(start), other, tiny_calibration_set, checkpoint=path)
+    with pytest.raises(ValueError, match="begun with other settings.*data"):
+        train(copy.deepcopy(start), teacher, tiny_calibration_set, checkpoint=path, data=torch.zeros(2, 1, 8, 8))
+
+
+def test_the_largest_seed_draws(tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet) -> None:
+    train(tiny_quantized, None, tiny_calibration_set, teacher="none", seed=2**32 - 1, max_train_steps=1)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", ["max_train_steps", "train_batch_size", "gate_steps", "evaluation_steps"])
+def test_settings_out_of_range_are_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+        DistillConfig(**{name: 0})
+
+
+def test_a_resume_file_of_other_settings_is_refused(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet, tmp_path: Path
+) -> None:
+    path, start = tmp_path / "cad.safetensors", copy.deepcopy(tiny_quantized)
+    train(tiny_quantized, None, tiny_calibration_set, teacher="none", checkpoint=path)
+    with pytest.raises(ValueError, match="cad.safetensors was begun with other settings.*learning_rate"):
+        train(copy.deepcopy(start), None, tiny_calibration_set, teacher="none", learning_rate=0.5, checkpoint=path)
+    few = tiny_calibration_set.select(slice(0, 8))
+    with pytest.raises(ValueError, match="num_trajectories"):
+        train(copy.deepcopy(start), None, few, teacher="none", checkpoint=path)
+
+
+# What is refused
+
+
+@pytest.mark.fast
+def test_settings_that_leave_nothing_to_learn_from_are_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        DistillConfig(teacher="none", calibration=False)
+    with pytest.raises(ValueError, match="expected 'quantized', 'fp' or 'none', got 'float'"):
+        DistillConfig(teacher="float")
+
+
+@pytest.mark.parametrize(("teacher", "given"), [("none", True), ("quantized", False), ("fp", False)])
+def test_a_teacher_that_is_missing_or_not_wanted_is_refused(
+    tiny_quantized: UNet2DModel,
+    tiny_unet: UNet2DModel,
+    tiny_calibration_set: CalibrationSet,
+    teacher: str,
+    given: bool,
+) -> None:
+    with pytest.raises(ValueError, match=f"teacher='{teacher}', but teacher is {'given' if given else 'missing'}"):
+        train(tiny_quantized, tiny_unet if given else None, tiny_calibration_set, teacher=teacher)
+
+
+def test_a_float_teacher_of_another_set_is_refused(
+    tiny_quantized: UNet2DModel, tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet
+) -> None:
+    train(copy.deepcopy(tiny_quantized), tiny_unet, tiny_calibration_set, teacher="fp", max_train_steps=1)
+    with torch.no_grad():
+        tiny_unet.conv_out.bias.add_(1e-3)
+    for teacher in (tiny_unet, tiny_quantized):
+        with pytest.raises(ValueError, match="not the model that the calibration set was recorded with"):
+            train(copy.deepcopy(tiny_quantized), teacher, tiny_calibration_set, teacher="fp")
+
+
+def test_a_float_student_is_refused(
+    tiny_unet: UNet2DModel, tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet
+) -> None:
+    with pytest.raises(ValueError, match="expected a fake-quantized model, as progressive_quantize leaves it"):
+        train(tiny_unet, tiny_quantized, tiny_calibration_set)
+
+
+def test_an_odd_number_of_steps_is_refused(tiny_quantized: UNet2DModel, tiny_pipeline: DDIMPipeline) -> None:
+    odd = collect_calibration_set(tiny_pipeline, num_trajectories=4, num_inference_steps=5, seed=0, progress=False)
+    with pytest.raises(ValueError, match="num_inference_steps=5 is odd"):
+        train(tiny_quantized, None, odd, teacher="none")
+
+
+def test_too_few_trajectories_are_refused(tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet) -> None:
+    with pytest.raises(ValueError, match="at least 4 trajectories"):
+        train(tiny_quantized, None, tiny_calibration_set.select(slice(0, 3)), teacher="none")
+
+
+def test_a_set_of_another_model_than_the_students_is_refused(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet
+) -> None:
+    manifest = tiny_calibration_set.manifest | {"model_hash": "0" * 64}
+    other = dataclasses.replace(tiny_calibration_set, manifest=manifest)
+    with pytest.raises(ValueError, match="another model"):
+        train(tiny_quantized, copy.deepcopy(tiny_quantized), other, max_train_steps=1)

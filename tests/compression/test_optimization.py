@@ -1,0 +1,152 @@
+"""Specification of the training loop's parts: rates, averaged weights, the best state, and their resume states."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from diffusers_pqcad import PQCADConfig
+from diffusers_pqcad.compression.checkpoint import clone_state, load_checkpoint, save_checkpoint
+from diffusers_pqcad.compression.fake_quant import prepare_, weight_quantizer
+from diffusers_pqcad.compression.optimization import AveragedAdam, BestState, parameter_groups
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(3)
+    network = nn.Sequential(nn.Linear(6, 5), nn.GroupNorm(1, 5), nn.Linear(5, 2))
+    return prepare_(network, PQCADConfig(activation_bits=None), {"0": 4, "2": 8})
+
+
+def adam_of(model: nn.Module, **settings: float) -> AveragedAdam:
+    values = {"learning_rate": 1e-2, "scale_learning_rate": 1e-3, "num_steps": 10, "ema_decay": 0.9}
+    return AveragedAdam(model, **values | settings)
+
+
+def train(model: nn.Module, adam: AveragedAdam, steps: range) -> None:
+    for step in steps:
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        model(x).square().mean().backward()
+        adam.update(step)
+
+
+def test_scales_have_a_rate_of_their_own_and_nothing_is_left_out(model: nn.Module) -> None:
+    others, scales = parameter_groups(model, 0.3, 0.1)
+    assert (others["lr"], scales["lr"]) == (0.3, 0.1)
+    assert {id(p) for p in scales["params"]} == {id(weight_quantizer(model[i]).scale) for i in (0, 2)}
+    together = [id(p) for p in (*others["params"], *scales["params"])]
+    assert sorted(together) == sorted(id(p) for p in model.parameters())
+
+
+def test_rates_fall_linearly_to_zero(model: nn.Module) -> None:
+    adam = adam_of(model)
+    rates = []
+    for step in range(10):
+        train(model, adam, range(step, step + 1))
+        rates.append([group["lr"] for group in adam.optimizer.param_groups])
+        assert adam.learning_rate(step) == rates[-1][0]
+    assert rates[0] == [1e-2, 1e-3]
+    assert rates[5] == pytest.approx([5e-3, 5e-4])
+    assert rates[9] == pytest.approx([1e-3, 1e-4])
+
+
+def test_the_first_update_of_adam_is_the_rate_against_the_sign_of_the_gradient(model: nn.Module) -> None:
+    adam = adam_of(model)
+    before = model[2].bias.detach().clone()
+    model(torch.randn(4, 6)).sum().backward()
+    sign = model[2].bias.grad.sign()
+    adam.update(0)
+    torch.testing.assert_close(model[2].bias.detach(), before - 1e-2 * sign, rtol=0, atol=1e-6)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradients_are_clipped_to_the_norm_of_all_of_them(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    adam = adam_of(model, max_grad_norm=0.5)
+    norms = []
+
+    def watch() -> None:
+        gradients = [parameter.grad.double().flatten() for parameter in model.parameters()]
+        norms.append(torch.cat(gradients).norm().item())
+
+    monkeypatch.setattr(adam.optimizer, "step", watch)
+    (1000 * model(torch.randn(4, 6)).square().mean()).backward()
+    adam.update(0)
+    (1e-6 * model(torch.randn(4, 6)).square().mean()).backward()
+    adam.update(1)
+    assert norms[0] == pytest.approx(0.5, rel=1e-3)
+    assert norms[1] < 1e-3
+
+
+def test_the_average_follows_its_recurrence(model: nn.Module) -> None:
+    adam, expected = adam_of(model), model[2].bias.detach().double().clone()
+    for step in range(6):
+        train(model, adam, range(step, step + 1))
+        decay = 0.0 if step == 0 else min(0.9, 1 - (1 + step) ** -0.75)  # diffusers' warm-up, gamma 1, power 3/4
+        expected = decay * expected + (1 - decay) * model[2].bias.detach().double()
+    with adam.averaged():
+        torch.testing.assert_close(model[2].bias.detach().double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_averaged_weights_are_in_the_model_inside_the_block_only(model: nn.Module) -> None:
+    adam = adam_of(model)
+    train(model, adam, range(5))
+    before, addresses = clone_state(model), [p.data_ptr() for p in model.parameters()]
+
+    def leave_by_an_error() -> None:
+        with adam.averaged():
+            assert not torch.equal(model[0].bias, before["0.bias"])
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        leave_by_an_error()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [p.data_ptr() for p in model.parameters()] == addresses
+
+
+def test_training_goes_on_from_a_file_as_if_it_had_never_stopped(model: nn.Module, tmp_path) -> None:
+    twin = copy.deepcopy(model)
+    adam = adam_of(model)
+    train(model, adam, range(10))
+
+    first = adam_of(twin)
+    train(twin, first, range(4))
+    save_checkpoint(tmp_path / "state", {"model": dict(twin.state_dict()), "adam": first.state_dict()})
+    state = load_checkpoint(tmp_path / "state")
+    second = adam_of(twin)
+    twin.load_state_dict(state["model"])
+    second.load_state_dict(state["adam"])
+    train(twin, second, range(4, 10))
+
+    assert all(torch.equal(value, twin.state_dict()[name]) for name, value in model.state_dict().items())
+    with adam.averaged(), second.averaged():
+        assert all(torch.equal(value, twin.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_the_best_state_is_the_one_with_the_smallest_error(model: nn.Module) -> None:
+    best = BestState(model, 3.0)
+    start = clone_state(model)
+    states = {}
+    for step, error in ((1, 4.0), (2, 2.0), (3, 2.0), (4, float("nan")), (5, 2.5)):
+        with torch.no_grad():
+            model[2].bias.add_(1)
+        states[step] = clone_state(model)
+        best.offer(model, step, error)
+        if step == 1:
+            assert (best.step, best.error) == (0, 3.0)
+            assert torch.equal(best.state["2.bias"], start["2.bias"])
+    assert (best.step, best.error) == (2, 2.0)
+    best.restore_(model)
+    assert all(torch.equal(value, states[2][name]) for name, value in model.state_dict().items())
+
+
+def test_the_best_state_survives_a_file(model: nn.Module, tmp_path) -> None:
+    best = BestState(model, 3.0)
+    best.offer(model, 7, 1.5)
+    save_checkpoint(tmp_path / "best", best.state_dict())
+    other = BestState(copy.deepcopy(model), 9.0)
+    other.load_state_dict(load_checkpoint(tmp_path / "best"))
+    assert (other.step, other.error) == (7, 1.5)
+    assert all(torch.equal(value, other.state[name]) for name, value in best.state.items())

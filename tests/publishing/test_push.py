@@ -1,0 +1,167 @@
+"""Specification of pushing: only publishable files leave through the real client, and they come back the same."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMPipeline
+from safetensors.torch import load, load_file
+from stub_hub import StubHub
+
+from diffusers_pqcad import PQCADConfig, quantize_
+from diffusers_pqcad.publishing.hub import END, START, write_card
+
+ROOT = Path(__file__).parents[2]
+TOKEN = StubHub.token
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+SAVED = {"model_index.json", "scheduler/scheduler_config.json", "unet/config.json", WEIGHTS}  # by the pipeline
+BESIDE = {"recipe.yaml", "metrics.json", "history.json", "assets/samples.png"}
+PRIVATE = {
+    "state/x.safetensors",
+    "state/models/pq/config.json",
+    "state/models/pq/diffusion_pytorch_model.safetensors",
+    "state/rows/pq.json",
+    "state/pq_cad-log.jsonl",
+    "unet/diffusion_pytorch_model.safetensors.partial",
+    "model.partial",
+    "optimizer.pt",
+    "unet/weights.bin",
+    "pickle.pkl",
+    ".env",
+    "notes.txt",
+    "assets/raw.npy",
+}
+PUSH = """
+import sys
+from diffusers_pqcad.publishing import hub
+hub.check_access()
+for folder in sys.argv[1:]:
+    print(hub.push(folder, "me/model", private=True))
+"""
+LOAD = """
+import sys
+import diffusers_pqcad
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+save_file(DiffusionPipeline.from_pretrained("me/model").unet.state_dict(), sys.argv[1])
+"""
+
+
+@pytest.fixture
+def hub():
+    with StubHub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def client(tmp_path):
+    """Runs code as a user of a Hub does: the client reads its settings when it is imported, so in a new process."""
+
+    def run(url: str, code: str, *arguments: object, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
+        others = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        settings = {
+            "HF_ENDPOINT": url,
+            "HF_TOKEN": token,
+            "HF_HOME": tempfile.mkdtemp(dir=tmp_path),  # nothing comes from an earlier process's cache
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.run(command, env=others | settings, capture_output=True, text=True, check=False, timeout=200)
+
+    return run
+
+
+def succeeded(result: subprocess.CompletedProcess[str], hub: StubHub) -> str:
+    """What the process printed; it has asked for nothing that the stub does not know."""
+    assert not hub.unexpected
+    assert result.returncode == 0, result.stderr
+    assert TOKEN not in result.stdout + result.stderr
+    return result.stdout
+
+
+def write_results(folder: Path, sqnr: str) -> None:
+    matter = "---\nlibrary_name: diffusers\nbase_model: a/teacher\nbase_model_relation: quantized\n---\n"
+    write_card(folder, f"{matter}{START}\nSQNR: {sqnr} dB\n{END}\n")
+
+
+def bytes_of(folder: Path, names: set[str]) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def pushed(hub: StubHub) -> dict[str, bytes]:
+    """The files of the model at the stub, less the one that every new repository has."""
+    return {name: data for name, data in hub.files("me/model").items() if name != ".gitattributes"}
+
+
+def test_only_publishable_files_leave_and_the_model_loads_from_the_hub(
+    hub: StubHub, client, tiny_pipeline: DDIMPipeline, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    quantize_(tiny_pipeline.unet, PQCADConfig())
+    tiny_pipeline.save_pretrained(folder)
+    write_results(folder, "17.17")
+    for name in BESIDE | PRIVATE:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(bytes(range(256)) + name.encode())
+    (folder / ".env").write_text(f"HF_TOKEN={TOKEN}")
+
+    assert succeeded(client(hub.url, PUSH, folder), hub) == f"{hub.url}/me/model\n"
+    assert "/api/whoami-v2" in [request.path for request in hub.requests]  # access is checked, and a good token has it
+    assert pushed(hub) == bytes_of(folder, SAVED | BESIDE | {"README.md"})
+    assert list(hub.objects.values()) == [pushed(hub)[WEIGHTS]]
+    assert hub.repos["me/model"].private
+    sent = [request.body for request in hub.requests] + list(hub.files("me/model").values())
+    assert not any(TOKEN.encode() in data for data in sent)
+
+    succeeded(client(hub.url, LOAD, tmp_path / "loaded.safetensors"), hub)
+    loaded, expected = load_file(tmp_path / "loaded.safetensors"), load(pushed(hub)[WEIGHTS])
+    assert loaded.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor), name
+
+
+def test_pushing_again_replaces_what_changed(hub: StubHub, client, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    (first / "unet").mkdir(parents=True)
+    (first / WEIGHTS).write_bytes(b"weights")
+    write_results(first, "17.17")
+    shutil.copytree(first, second)
+    write_results(second, "18.28")
+    urls = succeeded(client(hub.url, PUSH, first, second), hub).split()
+
+    assert urls == [f"{hub.url}/me/model"] * 2
+    assert list(hub.repos) == ["me/model"]
+    created, *commits = hub.repos["me/model"].commits.values()  # the first comes with the repository
+    assert [commit.items() - created.items() for commit in commits] == [
+        bytes_of(folder, {"README.md", WEIGHTS}).items() for folder in (first, second)
+    ]
+    assert b"SQNR: 18.28 dB" in pushed(hub)["README.md"]
+    assert sum(request.method == "PUT" for request in hub.requests) == 1  # weights that are there are not sent again
+
+
+@pytest.mark.parametrize("reason", ["bad token", "no server"])
+def test_without_access_there_is_advice_and_no_token(hub: StubHub, client, reason: str) -> None:
+    token = "hf_wrong" if reason == "bad token" else TOKEN
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nobody = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    result = client(hub.url if reason == "bad token" else nobody, PUSH, token=token)
+    assert not hub.unexpected
+    assert result.returncode == 1
+    assert not hub.repos
+    assert result.stderr.count("Traceback") == 1  # the client's own errors are not the user's
+    message = result.stderr[result.stderr.index("ValueError: ") :]
+    assert ("Invalid user token" if reason == "bad token" else "ConnectError") in message
+    assert "hf auth login" in message
+    assert "without --push_to_hub" in message
+    assert token not in result.stdout + result.stderr
