@@ -1,5 +1,6 @@
 """What the tests of blocks that the kernel computes at once share."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -37,3 +38,12 @@ def static(block: Block, boundaries: list[int]) -> Block:
         ends = 2.0 + torch.arange(len(groups))
         layer.set_input_qparams_(activation_qparams(-ends, 2 * ends, 8), groups)
     return block
+
+
+def copy_of(block: Block) -> Block:
+    """Return a deep copy of `block`, in the timestep group that it is in: a copy has groups of its own."""
+    other = copy.deepcopy(block)
+    for layer, copied in zip(packed_layers(block).values(), packed_layers(other).values(), strict=True):
+        if layer.timestep_groups is not None:
+            copied.timestep_groups.select(layer.timestep_groups.index)
+    return other

@@ -56,6 +56,7 @@ def prepare_(
         config = with_model_exemptions(model, config)
         swap_(model, match_modules(model, config))
         return config
+    config = named_as_in(model, config)
     layers = swap_(model, saved_layers(model, config))
     groups = None if config.timestep_boundaries is None else TimestepGroups(config.timestep_boundaries)
     for name, layer in layers.items():
@@ -95,6 +96,21 @@ def refuse_misfit(name: str, dtype: torch.dtype, shape: Iterable[int], expected:
             )
 
 
+def named_as_in(model: nn.Module, config: PQCADConfig) -> PQCADConfig:
+    """Return the saved `config` with the names that its layers have in `model`.
+
+    transformers loads the file of a base model into one with a head, where names have a prefix, and the other way.
+    """
+    prefix, named = getattr(model, "base_model_prefix", ""), config.weight_bits_by_module
+    layers = quantizable_layers(model).keys()
+    if not prefix or named.keys() <= layers:
+        return config
+    longer = {f"{prefix}.{name}": bits for name, bits in named.items()}
+    shorter = {name.removeprefix(f"{prefix}."): bits for name, bits in named.items() if name.startswith(f"{prefix}.")}
+    renamed = next((names for names in (longer, shorter) if names and names.keys() <= layers), named)
+    return PQCADConfig(**config.to_dict() | {"weight_bits_by_module": renamed})
+
+
 def saved_layers(model: nn.Module, config: PQCADConfig) -> dict[str, FloatLayer]:
     """Return the layers that a saved `config` says are packed.
 
@@ -131,12 +147,12 @@ def complete_(model: nn.Module, config: PQCADConfig, *, pre_quantized: bool) -> 
     return config
 
 
-def holds_floats(names: Iterable[str], model_name: str) -> bool:
-    """Return whether a checkpoint of the tensors `names` holds no packed layer, with a warning if so.
+def holds_floats(names: Iterable[str], model_name: str, config: PQCADConfig) -> bool:
+    """Return whether a checkpoint of the tensors `names` holds no packed layer where its `config` says that it does.
 
-    Its config says that it does: a model made by `from_config` of a quantized model's config inherits the entry.
+    Warns if so: a model made by `from_config` of a quantized model's config inherits the entry.
     """
-    if any(name.endswith(".qweight") for name in names):
+    if config.packed_share == 0 or any(name.endswith(".qweight") for name in names):
         return False
     warnings.warn(
         f"{model_name}: the config holds a quantization_config, but the weights are in floating point, as those of a "

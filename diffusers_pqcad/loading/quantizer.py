@@ -63,7 +63,9 @@ class PQCADQuantizer(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """Note whether the checkpoint of a model that says it is quantized holds floats; see `holds_floats`."""
-        self.holds_floats = self.pre_quantized and holds_floats(loaded_keys, str(checkpoint_files[0]))
+        self.holds_floats = self.pre_quantized and holds_floats(
+            loaded_keys, str(checkpoint_files[0]), self.quantization_config
+        )
         return loaded_keys
 
     def _process_model_before_weight_loading(

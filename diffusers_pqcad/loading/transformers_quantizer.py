@@ -60,7 +60,9 @@ class PQCADTransformersQuantizer(HfQuantizer):
         **kwargs: Any,
     ) -> nn.Module:
         if self.pre_quantized and checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
-            self.holds_floats = holds_floats(tensor_names(checkpoint_files), checkpoint_files[0])
+            self.holds_floats = holds_floats(
+                tensor_names(checkpoint_files), checkpoint_files[0], self.quantization_config
+            )
         if self.holds_floats:
             return model
         self.quantization_config = prepare_(

@@ -225,8 +225,8 @@ def test_casts_leave_the_integers_and_scales(case: str, dtype: torch.dtype) -> N
     torch.testing.assert_close(layer(x), reference, rtol=tolerance, atol=tolerance)
     layer.requires_grad_(False).type(torch.float32)  # which casts integers too, of other modules
     for name in ("qweight", "weight_scale", "input_scale", "input_zero_point"):
-        assert layer.state_dict()[name].dtype == before[name].dtype
-        assert torch.equal(layer.state_dict()[name], before[name])
+        assert stored(layer)[name].dtype == before[name].dtype
+        assert torch.equal(stored(layer)[name], before[name])
     assert layer.weight.dtype == torch.float32
 
 

@@ -252,7 +252,7 @@ def test_a_single_layer_has_a_checksum_too():
     model = nn.Sequential(nn.Linear(8, 8))
     quantize_(model, PQCADConfig(method="fixed"))
     assert isinstance(model[0], PQCADLinear)
-    assert len(model[0].state_dict()[CHECKSUM]) == 4  # name, settings, integers, scales
+    assert len(model.state_dict()[f"0.{CHECKSUM}"]) == 4  # name, settings, integers, scales
     assert copy.deepcopy(model).load_state_dict(model.state_dict()) == ([], [])
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from fused_blocks import counted, static
+from fused_blocks import copy_of, counted, static
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
@@ -142,7 +142,7 @@ def image() -> Tensor:
 @torch.no_grad()
 def call_both(block: Attention, *args, **kwargs) -> tuple[Tensor, Tensor]:
     """Return what `block` returns, and what it returns as a plain `Attention`."""
-    plain = copy.deepcopy(block)
+    plain = copy_of(block)
     remove_fused_(plain)
     assert type(plain) is Attention
     return block(*args, **kwargs), plain(*args, **kwargs)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
-from fused_blocks import static
+from fused_blocks import copy_of, static
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
@@ -37,7 +37,7 @@ def block() -> FusedFeedForward:
 @torch.no_grad()
 def call_both(block: FeedForward, x: Tensor) -> tuple[Tensor, Tensor, int]:
     """What `block` returns, what it returns as a plain `FeedForward`, and how often it was computed at once."""
-    plain = copy.deepcopy(block)
+    plain = copy_of(block)
     remove_fused_(plain)
     assert type(plain) is FeedForward
     with mock.patch.object(fused, "run_feed_forward", side_effect=fused.run_feed_forward) as run:

@@ -17,6 +17,7 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from fused_blocks import copy_of
 from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, quantize_
@@ -80,7 +81,7 @@ def call(block: nn.Module, *inputs: Tensor) -> Tensor:
 @torch.no_grad()
 def builds(block: nn.Module, *inputs: Tensor) -> int:
     """How many plans a call makes; its output is that of a block without memory."""
-    fresh, kind = copy.deepcopy(block), cast(Any, type(block))
+    fresh, kind = copy_of(block), cast(Any, type(block))
     with mock.patch.object(kind, "build_plan", autospec=True, side_effect=kind.build_plan) as build:
         output = call(block, *inputs)
     expected = call(fresh, *inputs)
@@ -99,7 +100,7 @@ def test_arguments_that_are_no_tensors_do_as_in_the_plain_block(
     model: nn.ModuleList, kind: str, value: str, position: int
 ) -> None:
     """An IP-Adapter's context is a tuple; its processor is not the common one, and knows what to do with it."""
-    block, plain = model[0], copy.deepcopy(model[0])
+    block, plain = model[0], copy_of(model[0])
     remove_fused_(plain)
     arguments: list[Any] = list(inputs_of(kind))
     arguments += [None] * (position + 1 - len(arguments))

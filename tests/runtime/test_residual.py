@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
-from fused_blocks import counted, static
+from fused_blocks import copy_of, counted, static
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ def block_of(*, bits: int = 8, **settings) -> ResnetBlock2D:
 
 def call_both(block: ResnetBlock2D, x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
     """Return what `block` returns, and what it returns as a plain `ResnetBlock2D`."""
-    plain = copy.deepcopy(block)
+    plain = copy_of(block)
     remove_fused_(plain)
     assert type(plain) is ResnetBlock2D
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_another_activation_is_computed(block: ResnetBlock2D, replacement) -> No
 
 
 def test_errors_are_those_of_the_plain_block(block: ResnetBlock2D) -> None:
-    plain = copy.deepcopy(block)
+    plain = copy_of(block)
     remove_fused_(plain)
     for x, temb in ((image(15), torch.randn(2, 12)), (image(), torch.randn(2, 11)), (image(), torch.randn(3, 12))):
         with torch.no_grad(), pytest.raises((ValueError, RuntimeError)) as expected:

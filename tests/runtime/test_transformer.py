@@ -1,6 +1,5 @@
 """Specification of transformers over images that the kernel computes at once: the same numbers, and no copies."""
 
-import copy
 from typing import Any
 from unittest import mock
 
@@ -12,7 +11,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from fused_blocks import counted, static
+from fused_blocks import copy_of, counted, static
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
@@ -60,7 +59,7 @@ def call_both(block: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, in
 
     The parts of the plain one stay as they are: attention has the same digits in both.
     """
-    plain = copy.deepcopy(block)
+    plain = copy_of(block)
     plain.__class__ = Transformer2DModel
     with mock.patch.object(fused, "run_transformer", side_effect=fused.run_transformer) as run:
         actual = block(*args, **kwargs, return_dict=False)[0]
@@ -433,7 +432,7 @@ def test_a_plan_holds_the_norms_that_it_points_to(block: FusedTransformer2DModel
 @pytest.mark.parametrize("family", ["SD-1.5 UNet", "SD-2 UNet", "SDXL UNet"])
 def test_models_of_diffusers_take_it(family: str) -> None:
     model = quantize_(families.build(family), W8)
-    plain = copy.deepcopy(model)
+    plain = copy_of(model)
     remove_fused_(plain)
     blocks = [module for module in model.modules() if isinstance(module, FusedTransformer2DModel)]
     assert not any(isinstance(module, FusedBlock) for module in plain.modules())
