@@ -2,8 +2,8 @@
 
 A kernel is a module with `NAME`, `refusal(layer)` (why it cannot run this layer here, or `None`), `pack(layer)` (what
 it keeps beside the packed weights, until they or the activation ranges change) and `run(layer, packed, x)`. `KERNELS`
-lists them, fastest first; `reference` can run everything and is the oracle for the others. `x86` also computes what
-comes before a layer (`fuses`), and whole blocks (fused.py); weights.py is for all.
+lists them, fastest first; `reference` can run everything and is the oracle for the others. `x86` also computes whole
+blocks (fused.py); weights.py is for all.
 """
 
 import logging
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_pqcad.kernels import onednn, reference, x86
-from diffusers_pqcad.kernels.pending import PendingActivation
 from diffusers_pqcad.kernels.x86 import native
 
 if TYPE_CHECKING:
@@ -84,14 +83,9 @@ def needs_gradient(layer: "QuantizedLayer", x: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
-def fuses(kernel: Kernel) -> bool:
-    """Return whether `kernel` computes a `PendingActivation` itself."""
-    return kernel.NAME == x86.NAME
-
-
 def has_numbers(x: Tensor) -> bool:
     """Return whether the numbers of `x` lie in the CPU's memory: not in a graph's, nor in a subclass of tensors."""
-    return type(x) in (Tensor, nn.Parameter, PendingActivation) and x.is_cpu and not torch.jit.is_tracing()
+    return type(x) in (Tensor, nn.Parameter) and x.is_cpu and not torch.jit.is_tracing()
 
 
 @cache

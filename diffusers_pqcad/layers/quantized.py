@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusers_pqcad import kernels
-from diffusers_pqcad.kernels.pending import PendingActivation
 from diffusers_pqcad.kernels.x86 import weights
 from diffusers_pqcad.layers import graph_ops
 from diffusers_pqcad.layers.checksums import (
@@ -237,8 +236,6 @@ class QuantizedLayer(nn.Module):
     def compute(self, x: Tensor) -> Tensor:
         """Return the output of the packed layer by the kernel that this call takes, without hooks."""
         kernel = kernels.select_kernel(self, x)
-        if isinstance(x, PendingActivation) and not kernels.fuses(kernel):
-            x = x.value()
         packed = None if kernel.NAME == kernels.reference.NAME else self.packed_for(kernel.NAME)
         return kernel.run(self, packed, x)
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from diffusers_pqcad import kernels
 from diffusers_pqcad.kernels import onednn, x86
-from diffusers_pqcad.kernels.pending import install_pending_, remove_pending_
 from diffusers_pqcad.kernels.x86 import weights
 from diffusers_pqcad.layers.quantized import (
     FloatLayer,
@@ -289,14 +288,12 @@ def finish_(model: nn.Module, config: PQCADConfig) -> None:
         convolutions = [layer for layer in layers.values() if isinstance(layer, nn.Conv2d)]
         if any(layer.kernel_name() in (x86.NAME, onednn.NAME) for layer in convolutions):
             install_channels_last_(model)  # without int8 convolutions, weights would be reordered in every call
-        fusing: set[nn.Module] = {layer for layer in layers.values() if layer.kernel_name() == x86.NAME}
-        if fusing:
+        if any(layer.kernel_name() == x86.NAME for layer in layers.values()):
             from diffusers_pqcad.runtime.attention import FusedAttention  # these import diffusers' models
             from diffusers_pqcad.runtime.feed_forward import FusedFeedForward
             from diffusers_pqcad.runtime.residual import FusedResnetBlock2D
             from diffusers_pqcad.runtime.transformer import FusedTransformer2DModel
 
-            install_pending_(model, fusing)
             install_fused_(model, (FusedAttention, FusedFeedForward, FusedResnetBlock2D, FusedTransformer2DModel))
         found = list(layers.values())
         summary = f"{coverage}; {kernels.summary(found)}"
@@ -352,7 +349,6 @@ def unmark_quantized_(model: Any) -> None:
     """Undo `mark_quantized_` and `finish_`."""
     remove_timestep_groups(model)
     remove_channels_last_(model)
-    remove_pending_(model)
     remove_fused_(model)
     restore_methods_(model)
     if hasattr(model, "_internal_dict"):

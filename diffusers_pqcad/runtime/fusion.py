@@ -9,7 +9,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from diffusers_pqcad import kernels
 from diffusers_pqcad.kernels import x86
-from diffusers_pqcad.kernels.pending import Norm, PendingGroupNorm
+from diffusers_pqcad.kernels.x86 import Norm
 from diffusers_pqcad.layers import graph_ops
 from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear, QuantizedLayer
 from diffusers_pqcad.numerics.qparams import is_exported
@@ -150,7 +150,6 @@ def parts_of(block: nn.Module) -> Iterator[nn.Module]:
 
 VALUES: dict[type[nn.Module], tuple[str, ...]] = {  # of modules, that plans are built on
     nn.GroupNorm: ("num_groups", "eps", "affine"),
-    PendingGroupNorm: ("num_groups", "eps", "affine"),
     nn.LayerNorm: ("normalized_shape", "eps"),
     nn.Dropout: ("p", "training"),
     PQCADLinear: ("in_features", "out_features", "packed", "activation_bits"),
@@ -206,7 +205,7 @@ def takes_kernel(layer: nn.Module) -> bool:
 
 def plain_norm(module: nn.Module) -> Norm | None:
     """Return the group norm that `module` computes, or `None` where the kernel cannot take it, or somebody looks."""
-    if type(module) not in (nn.GroupNorm, PendingGroupNorm) or is_changed(module):
+    if type(module) is not nn.GroupNorm or is_changed(module):
         return None
     assert isinstance(module, nn.GroupNorm)
     if not is_plain(module.weight) or not is_plain(module.bias) or module.num_channels % module.num_groups:

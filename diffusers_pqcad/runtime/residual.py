@@ -7,7 +7,6 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from diffusers_pqcad.kernels import x86
-from diffusers_pqcad.kernels.pending import PendingSiLU
 from diffusers_pqcad.kernels.x86 import fused
 from diffusers_pqcad.layers import graph_ops
 from diffusers_pqcad.runtime import fusion
@@ -47,7 +46,10 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
             return False
         if self.upsample or self.downsample or self.output_scale_factor != 1 or x.dim() != 4:
             return False
-        if self.time_embedding_norm != "default" or (temb is None) != (self.time_emb_proj is None):
+        if (temb is None) != (self.time_emb_proj is None):
+            return False
+        # "group", as autoencoders have it, is "default" without an embedding.
+        if self.time_embedding_norm != "default" and (self.time_embedding_norm != "group" or temb is not None):
             return False
         return fusion.is_packed(self.conv1)
 
@@ -60,7 +62,7 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
             return None
         if time_size is not None and time_size != (x_size[0], self.time_emb_proj.in_features):
             return None
-        if type(self.nonlinearity) not in (nn.SiLU, PendingSiLU) or fusion.is_changed(self.nonlinearity):
+        if type(self.nonlinearity) is not nn.SiLU or fusion.is_changed(self.nonlinearity):
             return None
         if not fusion.drops_nothing(self.dropout):
             return None

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from diffusers_pqcad import PQCADConfig, quantize_
 from diffusers_pqcad.compression.fake_quant import convert_, enable_activations_, input_quantizers, prepare_
-from diffusers_pqcad.kernels.pending import WAITING
 from diffusers_pqcad.layers.quantized import QUANTIZED_LAYERS
 from diffusers_pqcad.loading.convert import match_modules
 from diffusers_pqcad.runtime.attention import FusedAttention
@@ -24,7 +23,7 @@ from diffusers_pqcad.runtime.transformer import FusedTransformer2DModel
 
 FUSED = (FusedAttention, FusedFeedForward, FusedResnetBlock2D, FusedTransformer2DModel)
 REPLACED: dict[type[nn.Module], type[nn.Module]] = {
-    **{ours: plain for plain, ours in (*QUANTIZED_LAYERS.items(), *WAITING.items())},
+    **{ours: plain for plain, ours in QUANTIZED_LAYERS.items()},
     **{ours: ours.plain for ours in FUSED},  # type: ignore[dict-item]
 }
 REFUSED = ("enable_layerwise_casting", "fuse_qkv_projections")  # whatever they are called with

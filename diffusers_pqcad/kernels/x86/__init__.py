@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_pqcad.kernels import onednn, ranges
-from diffusers_pqcad.kernels.pending import Norm, PendingActivation
 from diffusers_pqcad.kernels.x86 import native, scratch
 from diffusers_pqcad.kernels.x86.layout import check_layout
 from diffusers_pqcad.kernels.x86.recent import Recent
@@ -140,6 +139,21 @@ class ResidualBlock(ctypes.Structure):
 
 STRUCTS = (Image, Output, Affine, Weights, Filters, Addend, Layer, GroupNorm, ResidualBlock)
 NO_AFFINE, NO_ADDEND = Affine(), Addend()
+
+
+class Norm(NamedTuple):
+    """What a group norm was when it was called: a module that is offloaded loses its parameters afterwards."""
+
+    num_groups: int
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, module: nn.GroupNorm) -> "Norm":
+        """Return the norm that `module` computes now."""
+        weight, bias = module.weight.detach().contiguous(), module.bias.detach().contiguous()
+        return cls(module.num_groups, weight, bias, module.eps)
 
 
 class Geometry(NamedTuple):
@@ -435,23 +449,11 @@ def run_calls(
 
 def run(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor) -> Tensor:
     """Return the int8 operation's output in the dtype of `x`; convolutions return channels_last."""
-    pending = x if isinstance(x, PendingActivation) and x.can_be_fused(layer) else None
-    if pending is None and isinstance(x, PendingActivation):
-        x = x.value()
     is_conv = isinstance(layer, nn.Conv2d)
-    dense = x if pending is None else pending.source
-    if is_conv:
-        dense = dense if dense.dim() == 4 else dense.unsqueeze(0)
-        if dense.dim() == 4:  # others are refused below
-            dense = dense.float().contiguous(memory_format=torch.channels_last)
-    elif pending is None:
-        dense = dense.float().contiguous()
-    call = call_of(layer, packed, dense.shape if is_conv else x.shape)
-    affine = NO_AFFINE
-    if pending is not None:
-        norm = group_norm_of(pending.group_norm)
-        gain, shift = normalization(norm, pending.source, call.layer.image)
-        affine = Affine(gain.data_ptr(), shift.data_ptr(), pending.has_silu)
     memory_format = torch.channels_last if is_conv else torch.contiguous_format
-    output = run_call(call, dense, affine, memory_format=memory_format)
+    dense = x.unsqueeze(0) if is_conv and x.dim() != 4 else x
+    if dense.dim() == 4 or not is_conv:  # others are refused below
+        dense = dense.float().contiguous(memory_format=memory_format)
+    call = call_of(layer, packed, dense.shape)
+    output = run_call(call, dense, memory_format=memory_format)
     return (output if output.dim() == x.dim() else output.squeeze(0)).to(x.dtype)

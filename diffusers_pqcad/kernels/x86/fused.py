@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_pqcad.kernels import x86
-from diffusers_pqcad.kernels.pending import Norm
 from diffusers_pqcad.kernels.x86 import (
     NAME,
     NO_AFFINE,
@@ -15,6 +14,7 @@ from diffusers_pqcad.kernels.x86 import (
     Affine,
     Call,
     GroupNorm,
+    Norm,
     PackedLayer,
     ResidualBlock,
     attention,
