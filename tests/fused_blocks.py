@@ -9,25 +9,25 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from diffusers_pqcad.kernels.x86 import fused
 from diffusers_pqcad.layers.quantized import packed_layers
 from diffusers_pqcad.layers.timesteps import TimestepGroups
 from diffusers_pqcad.numerics.qparams import activation_qparams
+from diffusers_pqcad.runtime import plans
 
 Block = TypeVar("Block", bound=nn.Module)
 
 
 @contextmanager
 def counted(name: str) -> Iterator[list[Tensor]]:
-    """The first inputs of the calls of `fused.NAME`, which runs a plan."""
+    """The first inputs of the calls of `plans.NAME`, which runs a plan."""
     inputs: list[Tensor] = []
-    function = getattr(fused, name)
+    function = getattr(plans, name)
 
     def run(plan: Any, x: Tensor, *others: Tensor | None) -> Tensor:
         inputs.append(x)
         return function(plan, x, *others)
 
-    with mock.patch.object(fused, name, run):
+    with mock.patch.object(plans, name, run):
         yield inputs
 
 

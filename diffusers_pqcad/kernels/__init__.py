@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffusers_pqcad.kernels import onednn, reference, x86
-from diffusers_pqcad.kernels.x86 import native
+from diffusers_pqcad.kernels import native, onednn, reference, x86
 
 if TYPE_CHECKING:
     from diffusers_pqcad.layers.quantized import QuantizedLayer

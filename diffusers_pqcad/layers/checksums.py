@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_pqcad.kernels.x86.crc32 import crc32
+from diffusers_pqcad.kernels.native.crc32 import crc32
 
 CHECKSUM = "checksum"
 PACKED_BUFFERS = ("qweight", "weight_scale", "input_scale", "input_zero_point")

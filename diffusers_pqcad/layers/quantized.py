@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusers_pqcad import kernels
-from diffusers_pqcad.kernels.x86 import weights
+from diffusers_pqcad.kernels.native import weights
 from diffusers_pqcad.layers import graph_ops
 from diffusers_pqcad.layers.checksums import (
     CHECKSUM,

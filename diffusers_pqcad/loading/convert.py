@@ -11,7 +11,7 @@ from torch import nn
 
 from diffusers_pqcad import kernels
 from diffusers_pqcad.kernels import onednn, x86
-from diffusers_pqcad.kernels.x86 import weights
+from diffusers_pqcad.kernels.native import weights
 from diffusers_pqcad.layers.quantized import (
     FloatLayer,
     QuantizedLayer,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_pqcad.kernels.x86 import weights
+from diffusers_pqcad.kernels.native import weights
 from diffusers_pqcad.layers.checksums import CHECKSUM, PACKED_BUFFERS, names_by_number
 from diffusers_pqcad.layers.quantized import SCALE_BUFFERS, FloatLayer, packed_layers, quantized_layers
 from diffusers_pqcad.layers.timesteps import TimestepGroups

@@ -8,9 +8,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
 from diffusers_pqcad.kernels import x86
-from diffusers_pqcad.kernels.x86 import fused
 from diffusers_pqcad.layers import graph_ops
-from diffusers_pqcad.runtime import fusion
+from diffusers_pqcad.runtime import fusion, plans
 
 # Who follows the maps of attention puts something in the place of these.
 PROCESS, PRODUCT = AttnProcessor2_0.__call__, F.scaled_dot_product_attention
@@ -62,7 +61,7 @@ class FusedAttention(fusion.FusedBlock, Attention):
             packed, plan = self.plan_of(inputs, key, lambda packed: self.build_plan(packed, x.dim(), *sizes))
         if packed is None or plan is None:
             return super().forward(x, context)
-        y = fused.run_attention(plan, sequence, context)
+        y = plans.run_attention(plan, sequence, context)
         y = y.transpose(1, 2).unflatten(2, x.shape[2:]) if x.dim() == 4 else y
         return y if self.rescale_output_factor == 1 else y / self.rescale_output_factor
 
@@ -76,7 +75,7 @@ class FusedAttention(fusion.FusedBlock, Attention):
 
     def build_plan(
         self, packed: x86.PackedLayer | None, dim: int, x_size: torch.Size, context_size: torch.Size | None = None
-    ) -> fused.AttentionPlan | None:
+    ) -> plans.AttentionPlan | None:
         """Return the plan for these sizes; `None` where a module is not as it was built, or somebody looks at it."""
         if len(self.to_out) != 2 or not fusion.drops_nothing(self.to_out[1]):
             return None
@@ -86,7 +85,7 @@ class FusedAttention(fusion.FusedBlock, Attention):
             return None
         if dim == 4 and self.to_out[0].out_features != x_size[2]:  # which cannot be an image of that size again
             return None
-        return fused.plan_attention(
+        return plans.plan_attention(
             x_size, context_size, norm, layers, packed, self.heads, adds_input=self.residual_connection
         )
 

@@ -8,9 +8,8 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor
 
 from diffusers_pqcad.kernels import x86
-from diffusers_pqcad.kernels.x86 import fused
 from diffusers_pqcad.layers import graph_ops
-from diffusers_pqcad.runtime import fusion
+from diffusers_pqcad.runtime import fusion, plans
 
 
 class FusedFeedForward(fusion.FusedBlock, FeedForward):
@@ -36,7 +35,7 @@ class FusedFeedForward(fusion.FusedBlock, FeedForward):
     def compute(self, x: Tensor) -> Tensor:
         """Return the output of a common call: at once, unless somebody looks at the modules or changed them."""
         packed, plan = self.plan_of([x], (x.shape,), lambda packed: self.build_plan(packed, x.shape))
-        return super().forward(x) if packed is None or plan is None else fused.run_feed_forward(plan, x)
+        return super().forward(x) if packed is None or plan is None else plans.run_feed_forward(plan, x)
 
     def is_common(self, x: Any) -> bool:
         """Return whether this is a call of the common kind, for inference in fp32 on a CPU: no number is looked at."""
@@ -46,7 +45,7 @@ class FusedFeedForward(fusion.FusedBlock, FeedForward):
             return False
         return fusion.is_inference(self, x)
 
-    def build_plan(self, packed: x86.PackedLayer | None, size: torch.Size) -> fused.FeedForwardPlan | None:
+    def build_plan(self, packed: x86.PackedLayer | None, size: torch.Size) -> plans.FeedForwardPlan | None:
         """Return the plan for this size; `None` where a module is not as it was built, or somebody looks at it."""
         gated, *others = self.net
         layers, dropouts = (gated.proj, others[1]), (others[0], *others[2:])
@@ -54,7 +53,7 @@ class FusedFeedForward(fusion.FusedBlock, FeedForward):
             return None
         if fusion.is_changed(gated) or "gelu" in gated.__dict__ or not all(map(fusion.takes_kernel, layers)):
             return None
-        return fused.plan_feed_forward(size, *layers, packed)
+        return plans.plan_feed_forward(size, *layers, packed)
 
 
 fusion.VALUES[GEGLU] = ("gelu",)  # absent, unless somebody put another one in its place

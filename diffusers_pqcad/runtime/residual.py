@@ -7,9 +7,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from diffusers_pqcad.kernels import x86
-from diffusers_pqcad.kernels.x86 import fused
 from diffusers_pqcad.layers import graph_ops
-from diffusers_pqcad.runtime import fusion
+from diffusers_pqcad.runtime import fusion, plans
 
 
 class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
@@ -38,7 +37,7 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
         sizes = tuple(tensor.shape for tensor in inputs)
         key = (*sizes, self.in_channels, self.skip_time_act)
         packed, plan = self.plan_of(inputs, key, lambda packed: self.build_plan(packed, *sizes))
-        return super().forward(x, temb) if packed is None or plan is None else fused.run_block(plan, x, temb)
+        return super().forward(x, temb) if packed is None or plan is None else plans.run_block(plan, x, temb)
 
     def is_common(self, x: Any, temb: Any) -> bool:
         """Return whether this is a call of the common kind, for inference in fp32 on a CPU: no number is looked at."""
@@ -55,7 +54,7 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
 
     def build_plan(
         self, packed: x86.PackedLayer, x_size: torch.Size, time_size: torch.Size | None = None
-    ) -> fused.BlockPlan | None:
+    ) -> plans.BlockPlan | None:
         """Return the plan for these sizes; `None` where a module is not as it was built, or somebody looks at it."""
         layers = [self.conv1, self.conv2, *filter(None, (self.time_emb_proj, self.conv_shortcut))]
         if x_size[1] != self.in_channels or not all(map(fusion.takes_kernel, layers)):
@@ -71,4 +70,4 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
             return None
         quantized = self.time_emb_proj, self.conv1, self.conv2, self.conv_shortcut
         embeds_silu = not self.skip_time_act
-        return fused.plan_block(x_size, time_size, (first, second), quantized, packed, embeds_silu=embeds_silu)
+        return plans.plan_block(x_size, time_size, (first, second), quantized, packed, embeds_silu=embeds_silu)

@@ -10,9 +10,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from diffusers_pqcad.kernels import x86
-from diffusers_pqcad.kernels.x86 import fused
 from diffusers_pqcad.layers import graph_ops
-from diffusers_pqcad.runtime import fusion
+from diffusers_pqcad.runtime import fusion, plans
 from diffusers_pqcad.runtime.attention import FusedAttention, is_patched
 from diffusers_pqcad.runtime.feed_forward import FusedFeedForward
 
@@ -72,7 +71,7 @@ class FusedTransformer2DModel(fusion.FusedBlock, Transformer2DModel):
             packed, plan = self.plan_of(inputs, sizes, lambda packed: self.build_plan(packed, *sizes))
         if packed is None or plan is None:
             return Transformer2DModel.forward(self, x, context, return_dict=False)[0]
-        return fused.run_transformer(plan, x, context)
+        return plans.run_transformer(plan, x, context)
 
     def is_common(self, x: Any, context: Any) -> bool:
         """Return whether this is a call of the common kind, for inference in fp32 on a CPU: no number is looked at."""
@@ -84,25 +83,25 @@ class FusedTransformer2DModel(fusion.FusedBlock, Transformer2DModel):
 
     def build_plan(
         self, packed: x86.PackedLayer, x_size: torch.Size, context_size: torch.Size | None = None
-    ) -> fused.TransformerPlan | None:
+    ) -> plans.TransformerPlan | None:
         """Return the plan for these sizes; `None` where a module is not as it was built, or somebody looks at it."""
         norm = fusion.plain_norm(self.norm)
         if norm is None or not all(map(fusion.takes_kernel, (self.proj_in, self.proj_out))):
             return None
         if any(map(fusion.is_changed, fusion.parts_of(self))):
             return None
-        first = fused.plan_projection(self.proj_in, x_size, packed)
+        first = plans.plan_projection(self.proj_in, x_size, packed)
         inner = first.layer.output.out_channels
-        last = fused.plan_projection(self.proj_out, torch.Size((x_size[0], inner, *x_size[2:])))
+        last = plans.plan_projection(self.proj_out, torch.Size((x_size[0], inner, *x_size[2:])))
         sequence = torch.Size((x_size[0], x_size[2:].numel(), inner))
-        parts: list[tuple[fused.LayerNorm, fused.AttentionPlan | fused.FeedForwardPlan]] = []
+        parts: list[tuple[plans.LayerNorm, plans.AttentionPlan | plans.FeedForwardPlan]] = []
         for layer_norm, part, takes_context in self.parts_in_order():
             size = context_size if takes_context else None
             found, plan = plain_layer_norm(layer_norm), plan_part(part, sequence, size)
             if found is None or plan is None:
                 return None
             parts.append((found, plan))
-        return fused.plan_transformer(x_size, norm, (first, last), parts)
+        return plans.plan_transformer(x_size, norm, (first, last), parts)
 
     def parts_in_order(self) -> Iterator[tuple[nn.Module, FusedAttention | FusedFeedForward, bool]]:
         """Yield each part of the blocks after its layer norm, and whether it takes the context."""
@@ -115,7 +114,7 @@ class FusedTransformer2DModel(fusion.FusedBlock, Transformer2DModel):
 
 def plan_part(
     part: FusedAttention | FusedFeedForward, sequence: torch.Size, context_size: torch.Size | None
-) -> fused.AttentionPlan | fused.FeedForwardPlan | None:
+) -> plans.AttentionPlan | plans.FeedForwardPlan | None:
     """Return the plan of `part` for inputs of size `sequence` (B, L, C); `None` where it cannot be one of a block."""
     if isinstance(part, FusedFeedForward):
         return part.build_plan(None, sequence)
@@ -125,13 +124,13 @@ def plan_part(
     return plan
 
 
-def plain_layer_norm(module: nn.Module) -> fused.LayerNorm | None:
+def plain_layer_norm(module: nn.Module) -> plans.LayerNorm | None:
     """Return the layer norm that `module` computes, or `None` where the kernel cannot take it."""
     if type(module) is not nn.LayerNorm or len(module.normalized_shape) != 1:
         return None
     if not fusion.is_plain(module.weight) or not fusion.is_plain(module.bias):
         return None
-    return fused.LayerNorm(module.weight.detach(), module.bias.detach(), module.eps)
+    return plans.LayerNorm(module.weight.detach(), module.bias.detach(), module.eps)
 
 
 def is_common_block(block: nn.Module, x: Tensor, context: Tensor | None) -> bool:

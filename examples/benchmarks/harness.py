@@ -17,8 +17,7 @@ from contestants import CONTESTANTS, PACKAGES, QUICK, STOCK, Contestant
 from diffusers_pqcad.compression.checkpoint import write_text
 from diffusers_pqcad.evaluation.extras import missing
 from diffusers_pqcad.evaluation.speed import environment
-from diffusers_pqcad.kernels import onednn
-from diffusers_pqcad.kernels.x86 import native
+from diffusers_pqcad.kernels import native, onednn
 
 NUM_CALIBRATION_INPUTS = 4
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusers_pqcad.kernels.x86 import crc32, native
+from diffusers_pqcad.kernels import native
+from diffusers_pqcad.kernels.native import crc32
 
 pytestmark = pytest.mark.fast
 

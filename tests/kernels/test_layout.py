@@ -6,8 +6,9 @@ from types import ModuleType
 import pytest
 
 from diffusers_pqcad.kernels import x86
-from diffusers_pqcad.kernels.x86 import attention, weights
-from diffusers_pqcad.kernels.x86.layout import check_layout, layout_in_c, layout_of
+from diffusers_pqcad.kernels.native import weights
+from diffusers_pqcad.kernels.native.layout import check_layout, layout_in_c, layout_of
+from diffusers_pqcad.kernels.x86 import attention
 
 needs_x86 = pytest.mark.skipif(isinstance(x86.library(), str), reason=str(x86.library()))
 FIELDS = [(name, ctypes.c_int64) for name in ("numbers", "is_per_image")]  # of the struct Addend, pointers as integers

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_pqcad.kernels import x86
-from diffusers_pqcad.kernels.x86 import attention, native, weights
+from diffusers_pqcad.kernels import native, x86
+from diffusers_pqcad.kernels.native import weights
+from diffusers_pqcad.kernels.x86 import attention
 
 SOURCE = "int answer(void) { return 42; }\n"
 pytestmark = pytest.mark.skipif(
@@ -126,7 +127,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 LOAD = """
 import sys
 from pathlib import Path
-from diffusers_pqcad.kernels.x86 import native
+from diffusers_pqcad.kernels import native
 for source in sys.argv[1:]:
     found = native.library(Path(source))
     assert not isinstance(found, str), (source, found)

@@ -10,7 +10,7 @@ import torch
 
 from diffusers_pqcad import PQCADConfig, quantize_
 from diffusers_pqcad.kernels import x86
-from diffusers_pqcad.kernels.x86 import scratch
+from diffusers_pqcad.kernels.native import scratch
 
 pytestmark = pytest.mark.fast
 

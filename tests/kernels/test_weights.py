@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffusers_pqcad.kernels.x86 import weights
+from diffusers_pqcad.kernels.native import weights
 from diffusers_pqcad.layers.quantized import PQCADLinear
 from diffusers_pqcad.numerics.packing import pack_codes, pack_levels, packed_row_bytes, unpack_levels
 from diffusers_pqcad.numerics.qparams import WEIGHT_BITS, WeightSpec, as_groups, min_max_weight_scale, quantize_weight

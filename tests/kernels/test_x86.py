@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusers_pqcad import kernels
-from diffusers_pqcad.kernels import x86
-from diffusers_pqcad.kernels.x86 import native
+from diffusers_pqcad.kernels import native, x86
 from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear
 from diffusers_pqcad.layers.timesteps import TimestepGroups
 from diffusers_pqcad.numerics.qparams import (

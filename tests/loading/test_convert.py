@@ -15,8 +15,7 @@ from torch import nn
 
 from diffusers_pqcad import PQCADConfig, inspect, kernels, quantize_, requantize_
 from diffusers_pqcad.compression.fake_quant import prepare_
-from diffusers_pqcad.kernels import onednn, x86
-from diffusers_pqcad.kernels.x86 import native
+from diffusers_pqcad.kernels import native, onednn, x86
 from diffusers_pqcad.layers.quantized import (
     PQCADConv2d,
     PQCADLinear,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from diffusers_pqcad import PQCADConfig, quantize_, requantize_
-from diffusers_pqcad.kernels.x86 import weights
+from diffusers_pqcad.kernels.native import weights
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "fork") or isinstance(weights.library(), str), reason="without compiled code, no thread is started"

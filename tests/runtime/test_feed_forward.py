@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, kernels, quantize_
 from diffusers_pqcad.kernels import x86
-from diffusers_pqcad.kernels.x86 import fused
 from diffusers_pqcad.layers.quantized import packed_layers
+from diffusers_pqcad.runtime import plans
 from diffusers_pqcad.runtime.feed_forward import FusedFeedForward
 from diffusers_pqcad.runtime.fusion import remove_fused_
 
@@ -40,7 +40,7 @@ def call_both(block: FeedForward, x: Tensor) -> tuple[Tensor, Tensor, int]:
     plain = copy_of(block)
     remove_fused_(plain)
     assert type(plain) is FeedForward
-    with mock.patch.object(fused, "run_feed_forward", side_effect=fused.run_feed_forward) as run:
+    with mock.patch.object(plans, "run_feed_forward", side_effect=plans.run_feed_forward) as run:
         return block(x), plain(x), run.call_count
 
 

@@ -16,15 +16,14 @@ import ctypes
 import math
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diffusers_pqcad.kernels import onednn, ranges
-from diffusers_pqcad.kernels.x86 import native, scratch
-from diffusers_pqcad.kernels.x86.layout import check_layout
+from diffusers_pqcad.kernels import native, onednn, ranges
+from diffusers_pqcad.kernels.native import scratch
+from diffusers_pqcad.kernels.native.layout import check_layout
 from diffusers_pqcad.kernels.x86.recent import Recent
 from diffusers_pqcad.numerics.qparams import MIN_SCALE, ScalarQParams, activation_qmax
 
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from diffusers_pqcad.layers.quantized import QuantizedLayer
 
 NAME = "x86"
-SOURCE = Path(__file__).with_name("csrc") / "layers.c"
+SOURCE = native.CSRC / "layers.c"
 DEPTH = 4  # inputs of a step, as in the C file
 TILE_SIZE = 4  # elements of a Winograd tile, as in the C file
 MAX_NARROW_BITS = 6  # two steps of the largest levels still fit 16 bits, and sums of three 8

@@ -5,16 +5,16 @@ No less exact than 8-bit rounding around it asks: bf16 has 8 bits itself.
 
 import ctypes
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusers_pqcad.kernels.x86 import native, scratch
-from diffusers_pqcad.kernels.x86.layout import check_layout
+from diffusers_pqcad.kernels import native
+from diffusers_pqcad.kernels.native import scratch
+from diffusers_pqcad.kernels.native.layout import check_layout
 
-SOURCE = Path(__file__).with_name("csrc") / "attention.c"
+SOURCE = native.CSRC / "attention.c"
 NO_BF16 = "the CPU has no AVX-512 BF16"
 
 

@@ -3,14 +3,13 @@
 import ctypes
 import zlib
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from diffusers_pqcad.kernels.x86 import native
+from diffusers_pqcad.kernels import native
 
-SOURCE = Path(__file__).with_name("csrc") / "crc32.c"
+SOURCE = native.CSRC / "crc32.c"
 FOLDED_BYTES = 64
 ALL_BITS = 0xFFFFFFFF  # zlib's numbers are the register's bits, each one turned
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+CSRC = Path(__file__).parents[1] / "csrc"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-fno-fast-math", "-fopenmp", "-shared", "-fPIC")
 FLAGS_VARIABLE = "CFLAGS"  # of the user, before ours: an older CPU or fast mathematics there must not reach our code

@@ -5,13 +5,13 @@ By PyTorch, these are a dozen passes; a model of 860 M weights spends most of it
 
 import ctypes
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from diffusers_pqcad.kernels.x86 import native, scratch
-from diffusers_pqcad.kernels.x86.layout import check_layout
+from diffusers_pqcad.kernels import native
+from diffusers_pqcad.kernels.native import scratch
+from diffusers_pqcad.kernels.native.layout import check_layout
 from diffusers_pqcad.numerics.packing import block_shape, pack_levels, packed_row_bytes, unpack_codes, unpack_levels
 from diffusers_pqcad.numerics.qparams import (
     MIN_SCALE,
@@ -25,7 +25,7 @@ from diffusers_pqcad.numerics.qparams import (
     row_chunks,
 )
 
-SOURCE = Path(__file__).with_name("csrc") / "weights.c"
+SOURCE = native.CSRC / "weights.c"
 CACHED_WEIGHTS = 2**20  # that a CPU still has in its cache when it reads them again, converted
 
 

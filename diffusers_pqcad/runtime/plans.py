@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.kernels.native import scratch
 from diffusers_pqcad.kernels.x86 import (
     NAME,
     NO_AFFINE,
@@ -18,7 +19,6 @@ from diffusers_pqcad.kernels.x86 import (
     PackedLayer,
     ResidualBlock,
     attention,
-    scratch,
 )
 
 if TYPE_CHECKING:
