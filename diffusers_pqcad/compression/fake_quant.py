@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from diffusers_pqcad.layers.quantized import FloatLayer, qparams_of_group
+from diffusers_pqcad.kernels.operation import qparams_of_group
+from diffusers_pqcad.layers.quantized import FloatLayer
 from diffusers_pqcad.layers.timesteps import TimestepGroups, install_timestep_groups
 from diffusers_pqcad.loading.config import FORMAT_VERSION, PQCADConfig
 from diffusers_pqcad.loading.convert import finish_, mark_quantized_, match_modules, swap_

@@ -1,9 +1,7 @@
 """Kernels: how a quantized layer computes on this computer. Never saved; chosen per layer and call.
 
-A kernel is a module with `NAME`, `refusal(layer)` (why it cannot run this layer here, or `None`), `pack(layer)` (what
-it keeps beside the packed weights, until they or the activation ranges change) and `run(layer, packed, x)`. `KERNELS`
-lists them, fastest first; `reference` can run everything and is the oracle for the others. `x86` also computes whole
-blocks (fused.py); weights.py is for all.
+A kernel is a module with what `Kernel` names. `KERNELS` lists them, fastest first; `reference`, the last, can run
+everything and is the oracle for the others. A kernel is told an `Operation`, and knows no layer.
 """
 
 import logging
@@ -12,15 +10,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusers_pqcad.kernels import native, onednn, reference, x86
-
-if TYPE_CHECKING:
-    from diffusers_pqcad.layers.quantized import QuantizedLayer
+from diffusers_pqcad.kernels import onednn, reference, x86
+from diffusers_pqcad.kernels.operation import Operation
 
 ENVIRONMENT_VARIABLE = "PQCAD_KERNEL"
 
@@ -28,21 +24,38 @@ logger = logging.getLogger(__name__)
 
 
 class Kernel(Protocol):
-    """What a kernel module offers; see the docstring of this file."""
+    """What a kernel module offers.
+
+    `FUSES` are the names of the blocks that it computes whole, and `MEMORY_FORMAT` is that of its convolutions' inputs
+    and outputs.
+    """
 
     NAME: str
+    FUSES: frozenset[str]
+    MEMORY_FORMAT: torch.memory_format
 
-    def refusal(self, layer: "QuantizedLayer") -> str | None:
-        """Return why this kernel cannot run `layer` on this computer, or `None`."""
+    def accepts(self, x: Tensor) -> bool:
+        """Return whether this kernel can read the numbers of `x`: their device, and whether there are any yet."""
 
-    def pack(self, layer: "QuantizedLayer") -> Any:
-        """Return the kernel's own form of the weights and static ranges of `layer`: a cache, rebuilt when lost."""
+    def refusal(self, operation: Operation) -> str | None:
+        """Return why this kernel cannot run `operation` on this computer, or `None`."""
 
-    def run(self, layer: "QuantizedLayer", packed: Any, x: Tensor) -> Tensor:
-        """Return the output of `layer` for `x`; `packed` is what `pack` returned."""
+    def absence(self) -> str | None:
+        """Return why a computer that could have this kernel lacks it, or `None`."""
+
+    def pack(self, operation: Operation) -> Any:
+        """Return the kernel's own form of the weights and static ranges: a cache, rebuilt when lost."""
+
+    def num_bytes(self, operation: Operation, packed: Any) -> int:
+        """Return the bytes of `packed`, which `pack` returned."""
+
+    def run(self, operation: Operation, packed: Any, x: Tensor) -> Tensor:
+        """Return the output of `operation` for `x`; `packed` is what `pack` returned."""
 
 
 KERNELS: dict[str, Kernel] = {kernel.NAME: kernel for kernel in (x86, onednn, reference)}
+# Reasons of kernels to refuse a layer that lie in the computer, and not in the layer.
+OF_THIS_COMPUTER = (onednn.NO_OPERATORS, onednn.NO_VNNI)
 _forced: str | None = None
 
 
@@ -74,17 +87,11 @@ def forced() -> str | None:
     return _checked(name) if name else None
 
 
-def needs_gradient(layer: "QuantizedLayer", x: Tensor) -> bool:
+def needs_gradient(bias: Tensor | None, x: Tensor) -> bool:
     """Return whether autograd will ask this call for a gradient: only the reference kernel has one."""
     if torch.autograd.forward_ad._current_level >= 0:  # inside forward_ad.dual_level(): any tensor may have a tangent
         return True
-    bias = layer.bias
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-
-
-def has_numbers(x: Tensor) -> bool:
-    """Return whether the numbers of `x` lie in the CPU's memory: not in a graph's, nor in a subclass of tensors."""
-    return type(x) in (Tensor, nn.Parameter) and x.is_cpu and not torch.jit.is_tracing()
 
 
 @cache
@@ -98,48 +105,62 @@ def warn_of_device(kind: str) -> None:
     )
 
 
-def select_kernel(layer: "QuantizedLayer", x: Tensor) -> Kernel:
-    """Return the kernel for this call of `layer`: the forced one, else the first that can run it."""
-    name = forced()
-    if name is None and not has_numbers(x):
-        if x.device.type not in ("cpu", "meta"):
-            warn_of_device(x.device.type)
-        return KERNELS[reference.NAME]
-    if x.numel() == 0:
-        return KERNELS[reference.NAME]  # nothing to compute, and float operations know the shape of nothing
-    mixed_timesteps = isinstance(layer.input_group(), Tensor)
+def fastest(operation: Operation) -> str:
+    """Return the name of the fastest kernel that can run `operation` here without a gradient."""
+    return next(name for name, kernel in KERNELS.items() if kernel.refusal(operation) is None)
+
+
+def objection(kernel: Kernel, operation: Operation, x: Tensor) -> str | None:
+    """Return why `kernel`, which is not the reference, cannot take this call; what it says of the operation apart."""
+    if not kernel.accepts(x):
+        return "its input is on another device, traced, or of a class that may keep its numbers elsewhere"
+    if needs_gradient(operation.bias, x):
+        return "it has no backward, and this call needs a gradient"
+    if isinstance(operation.group, Tensor):  # one scale per call is all that such a kernel takes
+        return "the batch mixes timesteps of several activation ranges"
+    return None
+
+
+def select_kernel(operation: Operation, x: Tensor) -> Kernel:
+    """Return the kernel for this call of `operation`: the forced one, else the first that can run it."""
+    name, fallback = forced(), KERNELS[reference.NAME]
     if name is None:
-        # One scale per call is all that an int8 kernel takes, and none of them has a backward.
-        if mixed_timesteps or needs_gradient(layer, x):
-            return KERNELS[reference.NAME]
-        return KERNELS[layer.kernel_name()]
-    if name != reference.NAME:
-        reason = layer.refusal(name)
-        if needs_gradient(layer, x):
-            reason = "it has no backward, and this call needs a gradient"
-        elif mixed_timesteps:
-            reason = "the batch mixes timesteps of several activation ranges"
-        elif not has_numbers(x):
-            reason = "its input is on another device, traced, or of a class that may keep its numbers elsewhere"
-        if reason is not None:
-            raise ValueError(f"{layer.name}: the kernel {name!r} was forced, but {reason}. Use 'reference' here.")
-    return KERNELS[name]
+        fast = [kernel for kernel in KERNELS.values() if kernel is not fallback and kernel.accepts(x)]
+        if not fast and x.device.type not in ("cpu", "meta"):
+            warn_of_device(x.device.type)
+        if not fast or x.numel() == 0:  # nothing to compute, and float operations know the shape of nothing
+            return fallback
+        able = (k for k in fast if objection(k, operation, x) is None and k.refusal(operation) is None)
+        return next(able, fallback)
+    kernel = KERNELS[name]
+    if kernel is fallback or x.numel() == 0:
+        return fallback
+    reason = objection(kernel, operation, x) or kernel.refusal(operation)
+    if reason is not None:
+        raise ValueError(f"{operation.name}: the kernel {name!r} was forced, but {reason}. Use 'reference' here.")
+    return kernel
 
 
-def summary(layers: "list[QuantizedLayer]") -> str:
-    """Return one line that counts the layers by kernel, and says why where a faster one is missing."""
-    chosen = Counter(layer.kernel_name() for layer in layers)
-    slow = [layer for layer in layers if layer.kernel_name() == reference.NAME]
-    reasons = Counter(reason for layer in slow if (reason := layer.refusal(onednn.NAME)) is not None)
-    parts = [f"{chosen[name]} of {len(layers)} layers: {name}" for name in KERNELS if chosen[name]]
+def summary(operations: list[Operation]) -> str:
+    """Return one line that counts the operations by kernel, and says why where a faster one is missing."""
+    chosen = Counter(map(fastest, operations))
+    reasons = Counter(filter(None, map(reason_to_be_slow, operations)))
+    parts = [f"{chosen[name]} of {len(operations)} layers: {name}" for name in KERNELS if chosen[name]]
     parts += [f"{count} on {reference.NAME}: {reason}" for reason, count in reasons.items()]
-    missing = x86.library() if any(layer.qweight.is_cpu for layer in layers) else None
-    if isinstance(missing, str) and missing != native.NOT_HERE:
-        parts.append(f"{x86.NAME} would be faster here, but {missing}")
+    if any(operation.qweight.is_cpu for operation in operations):
+        missing = {name: kernel.absence() for name, kernel in KERNELS.items()}
+        parts += [f"{name} would be faster here, but {reason}" for name, reason in missing.items() if reason]
     return "; ".join(parts)
 
 
-def lacks_fast_kernel(layers: "list[QuantizedLayer]") -> bool:
-    """Return whether this computer, not the model, is why some of `layers` take the slow kernel."""
-    slow = [layer for layer in layers if layer.kernel_name() == reference.NAME]
-    return any(layer.refusal(onednn.NAME) in (onednn.NO_OPERATORS, onednn.NO_VNNI) for layer in slow)
+def reason_to_be_slow(operation: Operation) -> str | None:
+    """Return why `operation` takes the reference kernel, as the last of the others says it; `None` if it does not."""
+    if fastest(operation) != reference.NAME:
+        return None
+    *_, last = (kernel for kernel in KERNELS.values() if kernel.NAME != reference.NAME)
+    return last.refusal(operation)
+
+
+def lacks_fast_kernel(operations: list[Operation]) -> bool:
+    """Return whether this computer, not the model, is why some of `operations` take the slow kernel."""
+    return any(reason_to_be_slow(operation) in OF_THIS_COMPUTER for operation in operations)

@@ -2,18 +2,17 @@
 
 import warnings
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusers_pqcad.kernels import ranges
+from diffusers_pqcad.kernels.operation import ConvGeometry, Operation, is_in_memory
 from diffusers_pqcad.numerics.qparams import ScalarQParams, activation_qmax, dynamic_scalar_qparams
 
-if TYPE_CHECKING:
-    from diffusers_pqcad.layers.quantized import QuantizedLayer
-
 NAME = "onednn"
+FUSES: frozenset[str] = frozenset()
+MEMORY_FORMAT = torch.channels_last  # of its convolutions
 OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
 # Without VNNI two neighbouring products are added in 16 bits, which hold 2 * 255 * 31 and 2 * 127 * 127 at most.
 MAX_WEIGHT_BITS_WITHOUT_VNNI = {8: 6, 7: 8}  # by activation bits
@@ -70,37 +69,61 @@ def saturates() -> bool:
     return not torch.equal(output, torch.full_like(output, float(255 * 127 * channels * 9)))
 
 
-def refusal(layer: "QuantizedLayer") -> str | None:
-    """Return why the int8 operators cannot run `layer` on this computer, or `None`."""
-    if layer.qweight.device.type != "cpu":
-        return f"its weights are on {layer.qweight.device.type}, and the int8 operators are for CPUs"
-    if layer.activation_bits is None:
+def accepts(x: Tensor) -> bool:
+    """Return whether this kernel can read the numbers of `x`; see `is_in_memory`."""
+    return is_in_memory(x)
+
+
+def absence() -> str | None:
+    """Return why a computer that could have this kernel lacks it: `refusal` says it, layer by layer."""
+    return None
+
+
+def refusal(operation: Operation) -> str | None:
+    """Return why the int8 operators cannot run `operation` on this computer, or `None`."""
+    if operation.qweight.device.type != "cpu":
+        return f"its weights are on {operation.qweight.device.type}, and the int8 operators are for CPUs"
+    if operation.activation_bits is None:
         return "its activations stay in floating point"
-    if isinstance(layer, (nn.Conv1d, nn.Conv3d)):
+    geometry = operation.geometry
+    if geometry is not None and len(geometry.stride) != 2:
         return NOT_TWO_DIMENSIONS
     if not available():
         return NO_OPERATORS
-    if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
-        return f"padding {layer.padding!r} in mode {layer.padding_mode!r} is not supported"
-    widens = layer.weight_scale.shape[1] > 1  # groups are re-quantized to 8 bits per channel
-    weight_bits = 8 if widens else layer.spec.bits
-    if weight_bits > MAX_WEIGHT_BITS_WITHOUT_VNNI[layer.activation_bits] and saturates():
+    if geometry is not None and not pads_with_numbers(geometry):
+        return other_padding(geometry)
+    if operation.channel_bits() > MAX_WEIGHT_BITS_WITHOUT_VNNI[operation.activation_bits] and saturates():
         return NO_VNNI
     return None
 
 
-def pack(layer: "QuantizedLayer") -> PackedLayer:
+def pads_with_numbers(geometry: ConvGeometry) -> bool:
+    """Return whether a convolution pads with so many zeros: what int8 kernels do."""
+    return geometry.padding_mode == "zeros" and not isinstance(geometry.padding, str)
+
+
+def other_padding(geometry: ConvGeometry) -> str:
+    """Return why int8 kernels refuse the padding of `geometry`."""
+    return f"padding {geometry.padding!r} in mode {geometry.padding_mode!r} is not supported"
+
+
+def pack(operation: Operation) -> PackedLayer:
     """Return oneDNN's form of the weights, and the static activation ranges as plain numbers."""
-    levels, scale = layer.channel_levels()
+    levels, scale = operation.channel_levels()
     zero_point = torch.zeros(len(scale), dtype=torch.int32)
-    static = ranges.static_ranges(layer)
-    if not isinstance(layer, nn.Conv2d):
+    static, geometry = operation.static_ranges(), operation.geometry
+    if geometry is None:
         weight = torch.ops.onednn.qlinear_prepack(levels.contiguous(), None)
         return PackedLayer((weight, scale, zero_point), None, static)
-    assert not isinstance(layer.padding, str)  # refused
-    geometry = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
-    weight = torch.ops.onednn.qconv_prepack(levels, scale, 1.0, 0, *geometry, None)
-    return PackedLayer((weight, scale, zero_point), geometry, static)
+    assert not isinstance(geometry.padding, str)  # refused
+    moves = (list(geometry.stride), list(geometry.padding), list(geometry.dilation), geometry.groups)
+    weight = torch.ops.onednn.qconv_prepack(levels, scale, 1.0, 0, *moves, None)
+    return PackedLayer((weight, scale, zero_point), moves, static)
+
+
+def num_bytes(operation: Operation, packed: PackedLayer) -> int:
+    """Return the bytes of the int8 copy of the weights: one a weight."""
+    return operation.shape.numel()
 
 
 def quantize_to_uint8(x: Tensor, qparams: ScalarQParams, bits: int) -> Tensor:
@@ -116,15 +139,16 @@ def quantize_to_uint8(x: Tensor, qparams: ScalarQParams, bits: int) -> Tensor:
     return codes if bits == 8 else codes.clamp_(max=activation_qmax(bits))
 
 
-def run(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor) -> Tensor:
+def run(operation: Operation, packed: PackedLayer, x: Tensor) -> Tensor:
     """Return the int8 operation's output in the dtype of `x`; convolutions return channels_last."""
-    assert layer.activation_bits is not None  # refused
-    bits, dtype = layer.activation_bits, x.dtype if x.dtype in OUTPUT_DTYPES else torch.float32
-    bias = None if layer.bias is None else layer.bias.float()
+    assert operation.activation_bits is not None  # refused
+    bits, dtype = operation.activation_bits, x.dtype if x.dtype in OUTPUT_DTYPES else torch.float32
+    bias = None if operation.bias is None else operation.bias.float()
     if packed.ranges is None:
         qparams = dynamic_scalar_qparams(x, bits)
     else:
-        qparams = ranges.current_range(layer, packed.ranges)
+        assert isinstance(operation.group, int)  # a batch of several groups goes to the reference kernel
+        qparams = packed.ranges[operation.group]
     if packed.geometry is None:
         codes = quantize_to_uint8(x.float().contiguous(), qparams, bits)
         output = torch.ops.onednn.qlinear_pointwise.default(

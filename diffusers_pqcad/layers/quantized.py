@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusers_pqcad import kernels
 from diffusers_pqcad.kernels.native import weights
+from diffusers_pqcad.kernels.operation import ConvGeometry, Operation
 from diffusers_pqcad.layers import graph_ops
 from diffusers_pqcad.layers.checksums import (
     CHECKSUM,
@@ -20,14 +20,10 @@ from diffusers_pqcad.layers.checksums import (
 )
 from diffusers_pqcad.layers.computed_weight import ComputedWeight, PackedMetadata
 from diffusers_pqcad.layers.timesteps import TimestepGroups
-from diffusers_pqcad.numerics.packing import packed_row_bytes, unpack_levels
+from diffusers_pqcad.numerics.packing import packed_row_bytes
 from diffusers_pqcad.numerics.qparams import (
     ActivationQParams,
     WeightSpec,
-    dequantize_weight,
-    dynamic_activation_qparams,
-    min_max_weight_scale,
-    quantize_weight,
     relative,
 )
 
@@ -106,34 +102,33 @@ class QuantizedLayer(nn.Module):
         """Shape of the float weight, (C_out, ...)."""
         raise NotImplementedError
 
-    def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the float operation of this layer with the given weight and bias."""
-        raise NotImplementedError
+    def geometry(self) -> ConvGeometry | None:
+        """Return how this layer moves over its input; `None` for a matrix product."""
+        return None
+
+    def operation(self, group: int | Tensor | None = None) -> Operation:
+        """Return what a kernel is told of this packed layer, in the timestep group `group`."""
+        return Operation(
+            self.name,
+            self.spec,
+            self.weight_shape,
+            self.geometry(),
+            self.qweight,
+            self.weight_scale,
+            self.bias,
+            self.activation_bits,
+            self.input_scale,
+            self.input_zero_point,
+            group,
+        )
 
     def levels(self) -> Tensor:
         """Return the int8 levels, in the shape of the float weight."""
-        return unpack_levels(self.qweight, self.spec, self.weight_shape)
-
-    def channel_levels(self) -> tuple[Tensor, Tensor]:
-        """Return int8 levels in the shape of the float weight, and fp32 scales (C_out,): what int8 products take.
-
-        Scales per output channel keep the stored levels as they are, at any bit-width. Rows of several scales (groups)
-        are re-quantized to 8 bits per channel, an error of at most 1/254 of a row's range.
-        """
-        try:
-            levels = weights.unpack(self.qweight, self.spec, self.weight_shape)
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from None
-        scale = self.weight_scale
-        if scale.shape[1] > 1:
-            weight, spec = dequantize_weight(levels, scale), WeightSpec(8)
-            scale = min_max_weight_scale(weight, spec)
-            levels = quantize_weight(weight, scale, spec)
-        return levels, scale.flatten().contiguous()
+        return self.operation().levels()
 
     def dequantized_weight(self) -> Tensor:
         """Return the fp32 weight that the packed integers stand for."""
-        return dequantize_weight(self.levels(), self.weight_scale)
+        return self.operation().weight()
 
     def allocate_packed_(
         self,
@@ -205,22 +200,9 @@ class QuantizedLayer(nn.Module):
             return None if self.input_scale is None else 0
         return self.timestep_groups.of_call(self.name)
 
-    def input_qparams(self, x: Tensor) -> ActivationQParams | None:
-        """Return the qparams for this call: 0-dim, or (B, 1, ...) for a batch of several timestep groups."""
-        if self.activation_bits is None:
-            return None
-        group = self.input_group()
-        if group is None or self.input_scale is None or self.input_zero_point is None:
-            return dynamic_activation_qparams(x, self.activation_bits)
-        return qparams_of_group(ActivationQParams(self.input_scale, self.input_zero_point), group, x, self.name)
-
-    def refusal(self, kernel: str) -> str | None:
-        """Return why `kernel` cannot run this layer here, or `None`."""
-        return kernels.KERNELS[kernel].refusal(self)
-
     def kernel_name(self) -> str:
         """Return the name of the fastest kernel that can run this layer here without a gradient."""
-        return next(name for name, kernel in kernels.KERNELS.items() if kernel.refusal(self) is None)
+        return kernels.fastest(self.operation())
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output in the dtype of `input`, which has the name that callers of a float layer use."""
@@ -229,35 +211,32 @@ class QuantizedLayer(nn.Module):
         if not torch.compiler.is_compiling():
             return self.compute(input)
         # An operator has no gradient, and no meaning in another process; the reference kernel can be traced.
-        if not graph_ops.takes_operators() or kernels.needs_gradient(self, input):
-            return kernels.reference.run(self, None, input)
+        if not graph_ops.takes_operators() or kernels.needs_gradient(self.bias, input):
+            return kernels.reference.run(self.operation(self.input_group()), None, input)
         return graph_ops.call(self, input)
 
     def compute(self, x: Tensor) -> Tensor:
         """Return the output of the packed layer by the kernel that this call takes, without hooks."""
-        kernel = kernels.select_kernel(self, x)
+        operation = self.operation(self.input_group())
+        kernel = kernels.select_kernel(operation, x)
         packed = None if kernel.NAME == kernels.reference.NAME else self.packed_for(kernel.NAME)
-        return kernel.run(self, packed, x)
+        return kernel.run(operation, packed, x)
 
     def packed_for(self, name: str) -> Any:
         """Return what the kernel `name` keeps of this layer: made once, and again when it is lost."""
         cache = self._cache  # read once: another thread may move the layer
-        key = (name, *self.packed_arguments())
+        key = (name, self.activation_bits, self.geometry())  # that somebody may set on this layer
         if cache is None or cache[0] != key:
-            cache = self._cache = (key, kernels.KERNELS[name].pack(self))
+            cache = self._cache = (key, kernels.KERNELS[name].pack(self.operation()))
         return cache[1]
 
-    def packed_arguments(self) -> tuple[Any, ...]:
-        """Return what kernels pack the weights for, beside the weights, that somebody may set on this layer."""
-        return (self.activation_bits,)
-
     def cached_bytes(self) -> int:
-        """Return the bytes of a kernel's int8 copy: one a weight, and 4/3 of a Winograd kernel's."""
+        """Return the bytes of a kernel's own copy of the weights."""
         cache = self._cache  # read once: another thread may move the layer
         if cache is None:
             return 0
-        is_winograd = isinstance(cache[1], kernels.x86.PackedLayer) and cache[1].is_winograd
-        return self.weight_shape.numel() * (kernels.x86.TILE_SIZE if is_winograd else 3) // 3
+        (name, *_), packed = cache
+        return kernels.KERNELS[name].num_bytes(self.operation(), packed)
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise ValueError(
@@ -427,10 +406,6 @@ class PQCADLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc,override]
         """(out_features, in_features)."""
         return torch.Size((self.out_features, self.in_features))
 
-    def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return `F.linear`."""
-        return F.linear(x, weight, bias)
-
     @staticmethod
     def arguments(layer: Any) -> dict[str, Any]:
         """Return the constructor arguments of a linear layer."""
@@ -451,19 +426,17 @@ class QuantizedConvolution(QuantizedLayer):
     stride: tuple[int, ...]
     padding: tuple[int, ...] | str
     dilation: tuple[int, ...]
+    padding_mode: str
 
     @property
     def weight_shape(self) -> torch.Size:
         """(out_channels, in_channels / groups, and the kernel's size: depth, height, width or the last of these)."""
         return torch.Size((self.out_channels, self.in_channels // self.groups, *self.kernel_size))
 
-    def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the convolution of the float layer, any padding mode."""
-        return self._conv_forward(x, weight, bias)  # type: ignore[operator]
-
-    def packed_arguments(self) -> tuple[Any, ...]:
-        """Return also how the kernel moves over the image."""
-        return self.activation_bits, self.stride, self.padding, self.dilation
+    def geometry(self) -> ConvGeometry:
+        """Return how this convolution moves over its input."""
+        ends = tuple(self._reversed_padding_repeated_twice)  # type: ignore[arg-type]
+        return ConvGeometry(self.stride, self.padding, self.dilation, self.groups, self.padding_mode, ends)
 
     @staticmethod
     def arguments(layer: Any) -> dict[str, Any]:
@@ -587,28 +560,6 @@ def is_quantizable(module: nn.Module) -> bool:
     """
     holds = [*module._parameters, *module._buffers, *module._modules]
     return quantized_type(type(module)) is not None and set(holds) == {"weight", "bias"}
-
-
-def qparams_of_group(qparams: ActivationQParams, group: int | Tensor, x: Tensor, name: str) -> ActivationQParams:
-    """Return those of `qparams` (G,) that belong to `group`: 0-dim, or of a (B,) `group`, to broadcast against `x`."""
-    if isinstance(group, int):
-        return ActivationQParams(*(values[group] for values in qparams))
-    # Not `values[group]`: a graph would look at the number in a 0-dim tensor.
-    chosen = [values.index_select(0, group.flatten().to(values.device)) for values in qparams]
-    return ActivationQParams(
-        *(per_sample(values, x, name) if group.dim() else values.reshape(()) for values in chosen)
-    )
-
-
-def per_sample(values: Tensor, x: Tensor, name: str) -> Tensor:
-    """Return `values` (B,), one for each timestep of the batch, so that they broadcast against `x` (k * B, ...)."""
-    samples, timesteps = x.shape[0], values.shape[0]  # not len(): TorchScript would keep it as a number
-    if not torch.jit.is_tracing() and samples % timesteps:
-        raise ValueError(
-            f"{name}: a batch of {samples} cannot be matched with {timesteps} timesteps of several activation "
-            "ranges. Call the model with one timestep per sample, or with a single timestep."
-        )
-    return values.repeat_interleave(samples // timesteps).view(-1, *[1] * (x.dim() - 1))
 
 
 def refuse_other_than_model(model: Any) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from diffusers_pqcad import kernels
-from diffusers_pqcad.kernels import onednn, x86
 from diffusers_pqcad.kernels.native import weights
 from diffusers_pqcad.layers.quantized import (
     FloatLayer,
@@ -285,17 +284,18 @@ def finish_(model: nn.Module, config: PQCADConfig) -> None:
     config.packed_share = round(coverage.share(coverage.packed), 6)
     if layers:
         override_methods_(model)
-        convolutions = [layer for layer in layers.values() if isinstance(layer, nn.Conv2d)]
-        if any(layer.kernel_name() in (x86.NAME, onednn.NAME) for layer in convolutions):
+        chosen = {name: kernels.KERNELS[layer.kernel_name()] for name, layer in layers.items()}
+        convolutions = [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]
+        if any(chosen[name].MEMORY_FORMAT == torch.channels_last for name in convolutions):
             install_channels_last_(model)  # without int8 convolutions, weights would be reordered in every call
-        if any(layer.kernel_name() == x86.NAME for layer in layers.values()):
+        if any(kernel.FUSES for kernel in chosen.values()):
             from diffusers_pqcad.runtime.attention import FusedAttention  # these import diffusers' models
             from diffusers_pqcad.runtime.feed_forward import FusedFeedForward
             from diffusers_pqcad.runtime.residual import FusedResnetBlock2D
             from diffusers_pqcad.runtime.transformer import FusedTransformer2DModel
 
             install_fused_(model, (FusedAttention, FusedFeedForward, FusedResnetBlock2D, FusedTransformer2DModel))
-        found = list(layers.values())
+        found = [layer.operation() for layer in layers.values()]
         summary = f"{coverage}; {kernels.summary(found)}"
         log_once(type(model).__name__, summary, slow=kernels.lacks_fast_kernel(found))
 

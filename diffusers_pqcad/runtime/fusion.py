@@ -54,7 +54,7 @@ class FusedBlock:
         somebody looks on, or where images of the batch have ranges of their own, which no kernel takes.
         """
         owner = self.first_layer(self)
-        if is_watched() or not all(kernels.has_numbers(tensor) and tensor.numel() for tensor in inputs):
+        if is_watched() or not all(x86.accepts(tensor) and tensor.numel() for tensor in inputs):
             return None, None
         modules = list(parts_of(cast(nn.Module, self)))
         marks = [marks_of(module) for module in modules]

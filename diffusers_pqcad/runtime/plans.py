@@ -1,7 +1,7 @@
 """Blocks of several layers as the kernel x86 computes them: a plan for each size of input, then a few calls of C."""
 
 import ctypes
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,7 @@ from diffusers_pqcad.kernels.x86 import (
     ResidualBlock,
     attention,
 )
-
-if TYPE_CHECKING:
-    from diffusers_pqcad.layers.quantized import QuantizedLayer
+from diffusers_pqcad.layers.quantized import QuantizedLayer
 
 
 class BlockPlan(NamedTuple):
@@ -88,13 +86,13 @@ class TransformerPlan(NamedTuple):
     keeps: Norm
 
 
-def plan_call(layer: "QuantizedLayer", size: torch.Size, packed: PackedLayer | None = None) -> Call:
+def plan_call(layer: QuantizedLayer, size: torch.Size, packed: PackedLayer | None = None) -> Call:
     """Return the call of `layer` for an input of `size`, for a plan: other calls of the layer leave it as it is.
 
     It keeps what the layer has packed, unless that is `packed`, which keeps the plan.
     """
     own = layer.packed_for(NAME) if packed is None else packed  # once: another thread may pack the layer anew
-    call = x86.call_of(layer, own, size)
+    call = x86.call_of(layer.operation(layer.input_group()), own, size)
     return call._replace(keeps=(call.keeps, own if packed is None else None))
 
 
@@ -102,7 +100,7 @@ def plan_block(
     x_size: torch.Size,
     time_size: torch.Size | None,
     norms: tuple[Norm, Norm],
-    layers: "tuple[QuantizedLayer | None, QuantizedLayer, QuantizedLayer, QuantizedLayer | None]",
+    layers: tuple[QuantizedLayer | None, QuantizedLayer, QuantizedLayer, QuantizedLayer | None],
     packed: PackedLayer,
     *,
     embeds_silu: bool,
@@ -153,7 +151,7 @@ def plan_attention(
     x_size: torch.Size,
     context_size: torch.Size | None,
     norm: Norm | None,
-    layers: "tuple[QuantizedLayer, QuantizedLayer, QuantizedLayer, QuantizedLayer]",
+    layers: tuple[QuantizedLayer, QuantizedLayer, QuantizedLayer, QuantizedLayer],
     packed: PackedLayer | None,
     heads: int,
     *,
@@ -209,7 +207,7 @@ def addend_of(plan: AttentionPlan | FeedForwardPlan, x: Tensor) -> Addend:
 
 
 def plan_feed_forward(
-    size: torch.Size, first: "QuantizedLayer", second: "QuantizedLayer", packed: PackedLayer | None
+    size: torch.Size, first: QuantizedLayer, second: QuantizedLayer, packed: PackedLayer | None
 ) -> FeedForwardPlan | None:
     """Return the plan of `second` after a GEGLU (Shazeer 2020, arXiv:2002.05202) of `first`, for inputs of `size`.
 
@@ -232,7 +230,7 @@ def run_feed_forward(plan: FeedForwardPlan, x: Tensor) -> Tensor:
     return x86.run_call(last, x86.run_call(gated, x, plan.affine), addend=addend_of(plan, x))
 
 
-def plan_projection(layer: "QuantizedLayer", size: torch.Size, packed: PackedLayer | None = None) -> Call:
+def plan_projection(layer: QuantizedLayer, size: torch.Size, packed: PackedLayer | None = None) -> Call:
     """Return the call of `layer`, a convolution or linear, for the pixels of images of `size` (B, C, H, W).
 
     Both lie in memory alike, images in channels_last. `packed` is as in `plan_call`.

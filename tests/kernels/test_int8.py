@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diffusers_pqcad import kernels
-from diffusers_pqcad.kernels import onednn, ranges, x86
+from diffusers_pqcad.kernels import onednn, x86
 from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear, QuantizedLayer
 from diffusers_pqcad.layers.timesteps import TimestepGroups
 from diffusers_pqcad.numerics.qparams import (
@@ -97,7 +97,7 @@ def fused_codes(x: Tensor, bits: int = 8) -> np.ndarray:
 
 def int8_kernels(layer: QuantizedLayer) -> list[str]:
     """The kernels of this computer that compute `layer` in integers."""
-    return [name for name in (x86.NAME, onednn.NAME) if layer.refusal(name) is None]
+    return [name for name in (x86.NAME, onednn.NAME) if kernels.KERNELS[name].refusal(layer.operation()) is None]
 
 
 def oracle(layer: QuantizedLayer, x: Tensor, *, kernel: str = "") -> Tensor:
@@ -379,7 +379,7 @@ def test_static_ranges_clip(bits: int) -> None:
     clipped = torch.fake_quantize_per_tensor_affine(x, qparams.scale, qparams.zero_point, 0, activation_qmax(bits))
     for name in int8_kernels(layer):
         kernel = kernels.KERNELS[name]
-        actual = kernel.run(layer, kernel.pack(layer), x)
+        actual = kernel.run(layer.operation(0), kernel.pack(layer.operation()), x)
         assert_near(actual, (clipped.double() @ layer.dequantized_weight().double().T), 1e-6)
 
 
@@ -400,7 +400,7 @@ def test_static_ranges_are_those_of_the_timestep_and_follow_every_change() -> No
                 outputs.append(layer(x))
                 with kernels.use("reference"):
                     assert_near(outputs[-1], layer(x).double(), 1e-2)  # a code may differ at a tie
-                assert ranges.current_range(layer, layer._cache[1].ranges) == (
+                assert layer._cache[1].ranges[layer.input_group()] == (
                     layer.input_scale[group].item(),
                     layer.input_zero_point[group].item(),
                 )
@@ -442,7 +442,7 @@ def test_layers_that_both_refuse(make, activation_bits: int | None, reason: str)
     layer = make().requires_grad_(False)
     layer.pack_(WeightSpec(4), activation_bits=activation_bits)
     for name in (x86.NAME, onednn.NAME):
-        assert reason in layer.refusal(name)
+        assert reason in kernels.KERNELS[name].refusal(layer.operation())
     assert layer.kernel_name() == "reference"
     x = torch.randn(2, 8) if isinstance(layer, nn.Linear) else torch.randn(2, 4, 6, 6)
     floats = layer.to_float()
@@ -459,7 +459,7 @@ def fake_quantized(x: Tensor) -> Tensor:
 def test_layers_on_another_device_are_refused() -> None:
     layer = packed(linear(8, 8), 4).to("meta")
     for name in (x86.NAME, onednn.NAME):
-        assert "weights are on meta" in layer.refusal(name)
+        assert "weights are on meta" in kernels.KERNELS[name].refusal(layer.operation())
     with torch.no_grad():
         assert layer(torch.empty(2, 8, device="meta")).shape == (2, 8)
 
@@ -467,12 +467,12 @@ def test_layers_on_another_device_are_refused() -> None:
 @pytest.mark.fast
 def test_onednn_refuses_wide_layers_exactly_where_products_saturate() -> None:
     for bits in WEIGHT_BITS:
-        reason = onednn.refusal(packed(linear(8, 8), bits))
+        reason = onednn.refusal(packed(linear(8, 8), bits).operation())
         if bits == 8 and onednn.saturates():
             assert "no VNNI" in reason
         else:
             assert reason is None
-        assert onednn.refusal(packed(linear(8, 8), bits, activation_bits=7)) is None
+        assert onednn.refusal(packed(linear(8, 8), bits, activation_bits=7).operation()) is None
 
 
 def test_no_warning_reaches_the_user() -> None:

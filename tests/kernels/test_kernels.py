@@ -38,7 +38,7 @@ def layer() -> QuantizedLayer:
 
 
 def kernel_of(layer: QuantizedLayer, x: Tensor) -> str:
-    return kernels.select_kernel(layer, x).NAME
+    return kernels.select_kernel(layer.operation(layer.input_group()), x).NAME
 
 
 def test_int8_is_used_only_where_no_gradient_is_needed(layer: QuantizedLayer) -> None:
@@ -133,7 +133,7 @@ def test_the_gradient_is_that_of_the_float_operation(bits: int, activation_bits:
     layer.pack_(WeightSpec(bits), activation_bits=activation_bits)
     x = torch.randn(2, 6, 7, 7, requires_grad=True)
     upstream = torch.randn(2, 5, 4, 4)
-    qparams = layer.input_qparams(x)
+    qparams = layer.operation(layer.input_group()).input_qparams(x)
     rounded = x
     if qparams is not None:
         rounded = torch.fake_quantize_per_tensor_affine(x, qparams.scale, qparams.zero_point, 0, 255)
@@ -195,22 +195,22 @@ def test_forward_mode_differentiation_is_not_lost(layer: QuantizedLayer) -> None
 
 def test_summary_says_why_code_could_not_be_compiled(layer: QuantizedLayer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(x86, "library", lambda: "gcc failed: no such thing")
-    assert "x86 would be faster here, but gcc failed: no such thing" in kernels.summary([layer])
+    assert "x86 would be faster here, but gcc failed: no such thing" in kernels.summary([layer.operation()])
 
 
 def test_summary_counts_layers_and_gives_reasons() -> None:
     layers: list[QuantizedLayer] = [PQCADLinear(8, 8), PQCADLinear(8, 8), PQCADConv2d(4, 4, 3, padding="same")]
     for layer in layers:
         layer.pack_(WeightSpec(4), activation_bits=8)
-    assert kernels.summary(layers) == (
+    assert kernels.summary([layer.operation() for layer in layers]) == (
         f"2 of 3 layers: {FAST}; 1 of 3 layers: reference; "
         "1 on reference: padding 'same' in mode 'zeros' is not supported"
     )
 
 
 def test_reference_runs_everything_and_holds_nothing(layer: QuantizedLayer) -> None:
-    assert reference.refusal(layer) is None
-    assert kernels.KERNELS["reference"].pack(layer) is None
+    assert reference.refusal(layer.operation()) is None
+    assert kernels.KERNELS["reference"].pack(layer.operation()) is None
     assert list(kernels.KERNELS) == [
         "x86",
         "onednn",

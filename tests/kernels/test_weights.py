@@ -112,7 +112,7 @@ def test_the_layer_whose_weights_have_another_length_is_named() -> None:
     layer.pack_(WeightSpec(4), activation_bits=8)
     layer.qweight = layer.qweight[:, :3]
     with pytest.raises(ValueError, match=r"mid_block.proj: packed weights: expected \(2, 4\) .*, got \(2, 3\)"):
-        layer.channel_levels()
+        layer.operation().channel_levels()
 
 
 @needs_compiler

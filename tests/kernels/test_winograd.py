@@ -253,7 +253,7 @@ def test_codes_anywhere_in_8_bits_are_exact(
         stride=(stride, 1), dilation=(dilation, 1), padding=tuple(padding), bias=False,
     ).requires_grad_(False)  # fmt: skip
     layer.pack_(WeightSpec(6), activation_bits=8)
-    assert x86.uses_winograd(layer)
+    assert x86.uses_winograd(layer.operation())
     layer.set_input_qparams_(ActivationQParams(torch.ones(1), torch.tensor([zero_point], dtype=torch.int32)), None)
     shape = size[0], channels[0], *size[1:]
     x = torch.where(torch.rand(shape) < share, torch.randint(0, 256, shape) - zero_point, 0).float()
@@ -277,9 +277,12 @@ def test_only_rows_of_three_pixels_side_by_side_are_transformed_and_cost_a_third
         assert layer.packed_for("x86").weight.numel() == kernel_cache_bytes(layer) == 48 * 32 * size
     for settings_ in ({"stride": (1, 2)}, {"dilation": (1, 2)}):
         layer = PQCADConv2d(48, 8, 3, **settings_)
-        assert not x86.uses_winograd(layer)
+        layer.pack_(WeightSpec(4), activation_bits=8)
+        assert not x86.uses_winograd(layer.operation())
     for inputs in (15, 16):  # too few products to save in the first
-        assert x86.uses_winograd(PQCADConv2d(inputs, 8, 3)) == (inputs == 16)
+        layer = PQCADConv2d(inputs, 8, 3)
+        layer.pack_(WeightSpec(4), activation_bits=8)
+        assert x86.uses_winograd(layer.operation()) == (inputs == 16)
 
 
 @needs_vnni
@@ -310,7 +313,7 @@ def test_a_residual_block_in_tiles_is_what_its_modules_compute(width: int, activ
     config = PQCADConfig(method="fixed", weight_bits=4, activation_bits=activation_bits)
     model = quantize_(nn.ModuleDict({"block": block}), config)
     assert type(model["block"]) is FusedResnetBlock2D
-    assert x86.uses_winograd(model["block"].conv2)
+    assert x86.uses_winograd(model["block"].conv2.operation())
     x, time = torch.randn(2, 32, 5, width), torch.randn(2, 16)
     found = model["block"](x, time)
     wanted = ResnetBlock2D.forward(model["block"], x, time)
@@ -330,7 +333,7 @@ def test_a_model_in_tiles_is_as_near_to_the_float_model_as_by_the_reference(
     inputs = torch.randn(4, tiny_unet.config.in_channels, size, size), torch.tensor(7)
     wanted = tiny_unet(*inputs).sample
     quantize_(tiny_unet, PQCADConfig(method="fixed", weight_bits=bits, activation_bits=activation_bits))
-    assert sum(map(x86.uses_winograd, packed_layers(tiny_unet).values())) > 5
+    assert sum(x86.uses_winograd(layer.operation()) for layer in packed_layers(tiny_unet).values()) > 5
     error = (tiny_unet(*inputs).sample - wanted).norm().item()
     with kernels.use("reference"):
         reference = (tiny_unet(*inputs).sample - wanted).norm().item()

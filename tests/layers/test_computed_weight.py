@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from diffusers_pqcad import PQCADConfig, quantize_
-from diffusers_pqcad.layers import quantized as layers
+from diffusers_pqcad.kernels import operation
 from diffusers_pqcad.layers.computed_weight import ComputedWeight
 from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear, QuantizedLayer, packed_layers
 from diffusers_pqcad.numerics.qparams import WeightSpec
@@ -49,13 +49,13 @@ def packed(layer: nn.Module | None = None, bits: int = 4) -> QuantizedLayer:
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of weights of each size that are dequantized."""
     sizes: list[int] = []
-    dequantize = layers.dequantize_weight
+    dequantize = operation.dequantize_weight
 
     def counted(levels: Tensor, scale: Tensor) -> Tensor:
         sizes.append(levels.numel())
         return dequantize(levels, scale)
 
-    monkeypatch.setattr("diffusers_pqcad.layers.quantized.dequantize_weight", counted)
+    monkeypatch.setattr("diffusers_pqcad.kernels.operation.dequantize_weight", counted)
     monkeypatch.setattr("diffusers_pqcad.layers.computed_weight.dequantize_weight", counted)
     return sizes
 

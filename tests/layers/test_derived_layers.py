@@ -65,7 +65,7 @@ def test_the_forward_of_the_class_stays(name: str) -> None:
 def test_what_the_convolution_gets_is_rounded_after_the_padding_of_the_class() -> None:
     layer, x, cache = packed("Wan", activation_bits=8), torch.randn(VIDEO), 3 * torch.randn(2, 4, 2, 6, 6)
     padded = F.pad(torch.cat([cache, x], dim=2), (1, 1, 1, 1))
-    qparams = layer.input_qparams(padded)
+    qparams = layer.operation(layer.input_group()).input_qparams(padded)
     rounded = torch.fake_quantize_per_tensor_affine(padded, qparams.scale, qparams.zero_point, 0, 255)
     torch.testing.assert_close(layer(x, cache_x=cache), F.conv3d(rounded, layer.weight, layer.bias))
 

@@ -74,6 +74,7 @@ def test_linear(shape: tuple[int, ...]) -> None:
     check(linear(), torch.randn(shape))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # of the float layer, too
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize(
     "layer",

@@ -11,6 +11,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, kernels
+from diffusers_pqcad.kernels.operation import per_sample
 from diffusers_pqcad.layers.quantized import (
     PQCADConv1d,
     PQCADConv2d,
@@ -19,7 +20,6 @@ from diffusers_pqcad.layers.quantized import (
     QuantizedLayer,
     kernel_cache_bytes,
     packed_layers,
-    per_sample,
 )
 from diffusers_pqcad.layers.timesteps import TimestepGroups, install_timestep_groups
 from diffusers_pqcad.loading.convert import dequantize_, quantize_
@@ -115,7 +115,7 @@ def test_int8_kernels_refuse_convolutions_of_one_and_three_dimensions(case: str)
             pytest.raises(ValueError, match=f"{name!r} was forced, but it is a conv"),
         ):
             layer(x)
-    qparams = layer.input_qparams(x)
+    qparams = layer.operation(layer.input_group()).input_qparams(x)
     rounded = torch.fake_quantize_per_tensor_affine(x, qparams.scale, qparams.zero_point, 0, 255)
     torch.testing.assert_close(layer(x), layer.to_float()(rounded))
 
@@ -359,7 +359,7 @@ def test_mixed_timesteps_equal_the_calls_of_each_sample(case: str, copies: int) 
             torch.testing.assert_close(
                 mixed[index * copies : (index + 1) * copies], layer(sample), rtol=1e-5, atol=1e-6
             )
-            qparams = layer.input_qparams(sample)
+            qparams = layer.operation(layer.input_group()).input_qparams(sample)
             assert qparams is not None
             scale, zero_point = qparams
             assert scale == layer.input_scale[[2, 0, 1][index]]

@@ -576,7 +576,7 @@ def test_the_cache_of_the_kernels_is_reported_beside_the_footprint(tiny_unet):
     with torch.no_grad():
         tiny_unet(torch.randn(1, 1, 8, 8), 1)
     fast = [layer for layer in packed_layers(tiny_unet).values() if layer.kernel_name() != "reference"]
-    transformed = [layer for layer in fast if layer.kernel_name() == x86.NAME and x86.uses_winograd(layer)]
+    transformed = [layer for layer in fast if layer.kernel_name() == x86.NAME and x86.uses_winograd(layer.operation())]
     levels = sum(layer.weight_shape.numel() for layer in fast)
     assert kernel_cache_bytes(tiny_unet) == levels + sum(layer.weight_shape.numel() for layer in transformed) // 3
     assert tiny_unet.get_memory_footprint() == before

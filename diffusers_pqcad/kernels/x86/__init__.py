@@ -16,21 +16,21 @@ import ctypes
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diffusers_pqcad.kernels import native, onednn, ranges
+from diffusers_pqcad.kernels import native, onednn
 from diffusers_pqcad.kernels.native import scratch
 from diffusers_pqcad.kernels.native.layout import check_layout
+from diffusers_pqcad.kernels.operation import ConvGeometry, Operation, is_in_memory
 from diffusers_pqcad.kernels.x86.recent import Recent
 from diffusers_pqcad.numerics.qparams import MIN_SCALE, ScalarQParams, activation_qmax
 
-if TYPE_CHECKING:
-    from diffusers_pqcad.layers.quantized import QuantizedLayer
-
 NAME = "x86"
+FUSES = frozenset(("residual", "attention", "feed_forward", "transformer"))  # blocks, as the runtime names them
+MEMORY_FORMAT = torch.channels_last  # of its convolutions
 SOURCE = native.CSRC / "layers.c"
 DEPTH = 4  # inputs of a step, as in the C file
 TILE_SIZE = 4  # elements of a Winograd tile, as in the C file
@@ -229,18 +229,30 @@ def compiled() -> ctypes.CDLL:
     return found
 
 
-def refusal(layer: "QuantizedLayer") -> str | None:
-    """Return why this kernel cannot run `layer` on this computer, or `None`."""
-    if layer.qweight.device.type != "cpu":
-        return f"its weights are on {layer.qweight.device.type}, and this kernel is for CPUs"
-    if layer.activation_bits is None:
+def accepts(x: Tensor) -> bool:
+    """Return whether this kernel can read the numbers of `x`; see `is_in_memory`."""
+    return is_in_memory(x)
+
+
+def absence() -> str | None:
+    """Return why a computer that could have this kernel lacks it, or `None`."""
+    found = library()
+    return found if isinstance(found, str) and found != native.NOT_HERE else None
+
+
+def refusal(operation: Operation) -> str | None:
+    """Return why this kernel cannot run `operation` on this computer, or `None`."""
+    if operation.qweight.device.type != "cpu":
+        return f"its weights are on {operation.qweight.device.type}, and this kernel is for CPUs"
+    if operation.activation_bits is None:
         return "its activations stay in floating point"
-    if isinstance(layer, (nn.Conv1d, nn.Conv3d)):
-        return onednn.NOT_TWO_DIMENSIONS
-    if isinstance(layer, nn.Conv2d):
-        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            return f"padding {layer.padding!r} in mode {layer.padding_mode!r} is not supported"
-        if layer.groups > 1:
+    geometry = operation.geometry
+    if geometry is not None:
+        if len(geometry.stride) != 2:
+            return onednn.NOT_TWO_DIMENSIONS
+        if not onednn.pads_with_numbers(geometry):
+            return onednn.other_padding(geometry)
+        if geometry.groups > 1:
             return "it is a convolution in groups"
     loaded = library()
     if isinstance(loaded, str):
@@ -250,21 +262,17 @@ def refusal(layer: "QuantizedLayer") -> str | None:
     return None
 
 
-def is_wide(layer: "QuantizedLayer") -> bool:
-    """Return whether the levels of `layer` have 8 bits; rows of several scales are re-quantized to so many."""
-    return layer.spec.bits > MAX_NARROW_BITS or layer.weight_scale.shape[1] > 1
-
-
 def round_up(number: int, multiple: int) -> int:
     """Return the smallest multiple that is not below `number`."""
     return -(-number // multiple) * multiple
 
 
-def uses_winograd(layer: nn.Module) -> bool:
-    """Return whether the quantized `layer` computes two neighbouring pixels from four products, not six: F(2, 3)."""
-    if not isinstance(layer, nn.Conv2d) or layer.kernel_size[1] != 3 or layer.stride[1] != 1 or layer.dilation[1] != 1:
+def uses_winograd(operation: Operation) -> bool:
+    """Return whether two neighbouring pixels of `operation` are computed from four products, not six: F(2, 3)."""
+    geometry = operation.geometry
+    if geometry is None or operation.shape[3] != 3 or geometry.stride[1] != 1 or geometry.dilation[1] != 1:
         return False
-    return layer.in_channels * layer.kernel_size[0] >= MIN_WINOGRAD_INPUTS and bool(compiled().has_vnni())
+    return operation.shape[1:3].numel() >= MIN_WINOGRAD_INPUTS and bool(compiled().has_vnni())
 
 
 def pack_filters(levels: Tensor, scale: Tensor, *, is_winograd: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,18 +293,18 @@ def pack_filters(levels: Tensor, scale: Tensor, *, is_winograd: bool) -> tuple[T
     return weight, level_sum, scales
 
 
-def pack(layer: "QuantizedLayer") -> PackedLayer:
+def pack(operation: Operation) -> PackedLayer:
     """Return the weights in blocks and their windows, and the static activation ranges as plain numbers."""
-    assert layer.activation_bits is not None  # refused
-    levels, scale = layer.channel_levels()
+    assert operation.activation_bits is not None  # refused
+    levels, scale = operation.channel_levels()
     levels = levels.view(*levels.shape, 1, 1) if levels.dim() == 2 else levels
-    dilation = layer.dilation if isinstance(layer, nn.Conv2d) else (1, 1)
-    is_winograd, channels = uses_winograd(layer), round_up(levels.shape[1], DEPTH)
+    dilation = (1, 1) if operation.geometry is None else operation.geometry.dilation
+    is_winograd, channels = uses_winograd(operation), round_up(levels.shape[1], DEPTH)
     weight, level_sum, scale = pack_filters(levels, scale, is_winograd=is_winograd)
     has_vnni = bool(compiled().has_vnni())
-    is_signed = is_wide(layer) and not has_vnni
+    is_signed = operation.channel_bits() > MAX_NARROW_BITS and not has_vnni
     fits = has_vnni or is_signed
-    limit = torch.iinfo(torch.int32).max if fits else SUM_MAX // activation_qmax(layer.activation_bits)
+    limit = torch.iinfo(torch.int32).max if fits else SUM_MAX // activation_qmax(operation.activation_bits)
     height, width = levels.shape[2:]
     segments = segment_starts(height, 1 if is_winograd else width, channels, dilation)
     windows, window_starts = plan_windows(weight, segments, limit)
@@ -305,7 +313,15 @@ def pack(layer: "QuantizedLayer") -> PackedLayer:
         windows[:, 1] += (element * channels).repeat_interleave(window_starts.diff())  # its codes follow the others'
     tensors = (weight, windows, window_starts, level_sum, scale)
     weights = Weights(*(tensor.data_ptr() for tensor in tensors), weight.shape[1], is_signed)
-    return PackedLayer(*tensors, weights, is_winograd, ranges.static_ranges(layer), Recent(), Recent())
+    return PackedLayer(*tensors, weights, is_winograd, operation.static_ranges(), Recent(), Recent())
+
+
+def num_bytes(operation: Operation, packed: PackedLayer) -> int:
+    """Return the bytes of the int8 copy of the weights: one a weight, and 4/3 where filters are transformed.
+
+    What is padded, and some numbers for each output, are not counted.
+    """
+    return operation.shape.numel() * (TILE_SIZE if packed.is_winograd else 3) // 3
 
 
 def segment_starts(height: int, width: int, channels: int, dilation: tuple[int, ...]) -> Tensor:
@@ -331,74 +347,75 @@ def plan_windows(weight: Tensor, segments: Tensor, limit: int) -> tuple[Tensor, 
     return windows[:count].clone(), starts
 
 
-def geometry_of(layer: "QuantizedLayer", size: torch.Size, *, is_winograd: bool) -> Geometry:
-    """Return the geometry of `layer` for an input of `size`, of a convolution with a batch.
+def geometry_of(operation: Operation, size: torch.Size, *, is_winograd: bool) -> Geometry:
+    """Return the geometry of `operation` for an input of `size`, of a convolution with a batch.
 
-    With `is_winograd`, a convolution is packed for F(2, 3). Raises ValueError for a size that the layer cannot take: C
-    would read beyond the input.
+    With `is_winograd`, a convolution is packed for F(2, 3). Raises ValueError for a size that it cannot take: C would
+    read beyond the input.
     """
-    if isinstance(layer, nn.Conv2d):
-        if len(size) != 4 or size[1] != layer.in_channels:
-            raise ValueError(f"{layer.name}: expected (N, {layer.in_channels}, H, W), got an input of {tuple(size)}.")
-        geometry = conv_geometry(layer, size, is_winograd=is_winograd)
-        if min(geometry.size) < 1:
-            raise ValueError(f"{layer.name}: an input of {tuple(size)}, padded, is smaller than the kernel.")
-        return geometry
-    assert isinstance(layer, nn.Linear)
-    if not size or size[-1] != layer.in_features:
-        raise ValueError(f"{layer.name}: expected (..., {layer.in_features}), got an input of {tuple(size)}.")
-    return linear_geometry(layer, size)
+    channels = operation.shape[1]
+    if operation.geometry is None:
+        if not size or size[-1] != channels:
+            raise ValueError(f"{operation.name}: expected (..., {channels}), got an input of {tuple(size)}.")
+        return linear_geometry(operation.shape, size)
+    if len(size) != 4 or size[1] != channels:
+        raise ValueError(f"{operation.name}: expected (N, {channels}, H, W), got an input of {tuple(size)}.")
+    geometry = conv_geometry(operation.geometry, operation.shape, size, is_winograd=is_winograd)
+    if min(geometry.size) < 1:
+        raise ValueError(f"{operation.name}: an input of {tuple(size)}, padded, is smaller than the kernel.")
+    return geometry
 
 
-def conv_geometry(layer: nn.Conv2d, size: torch.Size, *, is_winograd: bool) -> Geometry:
-    """Return the geometry of a convolution of an input of `size` (N, C, H, W)."""
-    assert not isinstance(layer.padding, str)  # refused
+def conv_geometry(conv: ConvGeometry, weight: torch.Size, size: torch.Size, *, is_winograd: bool) -> Geometry:
+    """Return the geometry of a convolution with a `weight` (O, C, KH, KW) of an input of `size` (N, C, H, W)."""
+    assert not isinstance(conv.padding, str)  # refused
+    outputs, channels, *kernel = weight
     height, width = (
-        (size[axis + 2] + 2 * layer.padding[axis] - layer.dilation[axis] * (layer.kernel_size[axis] - 1) - 1)
-        // layer.stride[axis]
+        (size[axis + 2] + 2 * conv.padding[axis] - conv.dilation[axis] * (kernel[axis] - 1) - 1) // conv.stride[axis]
         + 1
         for axis in range(2)
     )
     tiles = round_up(width, 2) // 2 if is_winograd else 0
-    image = Image(size[0], *size[2:], layer.in_channels, *layer.padding, round_up(layer.in_channels, DEPTH), tiles)
-    output = Output(height, width, layer.out_channels, *layer.stride, 0)
-    return Geometry(image, output, (size[0], layer.out_channels, height, width))
+    image = Image(size[0], *size[2:], channels, *conv.padding, round_up(channels, DEPTH), tiles)
+    return Geometry(image, Output(height, width, outputs, *conv.stride, 0), (size[0], outputs, height, width))
 
 
-def linear_geometry(layer: nn.Linear, size: torch.Size) -> Geometry:
-    """Return the geometry of a matrix product with an input of `size` (B, ..., K), as of B images.
+def linear_geometry(weight: torch.Size, size: torch.Size) -> Geometry:
+    """Return the geometry of a matrix product with a `weight` (O, K), of an input of `size` (B, ..., K) as B images.
 
     Threads share lines, and sums over a line are short enough for fp32: they have up to 32 pixels.
     """
+    outputs, channels = weight
     images, pixels = (size[0], size[1:-1].numel()) if len(size) > 1 else (1, 1)
     width = math.gcd(pixels, MAX_LINE)
-    image = Image(images, pixels // width, width, layer.in_features, 0, 0, round_up(layer.in_features, DEPTH))
-    return Geometry(
-        image, Output(pixels // width, width, layer.out_features, 1, 1, 0), (*size[:-1], layer.out_features)
-    )
+    image = Image(images, pixels // width, width, channels, 0, 0, round_up(channels, DEPTH))
+    return Geometry(image, Output(pixels // width, width, outputs, 1, 1, 0), (*size[:-1], outputs))
 
 
-def call_of(layer: "QuantizedLayer", packed: PackedLayer, size: torch.Size) -> Call:
-    """Return the call of `layer` for an input of `size` at this call's activation range."""
-    assert layer.activation_bits is not None  # refused
-    group = None if packed.ranges is None else layer.input_group()
+def call_of(operation: Operation, packed: PackedLayer, size: torch.Size) -> Call:
+    """Return the call of `operation` for an input of `size`, in its timestep group."""
+    assert operation.activation_bits is not None  # refused
+    group = None if packed.ranges is None else operation.group
     of_size = packed.sizes.get(size)
     if of_size is None:
-        of_size = packed.sizes[size] = geometry_of(layer, size, is_winograd=packed.is_winograd), {}
+        of_size = packed.sizes[size] = geometry_of(operation, size, is_winograd=packed.is_winograd), {}
     geometry, by_group = of_size
     known = by_group.get(group)
     if known is None:
-        qparams = NO_RANGE if packed.ranges is None else ranges.current_range(layer, packed.ranges)
+        qparams = NO_RANGE
+        if packed.ranges is not None:
+            assert isinstance(group, int)  # a batch of several groups goes to the reference kernel
+            qparams = packed.ranges[group]
         known = by_group[group] = Layer(
             ctypes.addressof(packed.weights),
             None,
             geometry.image,
             geometry.output,
             *qparams,
-            activation_qmax(layer.activation_bits),
+            activation_qmax(operation.activation_bits),
         )
     # Detached: it holds the memory, of which a parameter lets go when another thread casts or moves the layer.
-    bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
+    bias = None if operation.bias is None else operation.bias.detach().float().contiguous()
     own = Layer.from_buffer_copy(known)  # another call, in another thread, may have converted the bias for itself
     own.bias = None if bias is None else bias.data_ptr()
     return Call(own, geometry.size, geometry.image.code_bytes(), bias)
@@ -446,13 +463,13 @@ def run_calls(
     return outputs
 
 
-def run(layer: "QuantizedLayer", packed: PackedLayer, x: Tensor) -> Tensor:
+def run(operation: Operation, packed: PackedLayer, x: Tensor) -> Tensor:
     """Return the int8 operation's output in the dtype of `x`; convolutions return channels_last."""
-    is_conv = isinstance(layer, nn.Conv2d)
+    is_conv = operation.geometry is not None
     memory_format = torch.channels_last if is_conv else torch.contiguous_format
     dense = x.unsqueeze(0) if is_conv and x.dim() != 4 else x
     if dense.dim() == 4 or not is_conv:  # others are refused below
         dense = dense.float().contiguous(memory_format=memory_format)
-    call = call_of(layer, packed, dense.shape)
+    call = call_of(operation, packed, dense.shape)
     output = run_call(call, dense, memory_format=memory_format)
     return (output if output.dim() == x.dim() else output.squeeze(0)).to(x.dtype)
