@@ -12,22 +12,23 @@ from torch import Tensor, nn
 from diffusers_pqcad.layers.quantized import packed_layers
 from diffusers_pqcad.layers.timesteps import TimestepGroups
 from diffusers_pqcad.numerics.qparams import activation_qparams
-from diffusers_pqcad.runtime import plans
+from diffusers_pqcad.runtime import attention, feed_forward, residual, transformer
 
 Block = TypeVar("Block", bound=nn.Module)
 
 
 @contextmanager
 def counted(name: str) -> Iterator[list[Tensor]]:
-    """The first inputs of the calls of `plans.NAME`, which runs a plan."""
+    """The first inputs of the calls of the function `name`, which runs a plan."""
     inputs: list[Tensor] = []
-    function = getattr(plans, name)
+    module = next(module for module in (residual, attention, feed_forward, transformer) if hasattr(module, name))
+    function = getattr(module, name)
 
     def run(plan: Any, x: Tensor, *others: Tensor | None) -> Tensor:
         inputs.append(x)
         return function(plan, x, *others)
 
-    with mock.patch.object(plans, name, run):
+    with mock.patch.object(module, name, run):
         yield inputs
 
 

@@ -23,7 +23,7 @@ from diffusers_pqcad.kernels import x86
 from diffusers_pqcad.layers.quantized import PQCADLinear, kernel_cache_bytes, packed_layers
 from diffusers_pqcad.loading.coverage import average_bits
 from diffusers_pqcad.numerics.qparams import WeightSpec
-from diffusers_pqcad.runtime import plans
+from diffusers_pqcad.runtime import residual
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
@@ -306,8 +306,10 @@ class TestBounds:
         field = bounds.harness.prepare(tiny_settings(bounds, contestants=["W8A8"]), 1)
         unet = field.contestants["W8A8"].unet
         calls: list[object] = []
-        run_block = plans.run_block
-        monkeypatch.setattr(plans, "run_block", lambda plan, x, time: calls.append(time) or run_block(plan, x, time))
+        run_block = residual.run_block
+        monkeypatch.setattr(
+            residual, "run_block", lambda plan, x, time: calls.append(time) or run_block(plan, x, time)
+        )
         field.contestants["W8A8"].step(field.inputs)
         times, calls[:] = list(calls), []
         output = bounds.without_time(unet, field.inputs)()

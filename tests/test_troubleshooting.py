@@ -51,7 +51,9 @@ def test_transformers_warns_as_the_guide_quotes_and_loads_random_weights(tmp_pat
 
 
 def test_the_cards_code_starts_with_the_import():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "diffusers_pqcad" / "model_card.md").read_text(), re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "diffusers_pqcad" / "publishing" / "model_card.md").read_text(), re.DOTALL
+    )
     assert code.startswith("import diffusers_pqcad")
 
 

@@ -26,9 +26,7 @@ from diffusers_pqcad.numerics.qparams import (
     WeightSpec,
     relative,
 )
-from diffusers_pqcad.runtime.fusion import install_fused_, remove_fused_
-from diffusers_pqcad.runtime.memory_format import install_channels_last_, remove_channels_last_
-from diffusers_pqcad.runtime.overrides import override_methods_, restore_methods_
+from diffusers_pqcad.runtime import install_, remove_
 
 logger = logging.getLogger(__name__)
 SAMPLED_WEIGHTS = 2**18
@@ -282,19 +280,8 @@ def finish_(model: nn.Module, config: PQCADConfig) -> None:
         share_timestep_groups(model, install_timestep_groups(model, config.timestep_boundaries))
     coverage = report(model, config)
     config.packed_share = round(coverage.share(coverage.packed), 6)
+    install_(model)
     if layers:
-        override_methods_(model)
-        chosen = {name: kernels.KERNELS[layer.kernel_name()] for name, layer in layers.items()}
-        convolutions = [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]
-        if any(chosen[name].MEMORY_FORMAT == torch.channels_last for name in convolutions):
-            install_channels_last_(model)  # without int8 convolutions, weights would be reordered in every call
-        if any(kernel.FUSES for kernel in chosen.values()):
-            from diffusers_pqcad.runtime.attention import FusedAttention  # these import diffusers' models
-            from diffusers_pqcad.runtime.feed_forward import FusedFeedForward
-            from diffusers_pqcad.runtime.residual import FusedResnetBlock2D
-            from diffusers_pqcad.runtime.transformer import FusedTransformer2DModel
-
-            install_fused_(model, (FusedAttention, FusedFeedForward, FusedResnetBlock2D, FusedTransformer2DModel))
         found = [layer.operation() for layer in layers.values()]
         summary = f"{coverage}; {kernels.summary(found)}"
         log_once(type(model).__name__, summary, slow=kernels.lacks_fast_kernel(found))
@@ -348,9 +335,7 @@ def mark_quantized_(model: Any, config: PQCADConfig) -> None:
 def unmark_quantized_(model: Any) -> None:
     """Undo `mark_quantized_` and `finish_`."""
     remove_timestep_groups(model)
-    remove_channels_last_(model)
-    remove_fused_(model)
-    restore_methods_(model)
+    remove_(model)
     if hasattr(model, "_internal_dict"):
         # diffusers leaves the entry, so that a saved float model would say that it is quantized.
         kept = {

@@ -126,7 +126,7 @@ def model_card(metrics: dict[str, Any], *, repo: str, license_id: str | None) ->
         if cad["best_step"]
         else "no trained state beat the undistilled start on the held-out trajectories, so the start was kept"
     )
-    return Template(files("diffusers_pqcad").joinpath("model_card.md").read_text()).substitute(
+    return Template(files("diffusers_pqcad.publishing").joinpath("model_card.md").read_text()).substitute(
         base_model_lines=base_model_lines(metrics["teacher_id"]),
         tag=tag,
         license_line=f"license: {license_id}\n" if license_id else "",

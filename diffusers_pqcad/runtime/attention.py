@@ -1,6 +1,6 @@
 """Attention blocks in few calls of the int8 kernel, their softmax products in bf16 where the CPU has them."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +8,10 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
 from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.kernels.x86.attention import attention
 from diffusers_pqcad.layers import graph_ops
-from diffusers_pqcad.runtime import fusion, plans
+from diffusers_pqcad.layers.quantized import QuantizedLayer
+from diffusers_pqcad.runtime import fusion
 
 # Who follows the maps of attention puts something in the place of these.
 PROCESS, PRODUCT = AttnProcessor2_0.__call__, F.scaled_dot_product_attention
@@ -21,10 +23,96 @@ def is_patched() -> bool:
     return AttnProcessor2_0.__call__ is not PROCESS or F.scaled_dot_product_attention is not PRODUCT
 
 
+class AttentionPlan(NamedTuple):
+    """An attention block at one size of its inputs and one activation range of each layer; `keeps` lives as long.
+
+    `calls` are those of queries, keys, values and output; a layer norm before them is in `affine`. The packed weights
+    of the queries hold the plan, and not the plan them: its caller does. As a part of a transformer it holds all.
+    """
+
+    norm: x86.GroupNorm | None
+    calls: tuple[x86.Call, ...]
+    heads: int
+    adds_input: bool
+    takes_context: bool
+    keeps: Any
+    affine: x86.Affine = x86.NO_AFFINE
+
+
+def plan_attention(
+    x_size: torch.Size,
+    context_size: torch.Size | None,
+    norm: x86.Norm | None,
+    layers: tuple[QuantizedLayer, QuantizedLayer, QuantizedLayer, QuantizedLayer],
+    packed: x86.PackedLayer | None,
+    heads: int,
+    *,
+    adds_input: bool,
+) -> AttentionPlan:
+    """Return the plan of an attention block from `x_size` (B, L, C) to `context_size` (B, K, D), `None` for the same.
+
+    `layers` are those of queries, keys, values and output; `packed` is as in `plan_call`; `norm` is a group norm
+    before them, and `adds_input` adds the input to the output. Raises ValueError for parts whose sizes do not fit: C
+    would read beyond them.
+    """
+    query, key, value, last = layers
+    others = x_size if context_size is None else context_size
+    calls = [fusion.plan_call(query, x_size, packed), fusion.plan_call(key, others), fusion.plan_call(value, others)]
+    calls.append(fusion.plan_call(last, torch.Size(calls[0].size)))
+    if norm is not None and not norm.weight.shape == norm.bias.shape == x_size[2:]:
+        raise ValueError(
+            f"{last.name}: group norm of its block: expected {x_size[2]} channels, got a weight of "
+            f"{tuple(norm.weight.shape)} and a bias of {tuple(norm.bias.shape)}."
+        )
+    sizes = [call.size for call in calls[:3]]
+    if sizes[0][::2] != sizes[1][::2] or sizes[1] != sizes[2] or sizes[0][2] % heads:
+        raise ValueError(
+            f"{last.name}: attention of its block: expected queries (B, Q, C), keys and values (B, K, C) with C "
+            f"divisible by {heads} heads, got {sizes}."
+        )
+    if adds_input and tuple(calls[3].size) != tuple(x_size):
+        raise ValueError(f"{last.name}: an input of {tuple(x_size)} cannot be added to its output of {calls[3].size}.")
+    group_norm = None if norm is None else x86.group_norm_of(norm)
+    return AttentionPlan(group_norm, tuple(calls), heads, adds_input, context_size is not None, norm)
+
+
+def run_attention(plan: AttentionPlan, x: Tensor, context: Tensor | None) -> Tensor:
+    """Return what the block makes of `x` fp32 (B, L, C) and `context` fp32 (B, K, D), of the plan's sizes."""
+    x = x.contiguous()
+    query, key, value, last = plan.calls
+    affine = plan.affine
+    if plan.norm is not None:
+        gain, shift = x86.normalization(plan.norm, x, query.layer.image)
+        affine = x86.Affine(gain.data_ptr(), shift.data_ptr(), 0)
+    if context is None:
+        queries, keys, values = x86.run_calls((query, key, value), x, affine)
+    else:
+        queries = x86.run_call(query, x, affine)
+        keys, values = x86.run_calls((key, value), context.contiguous())
+    attended = attention(queries, keys, values, plan.heads)
+    return x86.run_call(last, attended, addend=fusion.addend_of(x, adds_input=plan.adds_input))
+
+
+def attention_output(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
+    """Return an empty output: (B, L, out_channels), or as large as `x` (B, C, H, W)."""
+    if x.dim() == 4:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return x.new_empty(*x.shape[:2], out_channels)
+
+
+@graph_ops.operator(fake=attention_output)
+def attention_block(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
+    """Return the output of a `FusedAttention`: (B, L, out_channels), or as large as `x` (B, C, H, W)."""
+    output = graph_ops.compute(handle, group, x, context)
+    return output.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
+
+
 class FusedAttention(fusion.FusedBlock, Attention):
     """An `Attention` of the common kind, by the default processor: it computes at once what that does."""
 
     plain = Attention
+    name = "attention"
+    attributes = ("heads", "residual_connection", "rescale_output_factor")
 
     @staticmethod
     def first_layer(block: Any) -> Any:
@@ -47,7 +135,8 @@ class FusedAttention(fusion.FusedBlock, Attention):
         if others or not self.is_common(*inputs):
             return super().forward(*inputs, attention_mask, **cross_attention_kwargs)
         if graph_ops.takes_operators():
-            return graph_ops.call_attention(self, hidden_states, encoder_hidden_states)
+            outputs = self.to_out[0].out_features
+            return attention_block(*inputs, graph_ops.group_of(self.to_q), self.handle, outputs)
         return self.compute(hidden_states, encoder_hidden_states)
 
     def compute(self, x: Tensor, context: Tensor | None) -> Tensor:
@@ -61,7 +150,7 @@ class FusedAttention(fusion.FusedBlock, Attention):
             packed, plan = self.plan_of(inputs, key, lambda packed: self.build_plan(packed, x.dim(), *sizes))
         if packed is None or plan is None:
             return super().forward(x, context)
-        y = plans.run_attention(plan, sequence, context)
+        y = run_attention(plan, sequence, context)
         y = y.transpose(1, 2).unflatten(2, x.shape[2:]) if x.dim() == 4 else y
         return y if self.rescale_output_factor == 1 else y / self.rescale_output_factor
 
@@ -75,7 +164,7 @@ class FusedAttention(fusion.FusedBlock, Attention):
 
     def build_plan(
         self, packed: x86.PackedLayer | None, dim: int, x_size: torch.Size, context_size: torch.Size | None = None
-    ) -> plans.AttentionPlan | None:
+    ) -> AttentionPlan | None:
         """Return the plan for these sizes; `None` where a module is not as it was built, or somebody looks at it."""
         if len(self.to_out) != 2 or not fusion.drops_nothing(self.to_out[1]):
             return None
@@ -85,9 +174,6 @@ class FusedAttention(fusion.FusedBlock, Attention):
             return None
         if dim == 4 and self.to_out[0].out_features != x_size[2]:  # which cannot be an image of that size again
             return None
-        return plans.plan_attention(
+        return plan_attention(
             x_size, context_size, norm, layers, packed, self.heads, adds_input=self.residual_connection
         )
-
-
-fusion.VALUES[FusedAttention] = ("heads", "residual_connection", "rescale_output_factor")

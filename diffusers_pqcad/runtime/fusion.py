@@ -1,6 +1,6 @@
 """Blocks of diffusers' models that the int8 kernel computes at once, where nobody looks at the modules in them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -14,14 +14,26 @@ from diffusers_pqcad.layers import graph_ops
 from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear, QuantizedLayer
 from diffusers_pqcad.numerics.qparams import is_exported
 
+# Attributes of modules that plans are built on.
+GUARDED: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.GroupNorm: ("num_groups", "eps", "affine"),
+    nn.LayerNorm: ("normalized_shape", "eps"),
+    nn.Dropout: ("p", "training"),
+    PQCADLinear: ("in_features", "out_features", "packed", "activation_bits"),
+    PQCADConv2d: (
+        *("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+        *("in_channels", "out_channels", "packed", "activation_bits"),
+    ),
+}
+
 
 class Plans(NamedTuple):
-    """What a block computes for inputs of some sizes, as long as its modules have these `marks`: a plan `by_group`.
+    """What a block computes for inputs of some sizes, as long as its modules have these `guards`: a plan `by_group`.
 
     All of its layers with static ranges have the same group; `static` is where the first one is among the modules.
     """
 
-    marks: list[tuple[Any, ...]]
+    guards: list[tuple[Any, ...]]
     static: int | None
     by_group: dict[int | None, Any]
 
@@ -34,10 +46,15 @@ class FusedBlock:
     """
 
     plain: ClassVar[type[nn.Module]]
+    name: ClassVar[str]  # one of those that a kernel fuses
+    attributes: ClassVar[tuple[str, ...]] = ()  # of the block, that plans of what it is a part of are built on
+    parts: ClassVar[dict[type[nn.Module], tuple[str, ...]]] = {}  # the same of the modules in it, beyond GUARDED
+    guarded: ClassVar[dict[type[nn.Module], tuple[str, ...]]]
     handle: Tensor  # names it for operators
 
     def __init_subclass__(cls) -> None:
         cls.__name__ = cls.plain.__name__  # what libraries look for: blocks that must stay on one device, for instance
+        cls.guarded = GUARDED | cls.parts | {cast(Any, cls): cls.attributes}
 
     @staticmethod
     def first_layer(block: Any) -> Any:
@@ -57,25 +74,25 @@ class FusedBlock:
         if is_watched() or not all(x86.accepts(tensor) and tensor.numel() for tensor in inputs):
             return None, None
         modules = list(parts_of(cast(nn.Module, self)))
-        marks = [marks_of(module) for module in modules]
+        guards = [guards_of(module, self.guarded) for module in modules]
         cache = owner._cache  # read once: another thread may move the layer
         packed: x86.PackedLayer | None = None if cache is None or cache[0][0] != x86.NAME else cache[1]
         known = None if packed is None else packed.plans.get(key)
-        if packed is None or known is None or known.marks != marks:
+        if packed is None or known is None or known.guards != guards:
             if owner.kernel_name() != x86.NAME:
                 return None, None
             packed = owner.packed_for(x86.NAME)
             static = next((i for i, module in enumerate(modules) if has_static_range(module)), None)
-            known = Plans(marks, static, {})
+            known = Plans(guards, static, {})
         group = None if known.static is None else cast(QuantizedLayer, modules[known.static]).input_group()
         if isinstance(group, Tensor):
             return None, None
         if group not in known.by_group:
             groups = {id(module.timestep_groups) for module in modules if has_static_range(module)}
             plan = build(packed) if len(groups) < 2 else None
-            marks = [marks_of(module) for module in modules]  # layers are packed by now
-            by_group = {**known.by_group, group: plan} if marks == known.marks else {group: plan}
-            known = packed.plans[key] = Plans(marks, known.static, by_group)
+            guards = [guards_of(module, self.guarded) for module in modules]  # layers are packed by now
+            by_group = {**known.by_group, group: plan} if guards == known.guards else {group: plan}
+            known = packed.plans[key] = Plans(guards, known.static, by_group)
         return packed, known.by_group[group]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -91,7 +108,7 @@ def install_fused_(model: nn.Module, kinds: Iterable[type[FusedBlock]]) -> None:
             continue  # a pipeline is saved with the class of this model
         kind = by_class.get(type(block))
         layer: Any = None if kind is None else kind.first_layer(block)
-        if kind is not None and is_packed(layer) and layer.kernel_name() == x86.NAME:
+        if kind is not None and is_packed(layer) and kind.name in kernels.KERNELS[layer.kernel_name()].FUSES:
             block.__class__ = kind  # type: ignore[assignment]
             block.handle = graph_ops.register(block)
 
@@ -148,20 +165,8 @@ def parts_of(block: nn.Module) -> Iterator[nn.Module]:
                 yield from parts_of(module)
 
 
-VALUES: dict[type[nn.Module], tuple[str, ...]] = {  # of modules, that plans are built on
-    nn.GroupNorm: ("num_groups", "eps", "affine"),
-    nn.LayerNorm: ("normalized_shape", "eps"),
-    nn.Dropout: ("p", "training"),
-    PQCADLinear: ("in_features", "out_features", "packed", "activation_bits"),
-    PQCADConv2d: (
-        *("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
-        *("in_channels", "out_channels", "packed", "activation_bits"),
-    ),
-}
-
-
-def marks_of(module: nn.Module) -> tuple[Any, ...]:
-    """Return values that change with what a plan is built on of `module`."""
+def guards_of(module: nn.Module, guarded: Mapping[type[nn.Module], tuple[str, ...]]) -> tuple[Any, ...]:
+    """Return values that change with what a plan is built on of `module`, attributes in `guarded` among them."""
     state = module.__dict__
     parameters = [
         (tensor.data_ptr(), tensor.dtype, tensor.is_cpu, tensor.shape, tensor.is_contiguous())
@@ -172,7 +177,7 @@ def marks_of(module: nn.Module) -> tuple[Any, ...]:
     packed = None if cache is None else id(cache[1])  # a plan keeps it, so that its number is not given again
     codes, groups = buffers.get("qweight"), state.get("timestep_groups")
     ranges = codes is None or codes.is_cpu, buffers.get("input_scale") is None, id(groups)
-    values = map(state.get, VALUES.get(type(module), ()))
+    values = map(state.get, guarded.get(type(module), ()))
     return (id(module), type(module), is_changed(module), packed, ranges, *values, *parameters)
 
 
@@ -211,3 +216,18 @@ def plain_norm(module: nn.Module) -> Norm | None:
     if not is_plain(module.weight) or not is_plain(module.bias) or module.num_channels % module.num_groups:
         return None
     return Norm.of(module)
+
+
+def plan_call(layer: QuantizedLayer, size: torch.Size, packed: x86.PackedLayer | None = None) -> x86.Call:
+    """Return the call of `layer` for an input of `size`, for a plan: other calls of the layer leave it as it is.
+
+    It keeps what the layer has packed, unless that is `packed`, which keeps the plan.
+    """
+    own = layer.packed_for(x86.NAME) if packed is None else packed  # once: another thread may pack the layer anew
+    call = x86.call_of(layer.operation(layer.input_group()), own, size)
+    return call._replace(keeps=(call.keeps, own if packed is None else None))
+
+
+def addend_of(x: Tensor, *, adds_input: bool) -> x86.Addend:
+    """Return what is added to an output: `x` where a block `adds_input`."""
+    return x86.Addend(x.data_ptr() if adds_input else None, 0)

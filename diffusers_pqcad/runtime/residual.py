@@ -1,20 +1,99 @@
 """Residual blocks as one call of the int8 kernel: norms, activations and sums are part of its convolutions."""
 
-from typing import Any
+import ctypes
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.kernels.native import scratch
 from diffusers_pqcad.layers import graph_ops
-from diffusers_pqcad.runtime import fusion, plans
+from diffusers_pqcad.layers.quantized import QuantizedLayer
+from diffusers_pqcad.runtime import fusion
+
+
+class BlockPlan(NamedTuple):
+    """A residual block at one size of its input and one activation range of each layer; `keeps` lives as long.
+
+    The packed weights of the first convolution hold the plan, and not the plan them: its caller does.
+    """
+
+    block: x86.ResidualBlock
+    size: tuple[int, ...]
+    num_bytes: int
+    keeps: tuple[Any, ...]
+
+
+def plan_block(
+    x_size: torch.Size,
+    time_size: torch.Size | None,
+    norms: tuple[x86.Norm, x86.Norm],
+    layers: tuple[QuantizedLayer | None, QuantizedLayer, QuantizedLayer, QuantizedLayer | None],
+    packed: x86.PackedLayer,
+    *,
+    embeds_silu: bool,
+) -> BlockPlan:
+    """Return the plan of a residual block for images of `x_size` (B, C, H, W) and time vectors of `time_size` (B, E).
+
+    `layers` are those of the time embedding, both convolutions, and the shortcut; `packed` is the first convolution's;
+    `embeds_silu` says whether a SiLU comes before the first layer. Raises ValueError for parts whose sizes do not fit:
+    C would read beyond them.
+    """
+    embedding, conv1, conv2, shortcut = layers
+    first = fusion.plan_call(conv1, x_size, packed)
+    hidden = torch.Size(first.size)
+    second = fusion.plan_call(conv2, hidden)
+    embedded = None if embedding is None or time_size is None else fusion.plan_call(embedding, time_size)
+    shortened = None if shortcut is None else fusion.plan_call(shortcut, x_size)
+    sizes = {
+        "norm1": (norms[0].weight.shape, norms[0].bias.shape, x_size[1:2]),
+        "norm2": (norms[1].weight.shape, norms[1].bias.shape, hidden[1:2]),
+        "time embedding": (hidden[:2] if embedded is None else embedded.size, hidden[:2]),
+        "residual": (x_size if shortened is None else shortened.size, second.size),
+    }
+    for name, (*found, wanted) in sizes.items():
+        if any(tuple(size) != tuple(wanted) for size in found):
+            raise ValueError(
+                f"{conv1.name}: {name} of its block: expected a size of {tuple(wanted)}, got {[*map(tuple, found)]}. "
+                "Parts of a residual block can only be replaced by others of their sizes."
+            )
+    calls = (embedded, first, second, shortened)
+    addresses = (None if call is None else ctypes.addressof(call.layer) for call in calls)
+    block = x86.ResidualBlock(*map(x86.group_norm_of, norms), *addresses, embeds_silu)
+    return BlockPlan(block, second.size, x86.compiled().block_bytes(block), (calls, norms))
+
+
+def run_block(plan: BlockPlan, x: Tensor, time: Tensor | None) -> Tensor:
+    """Return what the block makes of `x` fp32 (B, C, H, W) and `time` fp32 (B, E), both of the plan's sizes."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    time = None if time is None else time.contiguous()
+    output = torch.empty(plan.size, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+    memory = scratch.buffer(plan.num_bytes)
+    time_at = None if time is None else time.data_ptr()
+    x86.compiled().run_block(x.data_ptr(), time_at, plan.block, memory.data_ptr(), output.data_ptr())
+    scratch.give_back(memory)
+    return output
+
+
+def residual_output(x: Tensor, temb: Tensor | None, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
+    """Return an empty output (B, out_channels, H, W), channels_last."""
+    shape = (x.shape[0], out_channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@graph_ops.operator(fake=residual_output)
+def residual_block(x: Tensor, temb: Tensor | None, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
+    """Return the output (B, out_channels, H, W) of a `FusedResnetBlock2D`, channels_last."""
+    return graph_ops.compute(handle, group, x, temb).contiguous(memory_format=torch.channels_last)
 
 
 class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
     """A `ResnetBlock2D` of the common kind: it computes at once what its modules would, where nobody looks at them."""
 
     plain = ResnetBlock2D
+    name = "residual"
 
     @staticmethod
     def first_layer(block: Any) -> Any:
@@ -28,7 +107,8 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
         if args or kwargs or not self.is_common(input_tensor, temb):
             return super().forward(input_tensor, temb, *args, **kwargs)
         if graph_ops.takes_operators():
-            return graph_ops.call_block(self, input_tensor, temb)
+            group = graph_ops.group_of(self.conv1)
+            return residual_block(input_tensor, temb, group, self.handle, self.out_channels)
         return self.compute(input_tensor, temb)
 
     def compute(self, x: Tensor, temb: Tensor | None) -> Tensor:
@@ -37,7 +117,7 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
         sizes = tuple(tensor.shape for tensor in inputs)
         key = (*sizes, self.in_channels, self.skip_time_act)
         packed, plan = self.plan_of(inputs, key, lambda packed: self.build_plan(packed, *sizes))
-        return super().forward(x, temb) if packed is None or plan is None else plans.run_block(plan, x, temb)
+        return super().forward(x, temb) if packed is None or plan is None else run_block(plan, x, temb)
 
     def is_common(self, x: Any, temb: Any) -> bool:
         """Return whether this is a call of the common kind, for inference in fp32 on a CPU: no number is looked at."""
@@ -54,7 +134,7 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
 
     def build_plan(
         self, packed: x86.PackedLayer, x_size: torch.Size, time_size: torch.Size | None = None
-    ) -> plans.BlockPlan | None:
+    ) -> BlockPlan | None:
         """Return the plan for these sizes; `None` where a module is not as it was built, or somebody looks at it."""
         layers = [self.conv1, self.conv2, *filter(None, (self.time_emb_proj, self.conv_shortcut))]
         if x_size[1] != self.in_channels or not all(map(fusion.takes_kernel, layers)):
@@ -70,4 +150,4 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
             return None
         quantized = self.time_emb_proj, self.conv1, self.conv2, self.conv_shortcut
         embeds_silu = not self.skip_time_act
-        return plans.plan_block(x_size, time_size, (first, second), quantized, packed, embeds_silu=embeds_silu)
+        return plan_block(x_size, time_size, (first, second), quantized, packed, embeds_silu=embeds_silu)

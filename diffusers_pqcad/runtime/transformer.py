@@ -1,7 +1,7 @@
 """Transformers over images, as UNets have them, in few calls of the int8 kernel: norms and sums are part of them."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -11,11 +11,104 @@ from torch import Tensor, nn
 
 from diffusers_pqcad.kernels import x86
 from diffusers_pqcad.layers import graph_ops
-from diffusers_pqcad.runtime import fusion, plans
-from diffusers_pqcad.runtime.attention import FusedAttention, is_patched
-from diffusers_pqcad.runtime.feed_forward import FusedFeedForward
+from diffusers_pqcad.layers.quantized import QuantizedLayer
+from diffusers_pqcad.runtime import attention, feed_forward, fusion
+from diffusers_pqcad.runtime.attention import AttentionPlan, FusedAttention, is_patched
+from diffusers_pqcad.runtime.feed_forward import FeedForwardPlan, FusedFeedForward
 
 FORWARD = BasicTransformerBlock.forward  # somebody may put another one in its place
+
+
+class LayerNorm(NamedTuple):
+    """What a layer norm over the channels is: weight and bias fp32 (C,)."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+class TransformerPlan(NamedTuple):
+    """A transformer over the pixels of images at one size of its inputs and one activation range of each layer.
+
+    `calls` are those of the first and the last projection; `parts` are what lies between them, in order. The packed
+    weights of the first projection hold the plan, and not the plan them: its caller does.
+    """
+
+    norm: x86.GroupNorm
+    calls: tuple[x86.Call, x86.Call]
+    parts: tuple[AttentionPlan | FeedForwardPlan, ...]
+    keeps: x86.Norm
+
+
+def plan_projection(layer: QuantizedLayer, size: torch.Size, packed: x86.PackedLayer | None = None) -> x86.Call:
+    """Return the call of `layer`, a convolution or linear, for the pixels of images of `size` (B, C, H, W).
+
+    Both lie in memory alike, images in channels_last. `packed` is as in `plan_call`.
+    """
+    batch, channels, height, width = size
+    is_linear = isinstance(layer, nn.Linear)
+    return fusion.plan_call(layer, torch.Size((batch, height * width, channels)) if is_linear else size, packed)
+
+
+def plan_transformer(
+    x_size: torch.Size,
+    norm: x86.Norm,
+    projections: tuple[x86.Call, x86.Call],
+    parts: list[tuple[LayerNorm, AttentionPlan | FeedForwardPlan]],
+) -> TransformerPlan | None:
+    """Return the plan of a transformer over images of `x_size` (B, C, H, W), between two `projections`.
+
+    Each of `parts` comes after its layer norm, and its input is added to its output. `None` where sizes do not fit: C
+    would read beyond them.
+    """
+    batch, channels, height, width = x_size
+    first, last = projections
+    inner = first.layer.output.out_channels
+    sequence = (batch, height * width, inner)
+    for call, outputs in ((first, inner), (last, channels)):
+        if call.size not in ((batch, outputs, height, width), (batch, height * width, outputs)):
+            return None
+    if not norm.weight.shape == norm.bias.shape == (channels,):
+        return None
+    for layer_norm, part in parts:
+        if not layer_norm.weight.shape == layer_norm.bias.shape == (inner,) or tuple(part.calls[-1].size) != sequence:
+            return None
+    normed = tuple(
+        part._replace(
+            affine=x86.Affine(layer_norm.weight.data_ptr(), layer_norm.bias.data_ptr(), 0, 1, layer_norm.eps),
+            adds_input=True,
+            keeps=(part.keeps, layer_norm),
+        )
+        for layer_norm, part in parts
+    )
+    calls = first._replace(size=sequence), last._replace(size=tuple(x_size))
+    return TransformerPlan(x86.group_norm_of(norm), calls, normed, norm)
+
+
+def run_transformer(plan: TransformerPlan, x: Tensor, context: Tensor | None) -> Tensor:
+    """Return what the transformer makes of `x` fp32 (B, C, H, W) and `context` fp32 (B, K, D), of the plan's sizes."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    context = None if context is None else context.contiguous()
+    first, last = plan.calls
+    gain, shift = x86.normalization(plan.norm, x, first.layer.image)
+    hidden = x86.run_call(first, x, x86.Affine(gain.data_ptr(), shift.data_ptr()))
+    for part in plan.parts:
+        if isinstance(part, FeedForwardPlan):
+            hidden = feed_forward.run_feed_forward(part, hidden)
+        else:
+            hidden = attention.run_attention(part, hidden, context if part.takes_context else None)
+    return x86.run_call(last, hidden, addend=x86.Addend(x.data_ptr(), 0), memory_format=torch.channels_last)
+
+
+def transformer_output(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor) -> Tensor:
+    """Return an empty output as large as `x` (B, C, H, W), channels_last."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@graph_ops.operator(fake=transformer_output)
+def transformer(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor) -> Tensor:
+    """Return the output of a `FusedTransformer2DModel`, as large as `x` (B, C, H, W), channels_last."""
+    return graph_ops.compute(handle, group, x, context).contiguous(memory_format=torch.channels_last)
 
 
 class FusedTransformer2DModel(fusion.FusedBlock, Transformer2DModel):
@@ -26,6 +119,8 @@ class FusedTransformer2DModel(fusion.FusedBlock, Transformer2DModel):
     """
 
     plain = Transformer2DModel
+    name = "transformer"
+    parts = FusedAttention.guarded | FusedFeedForward.guarded
 
     @staticmethod
     def first_layer(block: Any) -> Any:
@@ -58,8 +153,12 @@ class FusedTransformer2DModel(fusion.FusedBlock, Transformer2DModel):
         is_fused = type(self) is FusedTransformer2DModel
         if says_more or not is_fused or not self.is_common(hidden_states, encoder_hidden_states):
             return Transformer2DModel.forward(self, hidden_states, encoder_hidden_states, *others, return_dict)
-        compute = graph_ops.call_transformer if graph_ops.takes_operators() else FusedTransformer2DModel.compute
-        output = compute(self, hidden_states, encoder_hidden_states)
+        if graph_ops.takes_operators():
+            output = transformer(
+                hidden_states, encoder_hidden_states, graph_ops.group_of(self.first_layer(self)), self.handle
+            )
+        else:
+            output = self.compute(hidden_states, encoder_hidden_states)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def compute(self, x: Tensor, context: Tensor | None) -> Tensor:
@@ -71,7 +170,7 @@ class FusedTransformer2DModel(fusion.FusedBlock, Transformer2DModel):
             packed, plan = self.plan_of(inputs, sizes, lambda packed: self.build_plan(packed, *sizes))
         if packed is None or plan is None:
             return Transformer2DModel.forward(self, x, context, return_dict=False)[0]
-        return plans.run_transformer(plan, x, context)
+        return run_transformer(plan, x, context)
 
     def is_common(self, x: Any, context: Any) -> bool:
         """Return whether this is a call of the common kind, for inference in fp32 on a CPU: no number is looked at."""
@@ -83,25 +182,25 @@ class FusedTransformer2DModel(fusion.FusedBlock, Transformer2DModel):
 
     def build_plan(
         self, packed: x86.PackedLayer, x_size: torch.Size, context_size: torch.Size | None = None
-    ) -> plans.TransformerPlan | None:
+    ) -> TransformerPlan | None:
         """Return the plan for these sizes; `None` where a module is not as it was built, or somebody looks at it."""
         norm = fusion.plain_norm(self.norm)
         if norm is None or not all(map(fusion.takes_kernel, (self.proj_in, self.proj_out))):
             return None
         if any(map(fusion.is_changed, fusion.parts_of(self))):
             return None
-        first = plans.plan_projection(self.proj_in, x_size, packed)
+        first = plan_projection(self.proj_in, x_size, packed)
         inner = first.layer.output.out_channels
-        last = plans.plan_projection(self.proj_out, torch.Size((x_size[0], inner, *x_size[2:])))
+        last = plan_projection(self.proj_out, torch.Size((x_size[0], inner, *x_size[2:])))
         sequence = torch.Size((x_size[0], x_size[2:].numel(), inner))
-        parts: list[tuple[plans.LayerNorm, plans.AttentionPlan | plans.FeedForwardPlan]] = []
+        parts: list[tuple[LayerNorm, AttentionPlan | FeedForwardPlan]] = []
         for layer_norm, part, takes_context in self.parts_in_order():
             size = context_size if takes_context else None
             found, plan = plain_layer_norm(layer_norm), plan_part(part, sequence, size)
             if found is None or plan is None:
                 return None
             parts.append((found, plan))
-        return plans.plan_transformer(x_size, norm, (first, last), parts)
+        return plan_transformer(x_size, norm, (first, last), parts)
 
     def parts_in_order(self) -> Iterator[tuple[nn.Module, FusedAttention | FusedFeedForward, bool]]:
         """Yield each part of the blocks after its layer norm, and whether it takes the context."""
@@ -114,7 +213,7 @@ class FusedTransformer2DModel(fusion.FusedBlock, Transformer2DModel):
 
 def plan_part(
     part: FusedAttention | FusedFeedForward, sequence: torch.Size, context_size: torch.Size | None
-) -> plans.AttentionPlan | plans.FeedForwardPlan | None:
+) -> AttentionPlan | FeedForwardPlan | None:
     """Return the plan of `part` for inputs of size `sequence` (B, L, C); `None` where it cannot be one of a block."""
     if isinstance(part, FusedFeedForward):
         return part.build_plan(None, sequence)
@@ -124,13 +223,13 @@ def plan_part(
     return plan
 
 
-def plain_layer_norm(module: nn.Module) -> plans.LayerNorm | None:
+def plain_layer_norm(module: nn.Module) -> LayerNorm | None:
     """Return the layer norm that `module` computes, or `None` where the kernel cannot take it."""
     if type(module) is not nn.LayerNorm or len(module.normalized_shape) != 1:
         return None
     if not fusion.is_plain(module.weight) or not fusion.is_plain(module.bias):
         return None
-    return plans.LayerNorm(module.weight.detach(), module.bias.detach(), module.eps)
+    return LayerNorm(module.weight.detach(), module.bias.detach(), module.eps)
 
 
 def is_common_block(block: nn.Module, x: Tensor, context: Tensor | None) -> bool:

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusers_pqcad import kernels
 from diffusers_pqcad.kernels import onednn, reference, x86
+from diffusers_pqcad.kernels.operation import Operation
 from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear, QuantizedLayer
 from diffusers_pqcad.layers.timesteps import TimestepGroups
 from diffusers_pqcad.numerics.qparams import WeightSpec, activation_qparams
@@ -216,3 +217,54 @@ def test_reference_runs_everything_and_holds_nothing(layer: QuantizedLayer) -> N
         "onednn",
         "reference",
     ]  # fastest first, the last one always runs
+
+
+class Elsewhere:
+    """A kernel for the device "meta", which computes nothing and notes its calls."""
+
+    NAME = "elsewhere"
+    FUSES: frozenset[str] = frozenset()
+    MEMORY_FORMAT = torch.contiguous_format
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Operation, str]] = []
+
+    def accepts(self, x: Tensor) -> bool:
+        return x.device.type == "meta"
+
+    def refusal(self, operation: Operation) -> str | None:
+        return None if operation.qweight.is_meta else "it is for another device"
+
+    def absence(self) -> None:
+        return None
+
+    def pack(self, operation: Operation) -> str:
+        return f"packed {operation.name}"
+
+    def num_bytes(self, operation: Operation, packed: str) -> int:
+        return operation.shape.numel() // 2
+
+    def run(self, operation: Operation, packed: str, x: Tensor) -> Tensor:
+        self.calls.append((operation, packed))
+        return x.new_empty(*x.shape[:-1], operation.shape[0])
+
+
+@torch.no_grad()
+def test_a_kernel_for_another_device_is_a_module_and_its_place_in_the_list(
+    layer: QuantizedLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = Elsewhere()
+    monkeypatch.setattr(kernels, "KERNELS", {kernel.NAME: kernel, **kernels.KERNELS})
+    here, x = layer(torch.ones(2, 16)), torch.ones(2, 16, device="meta")
+    assert (here.device.type, kernel.calls) == ("cpu", [])
+    layer.to("meta")
+    assert layer.kernel_name() == "elsewhere"
+    assert layer(x).shape == (2, 8)
+    [(operation, packed)] = kernel.calls
+    assert packed == "packed mid_block.proj"
+    assert (operation.spec, operation.shape, operation.activation_bits) == (WeightSpec(4), (8, 16), 8)
+    assert operation.qweight is layer.qweight
+    assert layer.cached_bytes() == 64
+    assert kernels.summary([layer.operation()]) == "1 of 1 layers: elsewhere"
+    with kernels.use("elsewhere"), pytest.raises(ValueError, match="its input is on another device"):
+        layer(torch.ones(2, 16))

@@ -20,7 +20,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from fused_blocks import copy_of
 from torch import Tensor, nn
 
-from diffusers_pqcad import PQCADConfig, quantize_
+from diffusers_pqcad import PQCADConfig, kernels, quantize_, runtime
 from diffusers_pqcad.kernels.x86 import PackedLayer
 from diffusers_pqcad.kernels.x86.recent import KEPT_SIZES
 from diffusers_pqcad.layers.quantized import QuantizedLayer, packed_layers
@@ -437,3 +437,48 @@ def planned(block: nn.Module, packed: PackedLayer, inputs: tuple[Tensor, ...]) -
     if type(block) is FusedAttention:
         sizes = (4, image.flatten(2).transpose(1, 2).shape)
     return cast(Any, block).build_plan(packed, *sizes)
+
+
+class Doubling(nn.Module):
+    """A block of somebody's own, with one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.layer(x)
+
+
+def test_a_fused_block_is_a_class_and_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FusedDoubling(FusedBlock, Doubling):
+        plain, name = Doubling, "residual"
+
+        @staticmethod
+        def first_layer(block: Any) -> Any:
+            return block.layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            packed, plan = self.plan_of([x], (x.shape,), lambda packed: "a plan")
+            return super().forward(x) if plan is None else torch.full_like(x, 7)
+
+    model = nn.ModuleList([Doubling()]).eval().requires_grad_(False)
+    monkeypatch.setattr(runtime, "fused_blocks", lambda: (FusedDoubling,))
+    quantize_(model, PQCADConfig(method="fixed", weight_bits=8))
+    if model[0].layer.kernel_name() != "x86":
+        pytest.skip("no kernel takes blocks on this computer")
+    x = torch.ones(2, 16)
+    assert model[0](x).unique().tolist() == [7]
+    model[0].layer.register_forward_hook(lambda *_: None)  # the plan is made anew, and nobody else asks
+    assert model[0](x).unique().tolist() == [7]
+    runtime.remove_(model)
+    assert type(model[0]) is Doubling
+    assert model[0](x).unique().tolist() != [7]
+
+
+def test_a_block_that_the_kernel_does_not_fuse_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = kernels.KERNELS["x86"]
+    monkeypatch.setattr(kernel, "FUSES", frozenset(("attention",)))
+    model = nn.ModuleList([BLOCKS["residual"]()]).eval().requires_grad_(False)
+    quantize_(model, PQCADConfig(method="fixed", weight_bits=8))
+    assert type(model[0]) is ResnetBlock2D
