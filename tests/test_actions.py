@@ -49,7 +49,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from diffusers_pqcad import PQCADConfig, inspect, kernels, quantize_, requantize_
-from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear, packed_layers
+from diffusers_pqcad.layers.find import packed_layers
+from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear
 from diffusers_pqcad.layers.timesteps import install_timestep_groups
 from diffusers_pqcad.loading.convert import finish_, mark_quantized_
 from diffusers_pqcad.loading.coverage import coverage

@@ -20,7 +20,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_pqcad.kernels import x86
-from diffusers_pqcad.layers.quantized import PQCADLinear, kernel_cache_bytes, packed_layers
+from diffusers_pqcad.layers.find import kernel_cache_bytes, packed_layers
+from diffusers_pqcad.layers.quantized import PQCADLinear
 from diffusers_pqcad.loading.coverage import average_bits
 from diffusers_pqcad.numerics.qparams import WeightSpec
 from diffusers_pqcad.runtime import residual

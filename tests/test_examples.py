@@ -13,7 +13,7 @@ import yaml
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from diffusers_pqcad.layers.quantized import packed_layers
+from diffusers_pqcad.layers.find import packed_layers
 from diffusers_pqcad.loading.coverage import average_bits
 
 ROOT = Path(__file__).parents[1]

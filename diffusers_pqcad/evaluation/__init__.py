@@ -36,7 +36,7 @@ from diffusers_pqcad.evaluation.speed import (
     layers_by_kernel,
     tensor_bytes,
 )
-from diffusers_pqcad.layers.quantized import kernel_cache_bytes
+from diffusers_pqcad.layers.find import kernel_cache_bytes
 from diffusers_pqcad.loading.coverage import average_bits, coverage
 
 __all__ = ["EvaluationReport", "evaluate", "generate_samples", "load_extractor", "to_uint8"]

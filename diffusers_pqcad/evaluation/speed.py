@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from diffusers_pqcad import kernels
-from diffusers_pqcad.layers.quantized import QuantizedLayer, packed_layers
+from diffusers_pqcad.layers.find import packed_layers
+from diffusers_pqcad.layers.quantized import QuantizedLayer
 
 
 class Latency(NamedTuple):
@@ -95,8 +96,7 @@ def layers_by_kernel(model: nn.Module) -> dict[str, int]:
 
 
 def _kernel_of(layer: QuantizedLayer) -> str:
-    on_cpu = all(buffer.is_cpu for buffer in layer.buffers())
-    return kernels.forced() or (layer.kernel_name() if on_cpu else kernels.reference.NAME)
+    return kernels.forced() or layer.kernel_name()
 
 
 def environment() -> dict[str, Any]:

@@ -11,13 +11,9 @@ from torch import nn
 
 from diffusers_pqcad import kernels
 from diffusers_pqcad.kernels.native import weights
-from diffusers_pqcad.layers.quantized import (
-    FloatLayer,
-    QuantizedLayer,
-    is_quantizable,
-    packed_layers,
-    quantized_type,
-)
+from diffusers_pqcad.layers.derived import is_quantizable, quantized_type
+from diffusers_pqcad.layers.find import packed_layers
+from diffusers_pqcad.layers.quantized import FloatLayer, QuantizedLayer
 from diffusers_pqcad.layers.timesteps import TimestepGroups, install_timestep_groups, remove_timestep_groups
 from diffusers_pqcad.loading.config import FORMAT_VERSION, PQCADConfig, matches
 from diffusers_pqcad.loading.coverage import report

@@ -9,7 +9,9 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from diffusers_pqcad.layers.quantized import FloatLayer, is_quantizable, packed_layers
+from diffusers_pqcad.layers.derived import is_quantizable
+from diffusers_pqcad.layers.find import packed_layers
+from diffusers_pqcad.layers.quantized import FloatLayer
 from diffusers_pqcad.loading.config import PQCADConfig
 
 logger = logging.getLogger(__name__)

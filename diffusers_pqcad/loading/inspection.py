@@ -7,7 +7,8 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
-from diffusers_pqcad.layers.quantized import FloatLayer, QuantizedLayer, refuse_other_than_model
+from diffusers_pqcad.layers.find import refuse_other_than_model
+from diffusers_pqcad.layers.quantized import FloatLayer, QuantizedLayer
 from diffusers_pqcad.loading.coverage import Coverage, coverage
 from diffusers_pqcad.numerics import qparams
 

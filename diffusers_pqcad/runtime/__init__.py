@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from diffusers_pqcad import kernels
-from diffusers_pqcad.layers.quantized import packed_layers
+from diffusers_pqcad.layers.find import packed_layers
 from diffusers_pqcad.runtime.fusion import FusedBlock, install_fused_, remove_fused_
 from diffusers_pqcad.runtime.memory_format import install_channels_last_, remove_channels_last_
 from diffusers_pqcad.runtime.overrides import override_methods_, restore_methods_

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from diffusers_pqcad.layers.quantized import packed_layers
+from diffusers_pqcad.layers.find import packed_layers
 
 
 def num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

@@ -16,7 +16,8 @@ from models import Inputs
 from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, kernels, quantize_
-from diffusers_pqcad.layers.quantized import QuantizedLayer, packed_layers
+from diffusers_pqcad.layers.find import packed_layers
+from diffusers_pqcad.layers.quantized import QuantizedLayer
 from diffusers_pqcad.layers.timesteps import install_timestep_groups
 from diffusers_pqcad.numerics.qparams import activation_qparams
 

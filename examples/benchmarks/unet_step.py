@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from diffusers_pqcad.evaluation.speed import interleaved_latency, tensor_bytes
-from diffusers_pqcad.layers.quantized import kernel_cache_bytes
+from diffusers_pqcad.layers.find import kernel_cache_bytes
 
 
 @dataclass

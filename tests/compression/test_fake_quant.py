@@ -35,7 +35,7 @@ from diffusers_pqcad.compression.fake_quant import (
     weight_quantizer,
 )
 from diffusers_pqcad.kernels import use
-from diffusers_pqcad.layers.quantized import packed_layers
+from diffusers_pqcad.layers.find import packed_layers
 from diffusers_pqcad.loading.convert import match_modules
 from diffusers_pqcad.numerics.packing import unpack_levels
 from diffusers_pqcad.numerics.qparams import quantize_weight

@@ -17,7 +17,7 @@ from diffusers_pqcad.compression.sampling import initial_noise
 from diffusers_pqcad.evaluation import EvaluationReport, evaluate, generate_samples, to_uint8
 from diffusers_pqcad.evaluation.features import FeatureExtractor
 from diffusers_pqcad.evaluation.metrics import feature_statistics, frechet_distance
-from diffusers_pqcad.layers.quantized import kernel_cache_bytes, packed_layers
+from diffusers_pqcad.layers.find import kernel_cache_bytes, packed_layers
 from diffusers_pqcad.loading.convert import match_modules
 
 FAST = {"num_latency_rounds": 1, "latency_batch_size": 2, "progress": False}

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, kernels, quantize_
 from diffusers_pqcad.kernels import x86
-from diffusers_pqcad.layers.quantized import PQCADConv2d, kernel_cache_bytes, packed_layers
+from diffusers_pqcad.layers.find import kernel_cache_bytes, packed_layers
+from diffusers_pqcad.layers.quantized import PQCADConv2d
 from diffusers_pqcad.numerics.qparams import (
     ACTIVATION_BITS,
     WEIGHT_BITS,

@@ -29,7 +29,8 @@ from transformers import (
 from diffusers_pqcad import PQCADConfig, quantize_
 from diffusers_pqcad.kernels import operation
 from diffusers_pqcad.layers.computed_weight import ComputedWeight
-from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear, QuantizedLayer, packed_layers
+from diffusers_pqcad.layers.find import packed_layers
+from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear, QuantizedLayer
 from diffusers_pqcad.numerics.qparams import WeightSpec
 
 pytestmark = pytest.mark.fast

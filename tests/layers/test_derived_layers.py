@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, inspect, quantize_
 from diffusers_pqcad.compression.fake_quant import convert_, prepare_
-from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADConv3d, QuantizedLayer, packed_layers, quantized_type
+from diffusers_pqcad.layers.derived import quantized_type
+from diffusers_pqcad.layers.find import packed_layers
+from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADConv3d, QuantizedLayer
 from diffusers_pqcad.loading.coverage import average_bits, coverage
 from diffusers_pqcad.numerics.qparams import WeightSpec
 

@@ -16,14 +16,8 @@ from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, kernels, quantize_
 from diffusers_pqcad.layers import graph_ops
-from diffusers_pqcad.layers.quantized import (
-    PQCADConv1d,
-    PQCADConv2d,
-    PQCADConv3d,
-    PQCADLinear,
-    QuantizedLayer,
-    packed_layers,
-)
+from diffusers_pqcad.layers.find import packed_layers
+from diffusers_pqcad.layers.quantized import PQCADConv1d, PQCADConv2d, PQCADConv3d, PQCADLinear, QuantizedLayer
 from diffusers_pqcad.layers.timesteps import TimestepGroups, install_timestep_groups
 from diffusers_pqcad.numerics.qparams import ActivationQParams, WeightSpec
 

@@ -12,15 +12,8 @@ from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, kernels
 from diffusers_pqcad.kernels.operation import per_sample
-from diffusers_pqcad.layers.quantized import (
-    PQCADConv1d,
-    PQCADConv2d,
-    PQCADConv3d,
-    PQCADLinear,
-    QuantizedLayer,
-    kernel_cache_bytes,
-    packed_layers,
-)
+from diffusers_pqcad.layers.find import kernel_cache_bytes, packed_layers
+from diffusers_pqcad.layers.quantized import PQCADConv1d, PQCADConv2d, PQCADConv3d, PQCADLinear, QuantizedLayer
 from diffusers_pqcad.layers.timesteps import TimestepGroups, install_timestep_groups
 from diffusers_pqcad.loading.convert import dequantize_, quantize_
 from diffusers_pqcad.loading.coverage import average_bits

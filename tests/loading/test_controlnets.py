@@ -27,7 +27,7 @@ from families import BLOCKS, build
 from torch import nn
 
 from diffusers_pqcad import PQCADConfig, quantize_
-from diffusers_pqcad.layers.quantized import packed_layers
+from diffusers_pqcad.layers.find import packed_layers
 
 pytestmark = pytest.mark.fast
 W8 = PQCADConfig(method="fixed", weight_bits=8)

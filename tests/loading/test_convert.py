@@ -16,13 +16,8 @@ from torch import nn
 from diffusers_pqcad import PQCADConfig, inspect, kernels, quantize_, requantize_
 from diffusers_pqcad.compression.fake_quant import prepare_
 from diffusers_pqcad.kernels import native, onednn, x86
-from diffusers_pqcad.layers.quantized import (
-    PQCADConv2d,
-    PQCADLinear,
-    QuantizedLayer,
-    kernel_cache_bytes,
-    packed_layers,
-)
+from diffusers_pqcad.layers.find import kernel_cache_bytes, packed_layers
+from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear, QuantizedLayer
 from diffusers_pqcad.loading.convert import decide_bits, dequantize_, log_once, match_modules, relative_weight_error
 from diffusers_pqcad.loading.coverage import average_bits
 from diffusers_pqcad.numerics.qparams import WeightSpec

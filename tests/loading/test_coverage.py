@@ -10,7 +10,7 @@ from families import FAMILIES, build
 from torch import nn
 
 from diffusers_pqcad import PQCADConfig, inspect, quantize_
-from diffusers_pqcad.layers.quantized import packed_layers
+from diffusers_pqcad.layers.find import packed_layers
 from diffusers_pqcad.loading.convert import log_once
 from diffusers_pqcad.loading.coverage import average_bits, coverage, float_weights, percent, warn_once
 

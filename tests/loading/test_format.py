@@ -20,7 +20,8 @@ from transformers import BertConfig, BertForTokenClassification, BertModel, T5Co
 
 from diffusers_pqcad import PQCADConfig, kernels, quantize_, requantize_
 from diffusers_pqcad.layers.checksums import CHECKSUM
-from diffusers_pqcad.layers.quantized import PQCADLinear, packed_layers
+from diffusers_pqcad.layers.find import packed_layers
+from diffusers_pqcad.layers.quantized import PQCADLinear
 from diffusers_pqcad.layers.timesteps import install_timestep_groups
 from diffusers_pqcad.loading.convert import finish_, mark_quantized_
 from diffusers_pqcad.numerics.qparams import ActivationQParams, WeightSpec, activation_qparams

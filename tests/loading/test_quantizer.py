@@ -30,7 +30,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_pqcad import PQCADConfig, PQCADQuantizer, kernels, quantize_, requantize_
-from diffusers_pqcad.layers.quantized import PQCADConv2d, QuantizedLayer, packed_layers
+from diffusers_pqcad.layers.find import packed_layers
+from diffusers_pqcad.layers.quantized import PQCADConv2d, QuantizedLayer
 from diffusers_pqcad.layers.timesteps import install_timestep_groups
 from diffusers_pqcad.loading.convert import finish_, mark_quantized_
 from diffusers_pqcad.loading.coverage import average_bits

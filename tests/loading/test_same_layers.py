@@ -14,7 +14,7 @@ from families import FAMILIES, build, call
 from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, quantize_, requantize_
-from diffusers_pqcad.layers.quantized import packed_layers
+from diffusers_pqcad.layers.find import packed_layers
 
 CONFIGS = {
     "progressive": PQCADConfig(weight_bits=4),

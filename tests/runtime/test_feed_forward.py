@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, kernels, quantize_
 from diffusers_pqcad.kernels import x86
-from diffusers_pqcad.layers.quantized import packed_layers
+from diffusers_pqcad.layers.find import packed_layers
 from diffusers_pqcad.runtime.feed_forward import FusedFeedForward
 from diffusers_pqcad.runtime.fusion import remove_fused_
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from diffusers_pqcad import PQCADConfig, kernels, quantize_, runtime
 from diffusers_pqcad.kernels.x86 import PackedLayer
 from diffusers_pqcad.kernels.x86.recent import KEPT_SIZES
-from diffusers_pqcad.layers.quantized import QuantizedLayer, packed_layers
+from diffusers_pqcad.layers.find import packed_layers
+from diffusers_pqcad.layers.quantized import QuantizedLayer
 from diffusers_pqcad.layers.timesteps import TimestepGroups
 from diffusers_pqcad.numerics.qparams import ActivationQParams, WeightSpec
 from diffusers_pqcad.runtime.attention import FusedAttention

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, kernels, quantize_
 from diffusers_pqcad.layers import graph_ops
-from diffusers_pqcad.layers.quantized import packed_layers
+from diffusers_pqcad.layers.find import packed_layers
 from diffusers_pqcad.runtime.fusion import install_fused_, remove_fused_
 from diffusers_pqcad.runtime.residual import FusedResnetBlock2D
 

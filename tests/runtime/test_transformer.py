@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from diffusers_pqcad import PQCADConfig, kernels, quantize_
 from diffusers_pqcad.kernels import x86
 from diffusers_pqcad.kernels.native import scratch
-from diffusers_pqcad.layers.quantized import PQCADLinear, packed_layers
+from diffusers_pqcad.layers.find import packed_layers
+from diffusers_pqcad.layers.quantized import PQCADLinear
 from diffusers_pqcad.numerics.qparams import ActivationQParams, WeightSpec, scalar_qparams
 from diffusers_pqcad.runtime import fusion
 from diffusers_pqcad.runtime.fusion import FusedBlock, remove_fused_
