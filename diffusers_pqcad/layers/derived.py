@@ -26,7 +26,7 @@ def derived_type(float_type: type[nn.Module]) -> type[QuantizedLayer] | None:
 
     A class derived from a convolution, such as the causal ones of video autoencoders, keeps its own forward, which
     must leave the weight to the `super().forward` that it calls. Those derived from `nn.Linear` have none: they are
-    routers of experts, layers of other quantizers, or the output of torch's attention, whose forward nobody calls.
+    routers of experts, layers of other quantizers, or the output of torch's attention, whose forward is never called.
     """
     base = next((kind for kind in float_type.__mro__ if kind in QUANTIZED_LAYERS), nn.Linear)
     if base is nn.Linear or issubclass(float_type, QuantizedLayer):

@@ -222,7 +222,7 @@ class QuantizedLayer(nn.Module):
     def packed_for(self, name: str) -> Any:
         """Return what the kernel `name` keeps of this layer: made once, and again when it is lost."""
         cache = self._cache  # read once: another thread may move the layer
-        key = (name, self.activation_bits, self.geometry())  # that somebody may set on this layer
+        key = (name, self.activation_bits, self.geometry())  # which may be set on this layer
         if cache is None or cache[0] != key:
             cache = self._cache = (key, kernels.KERNELS[name].pack(self.operation()))
         return cache[1]

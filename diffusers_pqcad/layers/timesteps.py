@@ -105,7 +105,7 @@ class TimestepGroups:
         """Make `index`, as `index_of` returns it, the group of this thread's calls; `None`: of no call."""
         self._call.index = index
         if index is None or is_traced():
-            self._call.current = None  # whoever needs a number looks at the index itself
+            self._call.current = None  # what needs a number reads the index itself
         elif index.numel() == 1:  # at once: compiled graphs ask for every operator
             self._call.current = int(index)
         else:

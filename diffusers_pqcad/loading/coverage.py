@@ -57,7 +57,8 @@ def is_weight(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
 class Coverage(NamedTuple):
     """Numbers of weights: packed, and in floating point by kind; bits of both. Scales and biases are not counted.
 
-    `without_quantizer` are those of the floats that this package cannot pack and nobody excluded, embeddings apart.
+    `without_quantizer` are those of the floats that this package cannot pack and the user did not exclude, but for
+    embeddings.
     """
 
     packed: int

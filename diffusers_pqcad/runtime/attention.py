@@ -19,7 +19,7 @@ ABSENT = ("spatial_norm", "norm_cross", "norm_q", "norm_k", "add_k_proj")  # fro
 
 
 def is_patched() -> bool:
-    """Return whether somebody put something in the place of what all attention is computed by."""
+    """Return whether what all attention is computed by was replaced."""
     return AttnProcessor2_0.__call__ is not PROCESS or F.scaled_dot_product_attention is not PRODUCT
 
 
@@ -108,7 +108,7 @@ def attention_block(x: Tensor, context: Tensor | None, group: Tensor, handle: Te
 
 
 class FusedAttention(fusion.FusedBlock, Attention):
-    """An `Attention` of the common kind, by the default processor: it computes at once what that does."""
+    """A fused `Attention` of the common kind, by the default processor."""
 
     plain = Attention
     name = "attention"
@@ -128,7 +128,7 @@ class FusedAttention(fusion.FusedBlock, Attention):
     ) -> Tensor:
         """Return what `Attention` returns."""
         inputs = hidden_states, encoder_hidden_states
-        if type(self) is not FusedAttention:  # somebody kept this method, as hooks do, longer than it was there
+        if type(self) is not FusedAttention:  # hooks may keep this method longer than the block is of this class
             return Attention.forward(self, *inputs, attention_mask, **cross_attention_kwargs)
         # Residual blocks of UNets name their time embedding, for a norm that the common kind does not have.
         others = attention_mask is not None or not set(cross_attention_kwargs) <= {"temb"}
@@ -140,7 +140,7 @@ class FusedAttention(fusion.FusedBlock, Attention):
         return self.compute(hidden_states, encoder_hidden_states)
 
     def compute(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """Return the output of a common call: at once, unless somebody looks at the modules or changed them."""
+        """Return the output of a common call: fused, unless modules have hooks or were changed."""
         inputs = [x] if context is None else [x, context]
         packed = plan = None
         sequence = x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
@@ -165,7 +165,7 @@ class FusedAttention(fusion.FusedBlock, Attention):
     def build_plan(
         self, packed: x86.PackedLayer | None, dim: int, x_size: torch.Size, context_size: torch.Size | None = None
     ) -> AttentionPlan | None:
-        """Return the plan for these sizes; `None` where a module is not as it was built, or somebody looks at it."""
+        """Return the plan for these sizes; `None` where a module is not as it was built, or has hooks."""
         if len(self.to_out) != 2 or not fusion.drops_nothing(self.to_out[1]):
             return None
         norm = None if self.group_norm is None else fusion.plain_norm(self.group_norm)

@@ -1,4 +1,4 @@
-"""Feed-forward blocks with gated activations (GEGLU) at once: gates are applied as the first product is written."""
+"""Fused feed-forward blocks with gated activations (GEGLU): gates are applied as the first product is written."""
 
 from typing import Any, NamedTuple
 
@@ -60,11 +60,11 @@ def feed_forward(x: Tensor, group: Tensor, handle: Tensor, out_features: int) ->
 
 
 class FusedFeedForward(fusion.FusedBlock, FeedForward):
-    """A `FeedForward` of GEGLU, dropout and a linear layer: it computes at once what its modules would."""
+    """A fused `FeedForward` of GEGLU, dropout and a linear layer."""
 
     plain = FeedForward
     name = "feed_forward"
-    parts = {GEGLU: ("gelu",)}  # absent, unless somebody put another one in its place
+    parts = {GEGLU: ("gelu",)}  # absent, unless it was replaced
 
     @staticmethod
     def first_layer(block: Any) -> Any:
@@ -73,7 +73,7 @@ class FusedFeedForward(fusion.FusedBlock, FeedForward):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what `FeedForward` returns."""
-        if type(self) is not FusedFeedForward:  # somebody kept this method, as hooks do, longer than it was there
+        if type(self) is not FusedFeedForward:  # hooks may keep this method longer than the block is of this class
             return FeedForward.forward(self, hidden_states, *args, **kwargs)
         if args or kwargs or not self.is_common(hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
@@ -83,7 +83,7 @@ class FusedFeedForward(fusion.FusedBlock, FeedForward):
         return self.compute(hidden_states)
 
     def compute(self, x: Tensor) -> Tensor:
-        """Return the output of a common call: at once, unless somebody looks at the modules or changed them."""
+        """Return the output of a common call: fused, unless modules have hooks or were changed."""
         packed, plan = self.plan_of([x], (x.shape,), lambda packed: self.build_plan(packed, x.shape))
         return super().forward(x) if packed is None or plan is None else run_feed_forward(plan, x)
 
@@ -96,7 +96,7 @@ class FusedFeedForward(fusion.FusedBlock, FeedForward):
         return fusion.is_inference(self, x)
 
     def build_plan(self, packed: x86.PackedLayer | None, size: torch.Size) -> FeedForwardPlan | None:
-        """Return the plan for this size; `None` where a module is not as it was built, or somebody looks at it."""
+        """Return the plan for this size; `None` where a module is not as it was built, or has hooks."""
         gated, *others = self.net
         layers, dropouts = (gated.proj, others[1]), (others[0], *others[2:])
         if not all(map(fusion.drops_nothing, dropouts)):

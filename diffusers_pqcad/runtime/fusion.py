@@ -1,4 +1,4 @@
-"""Blocks of diffusers' models that the int8 kernel computes at once, where nobody looks at the modules in them."""
+"""Blocks of diffusers' models that a kernel fuses, where no hooks are registered on the modules in them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, cast
@@ -39,7 +39,7 @@ class Plans(NamedTuple):
 
 
 class FusedBlock:
-    """Part of a block of class `plain` that changed its class to compute at once what its modules would.
+    """A block that changed its class from `plain` to this one, to be computed whole.
 
     A call is common where this class can compute it, told without a look at numbers, as tracing needs; the compiled
     graph holds one operator then. The rest is seen when it runs: hooks, or modules of another kind.
@@ -68,7 +68,7 @@ class FusedBlock:
 
         It is kept with the packed weights of the first layer, which are returned before it: hold them while it runs,
         for another thread may move the layer. The plan is `None` where no kernel can run that layer on `inputs`, where
-        somebody looks on, or where images of the batch have ranges of their own, which no kernel takes.
+        hooks are registered, or where images of the batch have ranges of their own, which no kernel takes.
         """
         owner = self.first_layer(self)
         if is_watched() or not all(x86.accepts(tensor) and tensor.numel() for tensor in inputs):
@@ -101,7 +101,7 @@ class FusedBlock:
 
 
 def install_fused_(model: nn.Module, kinds: Iterable[type[FusedBlock]]) -> None:
-    """Let the blocks of `model` compute at once where the kernel can; they change their class to one of `kinds`."""
+    """Fuse the blocks of `model` where their kernel can; they change their class to one of `kinds`."""
     by_class = {kind.plain: kind for kind in kinds}
     for block in model.modules():
         if block is model and hasattr(model, "save_pretrained"):
@@ -129,8 +129,8 @@ def is_packed(layer: Any) -> bool:
 def is_inference(block: nn.Module, x: Any, *others: Any) -> bool:
     """Return whether `block` computes no gradient of any kind, in fp32 on a CPU; no number is looked at.
 
-    Asked first of every call: `x`, and what else is not `None`, are tensors then, and not what a processor of
-    somebody's own may take (an IP-Adapter's gets text and images in a tuple).
+    Asked first of every call: `x`, and what else is not `None`, are tensors then, and not what another
+    processor may take (an IP-Adapter's gets text and images in a tuple).
     """
     if is_exported():
         return False
@@ -145,13 +145,13 @@ def is_inference(block: nn.Module, x: Any, *others: Any) -> bool:
 
 
 def is_watched() -> bool:
-    """Return whether another kernel was asked for, or somebody looks at all modules."""
+    """Return whether another kernel was asked for, or hooks are registered for all modules."""
     return bool(kernels.forced() not in (None, x86.NAME) or _global_forward_hooks or _global_forward_pre_hooks)
 
 
 def is_changed(module: nn.Module) -> bool:
-    """Return whether somebody looks at what `module` takes and returns, or computes it in another way."""
-    state = module.__dict__  # with what `compile()` made of it, for a backend that somebody chose
+    """Return whether `module` has hooks, or another forward than its class."""
+    state = module.__dict__  # with what `compile()` made of it, for a chosen backend
     is_replaced = "forward" in state or state.get("_compiled_call_impl") is not None
     return bool(is_replaced or module._forward_hooks or module._forward_pre_hooks)
 
@@ -187,7 +187,7 @@ def has_static_range(module: nn.Module) -> bool:
 
 
 def drops_nothing(module: nn.Module) -> bool:
-    """Return whether `module` is a dropout that passes on what it gets, and nobody looks at it."""
+    """Return whether `module` is a dropout that passes on what it gets, and has no hooks."""
     return type(module) is nn.Dropout and not is_changed(module) and not (module.training and module.p > 0)
 
 
@@ -199,7 +199,7 @@ def is_plain(tensor: Tensor | None) -> bool:
 
 
 def takes_kernel(layer: nn.Module) -> bool:
-    """Return whether this call of `layer` is one for the kernel x86, and nobody looks at it."""
+    """Return whether this call of `layer` is one for the kernel x86, and it has no hooks."""
     if not is_packed(layer) or is_changed(layer):
         return False
     assert isinstance(layer, QuantizedLayer)
@@ -209,7 +209,7 @@ def takes_kernel(layer: nn.Module) -> bool:
 
 
 def plain_norm(module: nn.Module) -> Norm | None:
-    """Return the group norm that `module` computes, or `None` where the kernel cannot take it, or somebody looks."""
+    """Return the group norm that `module` computes, or `None` where the kernel cannot take it, or it has hooks."""
     if type(module) is not nn.GroupNorm or is_changed(module):
         return None
     assert isinstance(module, nn.GroupNorm)

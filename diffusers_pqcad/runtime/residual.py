@@ -90,7 +90,7 @@ def residual_block(x: Tensor, temb: Tensor | None, group: Tensor, handle: Tensor
 
 
 class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
-    """A `ResnetBlock2D` of the common kind: it computes at once what its modules would, where nobody looks at them."""
+    """A `ResnetBlock2D` of the common kind, fused where its modules have no hooks."""
 
     plain = ResnetBlock2D
     name = "residual"
@@ -102,7 +102,7 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """Return what `ResnetBlock2D` returns."""
-        if type(self) is not FusedResnetBlock2D:  # somebody kept this method, as hooks do, longer than it was there
+        if type(self) is not FusedResnetBlock2D:  # hooks may keep this method longer than the block is of this class
             return ResnetBlock2D.forward(self, input_tensor, temb, *args, **kwargs)
         if args or kwargs or not self.is_common(input_tensor, temb):
             return super().forward(input_tensor, temb, *args, **kwargs)
@@ -112,7 +112,7 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
         return self.compute(input_tensor, temb)
 
     def compute(self, x: Tensor, temb: Tensor | None) -> Tensor:
-        """Return the output of a common call: at once, unless somebody looks at the modules or changed them."""
+        """Return the output of a common call: fused, unless modules have hooks or were changed."""
         inputs = [x] if temb is None else [x, temb]
         sizes = tuple(tensor.shape for tensor in inputs)
         key = (*sizes, self.in_channels, self.skip_time_act)
@@ -135,7 +135,7 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
     def build_plan(
         self, packed: x86.PackedLayer, x_size: torch.Size, time_size: torch.Size | None = None
     ) -> BlockPlan | None:
-        """Return the plan for these sizes; `None` where a module is not as it was built, or somebody looks at it."""
+        """Return the plan for these sizes; `None` where a module is not as it was built, or has hooks."""
         layers = [self.conv1, self.conv2, *filter(None, (self.time_emb_proj, self.conv_shortcut))]
         if x_size[1] != self.in_channels or not all(map(fusion.takes_kernel, layers)):
             return None

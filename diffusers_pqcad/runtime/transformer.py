@@ -16,7 +16,7 @@ from diffusers_pqcad.runtime import attention, feed_forward, fusion
 from diffusers_pqcad.runtime.attention import AttentionPlan, FusedAttention, is_patched
 from diffusers_pqcad.runtime.feed_forward import FeedForwardPlan, FusedFeedForward
 
-FORWARD = BasicTransformerBlock.forward  # somebody may put another one in its place
+FORWARD = BasicTransformerBlock.forward  # it may be replaced
 
 
 class LayerNorm(NamedTuple):
@@ -112,9 +112,9 @@ def transformer(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor
 
 
 class FusedTransformer2DModel(fusion.FusedBlock, Transformer2DModel):
-    """A `Transformer2DModel` over images, of the common kind: it computes at once what its modules would.
+    """A fused `Transformer2DModel` over images, of the common kind.
 
-    Those would also pass over memory for three layer norms and three sums a block, and copy the image to another
+    Its modules would also pass over memory for three layer norms and three sums a block, and copy the image to another
     layout and back.
     """
 
@@ -149,7 +149,7 @@ class FusedTransformer2DModel(fusion.FusedBlock, Transformer2DModel):
             encoder_attention_mask,
         )
         says_more = any(value is not None and value != {} for value in others)
-        # Of another type, where somebody kept this method, as hooks do, longer than it was there.
+        # Of another type, where hooks kept this method longer than the block was of this class.
         is_fused = type(self) is FusedTransformer2DModel
         if says_more or not is_fused or not self.is_common(hidden_states, encoder_hidden_states):
             return Transformer2DModel.forward(self, hidden_states, encoder_hidden_states, *others, return_dict)
@@ -162,7 +162,7 @@ class FusedTransformer2DModel(fusion.FusedBlock, Transformer2DModel):
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def compute(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """Return the output of a common call: at once, unless somebody looks at the modules or changed them."""
+        """Return the output of a common call: fused, unless modules have hooks or were changed."""
         inputs = [x] if context is None else [x, context]
         packed = plan = None
         if BasicTransformerBlock.forward is FORWARD and not is_patched():
@@ -183,7 +183,7 @@ class FusedTransformer2DModel(fusion.FusedBlock, Transformer2DModel):
     def build_plan(
         self, packed: x86.PackedLayer, x_size: torch.Size, context_size: torch.Size | None = None
     ) -> TransformerPlan | None:
-        """Return the plan for these sizes; `None` where a module is not as it was built, or somebody looks at it."""
+        """Return the plan for these sizes; `None` where a module is not as it was built, or has hooks."""
         norm = fusion.plain_norm(self.norm)
         if norm is None or not all(map(fusion.takes_kernel, (self.proj_in, self.proj_out))):
             return None

@@ -92,7 +92,7 @@ def library(source: Path) -> ctypes.CDLL | str:
         return missing(f"{FLAGS_VARIABLE} cannot be read: {error}", f"Correct {FLAGS_VARIABLE}")
     except (OSError, RuntimeError) as error:  # of files; of a user without a home
         reason = f"its code could not be compiled or loaded: {error}"
-        return missing(reason, f"Let {CACHE_VARIABLE} name a folder that you, and nobody else, can write to")
+        return missing(reason, f"Let {CACHE_VARIABLE} name a folder that only you can write to")
     keep_forks_alive(loaded)
     return loaded
 

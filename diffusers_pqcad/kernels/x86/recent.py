@@ -10,7 +10,7 @@ class Recent:
 
     New keys, and old ones that are used, come to the young half. When that is full, it becomes the old half, and what
     was that is forgotten: a look-up costs what one in a dictionary does. Threads may use it at once, and fork, as none
-    waits for a lock; at worst they forget too much. What is forgotten while somebody uses it lives until then.
+    waits for a lock; at worst they forget too much. What is forgotten while it is in use lives until then.
     """
 
     def __init__(self, limit: int = KEPT_SIZES) -> None:
