@@ -15,10 +15,7 @@ from diffusers_pqcad import PQCADConfig, quantize_
 
 ROOT = Path(diffusers_pqcad.__file__).parents[1]
 HEAVY = ("torchvision", "scipy", "datasets", "matplotlib", "torchmetrics", "sklearn", "pandas", "peft")
-OUR_TRAINING_AND_MEASURING = tuple(
-    f"diffusers_pqcad.{name}"
-    for name in ("progressive", "reconstruction", "distillation", "calibration", "evaluation", "hub", "fake_quant")
-)
+OUR_TRAINING_AND_MEASURING = tuple(f"diffusers_pqcad.{room}" for room in ("compression", "evaluation", "publishing"))
 
 
 def run(code):

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 class Kernel(Protocol):
     """What a kernel module offers.
 
-    `FUSES` are the names of the blocks that it computes whole, and `MEMORY_FORMAT` is that of its convolutions' inputs
-    and outputs.
+    `FUSES` are the names of the blocks in runtime/ that it computes whole (those there are written for x86), and
+    `MEMORY_FORMAT` is that of its convolutions' inputs and outputs.
     """
 
     NAME: str
@@ -130,8 +130,9 @@ def select_kernel(operation: Operation, x: Tensor) -> Kernel:
             warn_of_device(x.device.type)
         if not fast or x.numel() == 0:  # nothing to compute, and float operations know the shape of nothing
             return fallback
-        able = (k for k in fast if objection(k, operation, x) is None and k.refusal(operation) is None)
-        return next(able, fallback)
+        if isinstance(operation.group, Tensor) or needs_gradient(operation.bias, x):
+            return fallback
+        return next((kernel for kernel in fast if kernel.refusal(operation) is None), fallback)
     kernel = KERNELS[name]
     if kernel is fallback or x.numel() == 0:
         return fallback

@@ -40,8 +40,11 @@ def call(layer: Any, x: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return packed_linear(x, group, layer.handle, layer.out_features)
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    ends = layer._reversed_padding_repeated_twice[::-1]  # numbers, where `padding` may be a word
-    padding = [before + after for before, after in zip(ends[::2], ends[1::2], strict=True)]
+    if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+        ends = layer._reversed_padding_repeated_twice[::-1]  # numbers, where `padding` may be a word
+        padding = [before + after for before, after in zip(ends[::2], ends[1::2], strict=True)]
+    else:
+        padding = [2 * number for number in layer.padding]
     geometry = (list(layer.kernel_size), padding, list(layer.dilation), list(layer.stride))
     return packed_conv(x, group, layer.handle, layer.out_channels, *geometry)
 
@@ -49,7 +52,7 @@ def call(layer: Any, x: Tensor) -> Tensor:
 def group_of(layer: Any) -> Tensor:
     """Return this call's activation ranges, () or (B,) int64; zero where there is one group, or none."""
     group = layer.input_group()
-    return group if isinstance(group, Tensor) else torch.zeros((), dtype=torch.int64)
+    return group if isinstance(group, Tensor) else torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 def compute(handle: Tensor, group: Tensor, *inputs: Tensor | None) -> Tensor:

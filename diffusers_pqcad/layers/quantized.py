@@ -291,6 +291,10 @@ class QuantizedLayer(nn.Module):
         """Return the packed tensors of this layer by name, in the order of PACKED_BUFFERS."""
         return {name: tensor for name in PACKED_BUFFERS if (tensor := self._buffers[name]) is not None}
 
+    def is_here(self) -> bool:
+        """Return whether the packed tensors of this layer have numbers: they are not on meta."""
+        return all(tensor.device.type != "meta" for tensor in self.packed_tensors().values())
+
     def checksum_of(self, name: str) -> Tensor:
         """Return the checksum of this packed layer as the layer `name` of a file."""
         groups = self.timestep_groups
@@ -328,8 +332,7 @@ class QuantizedLayer(nn.Module):
             return
         if hasattr(destination, "_metadata"):
             destination._metadata[prefix[:-1]] = PackedMetadata(version=self._version, name=self.name)
-        is_here = all(tensor.device.type != "meta" for tensor in self.packed_tensors().values())
-        if is_here and self._buffers[CHECKSUM] is None:
+        if self.is_here() and self._buffers[CHECKSUM] is None:
             destination[prefix + CHECKSUM] = self.checksum_of(prefix.removesuffix("."))
 
     def _load_from_state_dict(
@@ -343,10 +346,13 @@ class QuantizedLayer(nn.Module):
             stored = state_dict.get(prefix + CHECKSUM)
             if stored is not None and self._buffers[CHECKSUM] is None:  # torch would not expect it
                 state_dict = {name: value for name, value in state_dict.items() if name != prefix + CHECKSUM}
+        error_messages = args[-1]
+        num_errors = len(error_messages)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self._cache = None
-        if stored is not None:
-            name, error_messages = prefix.removesuffix("."), args[-1]
+        is_whole = all(prefix + name in state_dict for name in self.packed_tensors())
+        if stored is not None and is_whole and self.is_here() and len(error_messages) == num_errors:
+            name = prefix.removesuffix(".")
             try:
                 refuse_other_checksum(name, stored, self.checksum_of(name), {})
             except ValueError as error:

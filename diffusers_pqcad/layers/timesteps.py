@@ -73,6 +73,8 @@ class TimestepGroups:
                 return self.index
             self.select(self.index)  # a compiled call, and this layer outside of the graph
             group = self.current
+        if group is None and not self.boundaries:  # any timestep is in the only group
+            return torch.zeros((), dtype=torch.int64, device="cpu") if is_traced() else 0
         if group is None:
             raise ValueError(
                 f"{name}: its activation ranges depend on the timestep, but no timestep was seen. Call the whole "
@@ -94,7 +96,7 @@ class TimestepGroups:
         """Return the group of `timestep` (number or tensor) as an int64 tensor, () or (B,); no value is looked at."""
         if not isinstance(timestep, Tensor):
             # Not `tensor(timestep)`: a graph would hold the number as a constant.
-            timestep = torch.full((), timestep, dtype=torch.float64)
+            timestep = torch.full((), timestep, dtype=torch.float64, device="cpu")
         # In float64, whatever the timestep's dtype: 500 is not exact in bf16, and 0.25 is no integer. On the CPU: some
         # accelerators have no float64.
         index = torch.bucketize(timestep.cpu().double(), self._edges, right=True)
@@ -179,10 +181,12 @@ def class_in_groups(base: Any) -> Any:
         timestep = args[place] if given else kwargs.get("timestep")  # type: ignore[index]
         if timestep is None and groups.boundaries:
             raise ValueError(f"{base.__name__} was called without `timestep`, but its activation ranges depend on it.")
-        index = groups.index_of(timestep) if groups.boundaries else torch.zeros((), dtype=torch.int64)
+        index = groups.index_of(timestep) if groups.boundaries else torch.zeros((), dtype=torch.int64, device="cpu")
         return groups.run(index, function, *args, **kwargs)
 
     class InGroups(base):
+        plain_class = base
+
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             if "forward" not in self.__dict__:
                 return super().__call__(*args, **kwargs)
@@ -227,5 +231,7 @@ def remove_timestep_groups(model: nn.Module) -> None:
     if groups_of(model) is None:
         return
     del model._timestep_groups
-    model.__class__ = type(model).__bases__[0]
+    kind: Any = type(model)
+    if "plain_class" in vars(kind):  # else another library made a class of it since, which computes plainly now
+        model.__class__ = kind.plain_class
     checkpoint_in_groups_(model)

@@ -189,6 +189,11 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         self.modules_to_not_convert = [] if skipped is None else list_of_names("modules_to_not_convert", skipped)
         self.components = None if self.components is None else list_of_names("components", self.components)
         self.weight_bits_by_module = {} if bits is None else bits_by_name(bits)
+        other = {name: width for name, width in self.weight_bits_by_module.items() if width != self.weight_bits}
+        if self.method == "fixed" and other:
+            raise ValueError(
+                f"weight_bits_by_module: method 'fixed' gives every layer {self.weight_bits} bits, got {other}."
+            )
         if self.timestep_boundaries is not None:
             self.timestep_boundaries = list(checked_boundaries(self.timestep_boundaries))
         share = self.packed_share

@@ -25,6 +25,7 @@ from diffusers_pqcad.numerics.qparams import (
 from diffusers_pqcad.runtime import install_, remove_
 
 logger = logging.getLogger(__name__)
+OUR_ENTRIES = ("quantization_config", "_pre_quantization_dtype")  # of a diffusers config
 SAMPLED_WEIGHTS = 2**18
 # Where IP-Adapters put layers of their own: at the root of SD3 and of UNets and Flux, and into attention processors.
 OF_ADAPTERS = ("image_proj.", "encoder_hid_proj.image_projection_layers.")
@@ -306,7 +307,12 @@ def replace_config_(model: Any, entries: Mapping[str, Any]) -> None:
     """
     before = model._internal_dict
     config = type(before)(entries)
-    theirs = {name: value for name, value in vars(before).items() if before.get(name, ...) is not value}
+    theirs = {
+        name: value
+        for name, value in vars(before).items()
+        # As it writes a config, diffusers puts a dict in the place of our entry, and leaves the attribute as it was.
+        if before.get(name, ...) is not value and name not in OUR_ENTRIES
+    }
     vars(config).update(theirs)
     model._internal_dict = config
 
@@ -334,11 +340,7 @@ def unmark_quantized_(model: Any) -> None:
     remove_(model)
     if hasattr(model, "_internal_dict"):
         # diffusers leaves the entry, so that a saved float model would say that it is quantized.
-        kept = {
-            key: value
-            for key, value in model._internal_dict.items()
-            if key not in ("quantization_config", "_pre_quantization_dtype")
-        }
+        kept = {key: value for key, value in model._internal_dict.items() if key not in OUR_ENTRIES}
         replace_config_(model, kept)
     model.__dict__.pop("quantization_method", None)
     model.is_quantized = False

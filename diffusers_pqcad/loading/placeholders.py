@@ -5,6 +5,7 @@ because a bit budget needs all the weights.
 """
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -100,12 +101,18 @@ def refuse_misfit(name: str, dtype: torch.dtype, shape: Iterable[int], expected:
 def named_as_in(model: nn.Module, config: PQCADConfig) -> PQCADConfig:
     """Return the saved `config` with the names that its layers have in `model`.
 
-    transformers loads the file of a base model into one with a head, where names have a prefix, and the other way.
+    transformers loads the file of a base model into one with a head, where names have a prefix, and the other way; and
+    leaves out what the class names, such as the decoder in an encoder.
     """
-    prefix, named = getattr(model, "base_model_prefix", ""), config.weight_bits_by_module
-    layers = quantizable_layers(model).keys()
+    left_out = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    prefix, layers = getattr(model, "base_model_prefix", ""), quantizable_layers(model).keys()
+    named = {
+        name: bits
+        for name, bits in config.weight_bits_by_module.items()
+        if name in layers or not any(re.search(pattern, name) for pattern in left_out)
+    }
     if not prefix or named.keys() <= layers:
-        return config
+        return PQCADConfig(**config.to_dict() | {"weight_bits_by_module": named})
     longer = {f"{prefix}.{name}": bits for name, bits in named.items()}
     shorter = {name.removeprefix(f"{prefix}."): bits for name, bits in named.items() if name.startswith(f"{prefix}.")}
     renamed = next((names for names in (longer, shorter) if names and names.keys() <= layers), named)
@@ -123,7 +130,6 @@ def saved_layers(model: nn.Module, config: PQCADConfig) -> dict[str, FloatLayer]
         layers = match_modules(model, config)
         return {name: layer for name, layer in layers.items() if type(layer) in (nn.Linear, nn.Conv2d)}
     layers = quantizable_layers(model)
-    config.check_patterns(layers)
     excluded = [pattern for pattern in config.modules_to_not_convert if any(matches(name, pattern) for name in named)]
     unknown = sorted(set(named) - set(layers))
     if excluded or unknown:
@@ -148,6 +154,16 @@ def complete_(model: nn.Module, config: PQCADConfig, *, pre_quantized: bool) -> 
     return config
 
 
+def refuse_other_version(names: Iterable[str], config: PQCADConfig) -> None:
+    """Raise ValueError for a file of the tensors `names` that is newer than its `config` says."""
+    newer = next((name for name in names if name.endswith(f".{CHECKSUM}")), None)
+    if config.format_version == 1 and newer is not None:
+        raise ValueError(
+            f"format_version: 1, but {newer} is in the file, as of version 2. The quantization_config of config.json "
+            "was edited, or belongs to another file."
+        )
+
+
 def holds_floats(names: Iterable[str], model_name: str, config: PQCADConfig) -> bool:
     """Return whether a checkpoint of the tensors `names` holds no packed layer where its `config` says that it does.
 
@@ -157,7 +173,8 @@ def holds_floats(names: Iterable[str], model_name: str, config: PQCADConfig) -> 
         return False
     warnings.warn(
         f"{model_name}: the config holds a quantization_config, but the weights are in floating point, as those of a "
-        "model that was made by from_config() of a quantized one. They are loaded as they are, without the entry. "
+        "model that was made by from_config() of a quantized one. They are loaded as they are, without the entry, and "
+        "also without a quantization_config that was passed. "
         "Save the model again to be rid of it, or call quantize_() to quantize it.",
         stacklevel=2,
     )

@@ -7,6 +7,7 @@ import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
+from diffusers_pqcad.layers.checksums import CHECKSUM
 from diffusers_pqcad.layers.quantized import SCALE_BUFFERS, QuantizedLayer
 from diffusers_pqcad.loading.config import PQCADConfig
 from diffusers_pqcad.loading.convert import dequantize_, replace_config_, unmark_quantized_
@@ -19,6 +20,7 @@ from diffusers_pqcad.loading.placeholders import (
     refuse_disk,
     refuse_misfit,
     refuse_missing,
+    refuse_other_version,
 )
 
 
@@ -63,9 +65,9 @@ class PQCADQuantizer(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """Note whether the checkpoint of a model that says it is quantized holds floats; see `holds_floats`."""
-        self.holds_floats = self.pre_quantized and holds_floats(
-            loaded_keys, str(checkpoint_files[0]), self.quantization_config
-        )
+        if self.pre_quantized:
+            refuse_other_version(loaded_keys, self.quantization_config)
+            self.holds_floats = holds_floats(loaded_keys, str(checkpoint_files[0]), self.quantization_config)
         return loaded_keys
 
     def _process_model_before_weight_loading(
@@ -80,6 +82,8 @@ class PQCADQuantizer(DiffusersQuantizer):
         if state_dict is not None:
             # from_single_file claims that everything is pre-quantized; the file itself knows.
             self.pre_quantized = any(key.endswith(".qweight") for key in state_dict)
+            if self.pre_quantized and not any(key.endswith(f".{CHECKSUM}") for key in state_dict):
+                self.quantization_config.format_version = 1  # which the config of a user does not know
         self.quantization_config = prepare_(
             model,
             self.quantization_config,

@@ -18,6 +18,7 @@ from diffusers_pqcad.loading.placeholders import (
     refuse_disk,
     refuse_misfit,
     refuse_missing,
+    refuse_other_version,
     saved_tensors,
 )
 
@@ -60,9 +61,9 @@ class PQCADTransformersQuantizer(HfQuantizer):
         **kwargs: Any,
     ) -> nn.Module:
         if self.pre_quantized and checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
-            self.holds_floats = holds_floats(
-                tensor_names(checkpoint_files), checkpoint_files[0], self.quantization_config
-            )
+            names = tensor_names(checkpoint_files)
+            refuse_other_version(names, self.quantization_config)
+            self.holds_floats = holds_floats(names, checkpoint_files[0], self.quantization_config)
         if self.holds_floats:
             return model
         self.quantization_config = prepare_(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_pqcad import kernels
 from diffusers_pqcad.kernels import native, x86
@@ -193,3 +193,14 @@ def test_sums_stay_in_registers(cpu: str) -> None:
     near = [lines[before:after] for before, after in pairwise(places) if after - before < 8]
     assert len(near) > 12  # as many as a tile has sums, but one
     assert not [line for between in near for line in between if re.match(r"vmov\S+\s.*\(%r[sb]p\)", line)]
+
+
+@pytest.mark.parametrize("bias", [torch.ones(3), torch.ones(8, device="meta")], ids=["short", "elsewhere"])
+@torch.no_grad()
+def test_a_bias_that_c_cannot_read_is_refused(bias: Tensor) -> None:
+    layer = PQCADLinear(16, 8)
+    layer.name = "block.proj"
+    layer.pack_(WeightSpec(4), activation_bits=8)
+    layer.bias = nn.Parameter(bias)
+    with kernels.use("x86"), pytest.raises(ValueError, match=r"block.proj: expected a bias of \(8,\) on the CPU, got"):
+        layer(torch.ones(2, 16))

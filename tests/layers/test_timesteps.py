@@ -246,3 +246,20 @@ def test_tasks_that_outlive_a_call_are_outside_of_it() -> None:
 
     asyncio.run(serve())
     assert seen == [1]
+
+
+def test_a_single_range_is_that_of_any_call_and_of_none() -> None:
+    """As of an autoencoder's `decode`, which is no `forward`."""
+    groups = TimestepGroups([])
+    assert groups.of_call("decoder.conv") == 0
+
+
+def test_a_class_that_another_library_made_of_a_model_with_groups_stays() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    install_timestep_groups(model, [])
+    kind = type("Sharded", (type(model),), {})
+    model.__class__ = kind
+    remove_timestep_groups(model)
+    assert type(model) is kind
+    assert model(torch.ones(1, 2)).shape == (1, 2)
+    assert not hasattr(model, "_timestep_groups")

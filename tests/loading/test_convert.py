@@ -6,11 +6,12 @@ import logging
 import pickle
 import warnings
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import nn
 
 from diffusers_pqcad import PQCADConfig, inspect, kernels, quantize_, requantize_
@@ -18,7 +19,14 @@ from diffusers_pqcad.compression.fake_quant import prepare_
 from diffusers_pqcad.kernels import native, onednn, x86
 from diffusers_pqcad.layers.find import kernel_cache_bytes, packed_layers
 from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear, QuantizedLayer
-from diffusers_pqcad.loading.convert import decide_bits, dequantize_, log_once, match_modules, relative_weight_error
+from diffusers_pqcad.loading.convert import (
+    decide_bits,
+    dequantize_,
+    log_once,
+    match_modules,
+    quantization_config_of,
+    relative_weight_error,
+)
 from diffusers_pqcad.loading.coverage import average_bits
 from diffusers_pqcad.numerics.qparams import WeightSpec
 
@@ -637,3 +645,29 @@ def test_a_convolution_keeps_all_its_arguments():
     }
     with torch.no_grad():
         torch.testing.assert_close(model(x), conv(x), rtol=0.05, atol=0.05)
+
+
+def through_a_save(model: UNet2DModel, folder: Path) -> None:
+    model.save_pretrained(folder)
+
+
+def through_json(model: UNet2DModel, folder: Path) -> None:
+    model.to_json_string()
+
+
+@pytest.mark.parametrize("written", [through_a_save, through_json])
+def test_a_config_that_was_written_out_once_is_replaced_like_any_other(tiny_unet, tmp_path, written):
+    """diffusers turns the entry into a dict as it writes it, and keeps the object as an attribute."""
+    quantize_(tiny_unet, PQCADConfig(weight_bits=6))
+    written(tiny_unet, tmp_path / "six")
+    requantize_(tiny_unet, PQCADConfig(weight_bits=3))
+    tiny_unet.save_pretrained(tmp_path / "three")
+    loaded = UNet2DModel.from_pretrained(tmp_path / "three")
+    for model in (tiny_unet, loaded):
+        assert quantization_config_of(model).weight_bits == 3
+    assert average_bits(loaded)[0] <= 3
+    written(tiny_unet, tmp_path / "again")
+    tiny_unet.dequantize()
+    assert not hasattr(tiny_unet.config, "quantization_config")
+    quantize_(tiny_unet, PQCADConfig(method="fixed", weight_bits=8)).save_pretrained(tmp_path / "eight")
+    assert average_bits(UNet2DModel.from_pretrained(tmp_path / "eight"))[0] == 8

@@ -837,7 +837,6 @@ CONFIG_EDITS = {
         lambda values: values["modules_to_not_convert"].append(LAYER),
         rf"weight_bits_by_module: '{LAYER}' is excluded",
     ),
-    "pattern that matches nothing": (lambda values: values["modules_to_not_convert"].append("typo"), "'typo' matches"),
 }
 
 

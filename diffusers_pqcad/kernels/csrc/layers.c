@@ -1,9 +1,9 @@
-/* Products of 8-bit codes and int8 levels with exact sums, on x86 CPUs. Compiled on first use, by native.py, for the CPU
+/* Products of 8-bit codes and int8 levels with exact sums, on x86 CPUs. Compiled on first use, by kernels/native, for the CPU
    that it runs on, as one unit: the headers hold the code, one idea each.
 
    With VNNI, of AVX-512 or AVX (laptops' CPUs), one instruction, vpdpbusd, multiplies bytes and adds four products in 32
    bits. With AVX2 alone, vpmaddubsw multiplies bytes and adds neighbours in 16 bits, vpmaddwd widens such sums to 32 bits.
-   Then there are two ways to stay inside 16 bits (x86.py chooses):
+   Then there are two ways to stay inside 16 bits (kernels/x86 chooses):
    - narrow levels: many steps are added in 16 bits before they are widened, in windows that cannot overflow. The time of
      vpmaddwd is saved: half of what the multiplier does.
    - levels of 8 bits: the codes are shifted to -128..127. Of two products of magnitudes up to 128 and 127, the sum fits;
@@ -14,12 +14,12 @@
 #include "layout.h"
 #include "residual.h" /* what is done in each call, of one layer, some or a block */
 
-/* For x86.py: what this code was compiled for, and the bytes of an image's codes. */
+/* For kernels/x86: what this code was compiled for, and the bytes of an image's codes. */
 int has_vnni(void) { return VNNI; }
 int block_outputs(void) { return OUTPUTS; }
 int64_t code_bytes(const Image *image) { return bytes_of_image(image); }
 
-/* As in x86.py, and MIN_SCALE in qparams.py. */
+/* As in kernels/x86, and MIN_SCALE in qparams.py. */
 EXPORT_LAYOUT(
     STRUCT(Image), FIELD(Image, images), FIELD(Image, height), FIELD(Image, width), FIELD(Image, channels),
     FIELD(Image, border_y), FIELD(Image, border_x), FIELD(Image, padded_channels), FIELD(Image, tiles),

@@ -1,5 +1,5 @@
 /* Weights rounded onto their grid, packed, and what that costs, in one pass; and levels of packed weights. Compiled on
-   first use, by native.py. Codes are those of qparams.py and packing.py, to the last; sums of errors are rounded otherwise. */
+   first use, by kernels/native. Codes are those of qparams.py and packing.py, to the last; sums of errors are rounded otherwise. */
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
@@ -12,7 +12,7 @@
 
 #define MIN_SCALE 1e-12f /* as in qparams.py */
 
-/* For weights.py: how many threads take part. */
+/* For kernels/native/weights.py: how many threads take part. */
 int max_threads(void) { return omp_get_max_threads(); }
 
 /* The largest magnitude of `length` weights; not finite where a weight is not. */

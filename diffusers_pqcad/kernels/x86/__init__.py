@@ -179,7 +179,7 @@ class PackedLayer(NamedTuple):
     `scale` fp32, both (B O,); `weights` points to them, and says whether they take signed codes. With `is_winograd`,
     four blocks are for the same outputs. `ranges` are the static activation ranges, `None` where each call chooses its
     own. `sizes` remembers the latest shapes of inputs, and the ranges they came with; `plans`, those of a block that
-    starts with this layer (fusion.py).
+    starts with this layer (runtime/fusion.py).
     """
 
     weight: Tensor
@@ -416,6 +416,11 @@ def call_of(operation: Operation, packed: PackedLayer, size: torch.Size) -> Call
         )
     # Detached: it holds the memory, of which a parameter lets go when another thread casts or moves the layer.
     bias = None if operation.bias is None else operation.bias.detach().float().contiguous()
+    if bias is not None and (bias.shape != operation.shape[:1] or not bias.is_cpu):  # C would read beyond it
+        raise ValueError(
+            f"{operation.name}: expected a bias of {tuple(operation.shape[:1])} on the CPU, got one of "
+            f"{tuple(bias.shape)} on {bias.device}. It was replaced; give the layer a number for each output."
+        )
     own = Layer.from_buffer_copy(known)  # another call, in another thread, may have converted the bias for itself
     own.bias = None if bias is None else bias.data_ptr()
     return Call(own, geometry.size, geometry.image.code_bytes(), bias)
