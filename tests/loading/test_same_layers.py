@@ -205,19 +205,14 @@ def test_a_saved_model_whose_config_names_no_layers(tmp_path: Path) -> None:
         ("T5, tied", hf.T5EncoderModel),
     ],
 )
-def test_the_file_of_a_model_loads_into_a_class_for_a_part_of_it(
-    name: str, part: Any, method: str, tmp_path: Path
-) -> None:
-    """And that of a base model into one with a head, as the float files do."""
+def test_a_file_loads_into_the_class_of_a_part(name: str, part: Any, method: str, tmp_path: Path) -> None:
     model = quantize_(language_model(name), CONFIGS[method])
     model.save_pretrained(tmp_path)
     loaded = part.from_pretrained(tmp_path)
     own, theirs = packed_layers(loaded), packed_layers(model)
     assert own
     for key, layer in own.items():
-        (found,) = [
-            other for other in theirs if other == key or other.endswith(f".{key}") or key.endswith(f".{other}")
-        ]
+        (found,) = [other for other in theirs if other == key or other.endswith(f".{key}")]
         assert torch.equal(layer.qweight, theirs[found].qweight), key
     loaded.save_pretrained(tmp_path / "again")
     assert packed_layers(part.from_pretrained(tmp_path / "again")).keys() == own.keys()
