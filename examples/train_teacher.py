@@ -1,7 +1,8 @@
-"""Train a bundled teacher: a small unconditional UNet2DModel on Fashion-MNIST.
+"""Train a teacher: a small unconditional UNet2DModel on Fashion-MNIST, or on scikit-learn's digits in two minutes.
 
     accelerate launch examples/train_teacher.py
     accelerate launch examples/train_teacher.py --prediction_type epsilon --num_train_epochs 12
+    accelerate launch examples/train_teacher.py --dataset digits --prediction_type epsilon --output_dir outputs/digits
 
 A linear noise schedule, EMA weights, any number of processes. Every random draw is a function of (seed, step), so a
 run that was killed goes on from its last checkpoint to the same weights.
@@ -21,6 +22,7 @@ from accelerate import Accelerator
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
+from digits import DIGITS_NOTICE, SKLEARN_ID, load_digits
 from fashion_mnist import HUB_ID, LICENCE_NOTICE, load_split
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -35,15 +37,68 @@ TARGETS: dict[str, Callable[[DDIMScheduler, Tensor, Tensor, Tensor], Tensor]] = 
 }
 
 
+@dataclass(frozen=True)
+class Dataset:
+    """What is learnt and by which network: images of `size` x `size`, from `load(train_data_dir)`, (N, 1, H, W) uint8.
+
+    `blocks` are the output channels of the network's levels, the last of which has attention; `num_train_epochs` is
+    the default; `folder` is where the teacher goes; the others are for its card, and `is_measured` says whether there
+    is an extractor of features for it.
+    """
+
+    load: Callable[[str | None], Tensor]
+    size: int
+    blocks: tuple[int, ...]
+    attention_head_dim: int
+    num_train_epochs: int
+    folder: str
+    title: str
+    hub_id: str
+    notice: str
+    licence: str
+    is_measured: bool
+
+
+DATASETS = {
+    "fashion-mnist": Dataset(
+        load=lambda folder: load_split("train", folder)[0],
+        size=28,
+        blocks=(32, 64, 64),
+        attention_head_dim=32,
+        num_train_epochs=7,
+        folder="examples/models/fashion-mnist",
+        title="Fashion-MNIST",
+        hub_id=HUB_ID,
+        notice=LICENCE_NOTICE,
+        licence="mit",
+        is_measured=True,
+    ),
+    "digits": Dataset(
+        load=lambda folder: load_digits(),
+        size=8,
+        blocks=(16, 32, 48),
+        attention_head_dim=16,
+        num_train_epochs=140,
+        folder="outputs/teachers/digits",
+        title="digits",
+        hub_id=SKLEARN_ID,
+        notice=DIGITS_NOTICE,
+        licence="cc-by-4.0",
+        is_measured=False,
+    ),
+}
+
+
 @dataclass
 class Settings:
     """Settings of one run; `examples/models/fashion-mnist` was made with these but for what its card tells."""
 
-    output_dir: str = ""  # default: examples/models/fashion-mnist, or fashion-mnist-epsilon
+    dataset: str = "fashion-mnist"  # or digits: 8x8, from scikit-learn, for experiments with many models
+    output_dir: str = ""  # default: examples/models/fashion-mnist or outputs/teachers/digits, with -epsilon for that
     train_data_dir: str | None = None  # a folder of IDX files; default: the Debian package, else the Hub
-    checkpoint_dir: str = ""  # default: outputs/teacher-checkpoint, or teacher-epsilon-checkpoint
+    checkpoint_dir: str = ""  # default: in outputs/, by the name of the output folder
     prediction_type: str = "v_prediction"  # or epsilon, as SD-1.5, SDXL and every DDPM have it
-    num_train_epochs: int = 7
+    num_train_epochs: int = 0  # 0: 7 of Fashion-MNIST, 140 of digits
     train_batch_size: int = 64  # per process
     learning_rate: float = 8e-4
     lr_warmup_steps: int = 250
@@ -55,25 +110,30 @@ class Settings:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        if self.prediction_type not in TARGETS:
-            raise ValueError(f"prediction_type: expected one of {tuple(TARGETS)}, got {self.prediction_type!r}.")
+        for name, known in (("dataset", DATASETS), ("prediction_type", TARGETS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {tuple(known)}, got {getattr(self, name)!r}.")
         kind = "" if self.prediction_type == "v_prediction" else f"-{self.prediction_type}"
-        self.output_dir = self.output_dir or f"examples/models/fashion-mnist{kind}"
-        self.checkpoint_dir = self.checkpoint_dir or f"outputs/teacher{kind}-checkpoint"
+        self.output_dir = self.output_dir or f"{DATASETS[self.dataset].folder}{kind}"
+        name = Path(self.output_dir).name.replace("fashion-mnist", "teacher")
+        self.checkpoint_dir = self.checkpoint_dir or f"outputs/{name}-checkpoint"
+        self.num_train_epochs = self.num_train_epochs or DATASETS[self.dataset].num_train_epochs
 
 
-def build_unet() -> UNet2DModel:
-    """Return the untrained teacher: 28x28, one channel, 1.11 M parameters, attention at 7x7."""
+def build_unet(dataset: str = "fashion-mnist") -> UNet2DModel:
+    """Return the untrained teacher of `dataset`: 1.11 M parameters for 28x28 images, 0.45 M for 8x8; one channel."""
+    data = DATASETS[dataset]
+    inner = len(data.blocks) - 1
     return UNet2DModel(
-        sample_size=28,
+        sample_size=data.size,
         in_channels=1,
         out_channels=1,
         layers_per_block=1,
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        block_out_channels=data.blocks,
+        down_block_types=("DownBlock2D",) * inner + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * inner,
         norm_num_groups=8,
-        attention_head_dim=32,
+        attention_head_dim=data.attention_head_dim,
     )
 
 
@@ -107,9 +167,9 @@ def train(settings: Settings) -> UNet2DModel:
         torch.set_num_threads(settings.num_threads)
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
     torch.manual_seed(settings.seed)
-    images, _ = load_split("train", settings.train_data_dir)
+    images = DATASETS[settings.dataset].load(settings.train_data_dir)
     scheduler = build_scheduler(settings.prediction_type)
-    unet = build_unet()
+    unet = build_unet(settings.dataset)
     ema = EMAModel(unet.parameters(), decay=settings.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     ema.to(accelerator.device)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
@@ -188,22 +248,31 @@ def train(settings: Settings) -> UNet2DModel:
 
 def card(recipe: dict[str, Any], num_parameters: int) -> str:
     """Return the teacher's model card."""
+    # The recipe of the first teacher, of before there was a choice, says neither.
+    data = DATASETS[recipe.get("dataset", "fashion-mnist")]
+    prediction_type = recipe.get("prediction_type", "v_prediction")
+    predicts = {"v_prediction": "v-prediction", "epsilon": "epsilon prediction"}[prediction_type]
+    arguments = "" if data is DATASETS["fashion-mnist"] else f" --dataset {recipe['dataset']}"
+    arguments += "" if prediction_type == "v_prediction" else f" --prediction_type {prediction_type}"
+    size = data.size
     remark = f"\n{recipe['remark']}\n" if "remark" in recipe else ""
-    # What the recipe of the first teacher, of before there was a choice, does not say.
-    predicts = {"v_prediction": "v-prediction", "epsilon": "epsilon prediction"}[
-        recipe.get("prediction_type", "v_prediction")
-    ]
-    arguments = "" if predicts == "v-prediction" else f" --prediction_type {recipe['prediction_type']}"
+    measured = f"""
+## How good it is
+
+Its distance to the data, at three numbers of images and beside the noise floor, is in
+`../fashion-mnist-features/README.md`, measured by
+`examples/train_classifier.py --measure_teacher {recipe["output_dir"]}`.
+"""
     return f"""---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
-license: mit
-datasets: [{HUB_ID}]
+license: {data.licence}
+datasets: [{data.hub_id}]
 ---
-# A small Fashion-MNIST diffusion model
+# A small {data.title} diffusion model
 
 The teacher of the examples of diffusers-pqcad: an unconditional `UNet2DModel` of {num_parameters / 1e6:.2f} M
-parameters for 28x28 grey images, {predicts} on a linear noise schedule, with a `DDIMScheduler` on trailing
+parameters for {size}x{size} grey images, {predicts} on a linear noise schedule, with a `DDIMScheduler` on trailing
 timesteps.
 
 ```python
@@ -220,16 +289,10 @@ image = DiffusionPipeline.from_pretrained("{recipe["output_dir"]}")(num_inferenc
 seed {recipe["seed"]}, torch {recipe["torch"]} on {recipe["machine"]} CPUs; final training loss (moving average)
 {recipe["final_loss"]:.4f}. All settings:
 `training.json`.
-{remark}
-## How good it is
-
-Its distance to the data, at three numbers of images and beside the noise floor, is in
-`../fashion-mnist-features/README.md`, measured by
-`examples/train_classifier.py --measure_teacher {recipe["output_dir"]}`.
-
+{remark}{measured if data.is_measured else ""}
 ## Licence of the data
 
-{LICENCE_NOTICE}"""
+{data.notice}"""
 
 
 if __name__ == "__main__":

@@ -130,6 +130,33 @@ def test_an_epsilon_teacher_says_so(scripts, idx_folder, tmp_path):
     assert "--prediction_type epsilon" in card
 
 
+def test_digits_come_as_tensors_and_make_a_teacher(scripts, tmp_path):
+    train_teacher, _ = scripts
+    import digits
+
+    images = digits.load_digits()
+    assert (images.shape, images.dtype, images.max().item()) == ((1797, 1, 8, 8), torch.uint8, 255)
+    settings = train_teacher.Settings(dataset="digits")
+    assert (settings.num_train_epochs, settings.output_dir) == (140, "outputs/teachers/digits")
+    unet = train_teacher.train(
+        train_teacher.Settings(
+            dataset="digits", output_dir=str(tmp_path / "teacher"), checkpoint_dir=str(tmp_path / "checkpoint"),
+            num_train_epochs=1, train_batch_size=1024, mixed_precision="no", num_threads=1,
+        )
+    )  # fmt: skip
+    assert 0.4e6 < unet.num_parameters() < 0.5e6
+    assert DiffusionPipeline.from_pretrained(tmp_path / "teacher").unet.config.sample_size == 8
+    card = (tmp_path / "teacher" / "README.md").read_text()
+    assert "8x8 grey images" in card
+    assert "--dataset digits" in card
+    assert "fashion" not in card.lower()
+
+
+def test_another_data_set_is_refused(scripts):
+    with pytest.raises(ValueError, match="dataset: expected one of .*, got 'mnist'"):
+        scripts[0].Settings(dataset="mnist")
+
+
 def test_the_bundled_teacher_is_what_the_script_builds(scripts):
     train_teacher, _ = scripts
     bundled = DiffusionPipeline.from_pretrained(ROOT / "examples" / "models" / "fashion-mnist")

@@ -179,7 +179,7 @@ def test_the_data_set_is_asked_for_before_the_training():
     assert required(function("examples/fashion_mnist.py", "idx_folder")) == {"datasets"}
 
 
-@pytest.mark.parametrize(("extra", "scripts"), [("eval", LIBRARY), ("train", LIBRARY + SCRIPTS)])
+@pytest.mark.parametrize(("extra", "scripts"), [("eval", LIBRARY), ("experiments", LIBRARY + SCRIPTS)])
 def test_an_extra_holds_what_is_imported(extra, scripts):
     names = set().union(*(optional_imports(ast.parse(path.read_text())) for path in scripts))
     assert names
