@@ -133,7 +133,7 @@ class Settings:
     recovery_steps: int = 20  # per stage
     max_train_steps: int = 80  # of the distillation
     train_batch_size: int = 32
-    learning_rate: float = 2e-5  # of the distillation; Adam
+    step_rate: float = 3e-3  # of the distillation, in rounding steps of each layer; Adam
     evaluation_steps: int = 20  # updates between two measurements on the held-out trajectories
     num_images: int = 1_000  # per row of the table
     num_latency_rounds: int = 3
@@ -355,8 +355,7 @@ class Run:
         config = DistillConfig(
             max_train_steps=settings.max_train_steps,
             train_batch_size=settings.train_batch_size,
-            learning_rate=settings.learning_rate,
-            scale_learning_rate=settings.learning_rate / 10,
+            step_rate=settings.step_rate,
             evaluation_steps=settings.evaluation_steps,
             seed=settings.seed,
             **switches,

@@ -78,7 +78,7 @@ DATASETS = {
         size=8,
         blocks=(16, 32, 48),
         attention_head_dim=16,
-        num_train_epochs=140,
+        num_train_epochs=80,
         folder="outputs/teachers/digits",
         title="digits",
         hub_id=SKLEARN_ID,
@@ -98,7 +98,7 @@ class Settings:
     train_data_dir: str | None = None  # a folder of IDX files; default: the Debian package, else the Hub
     checkpoint_dir: str = ""  # default: in outputs/, by the name of the output folder
     prediction_type: str = "v_prediction"  # or epsilon, as SD-1.5, SDXL and every DDPM have it
-    num_train_epochs: int = 0  # 0: 7 of Fashion-MNIST, 140 of digits
+    num_train_epochs: int = 0  # 0: 7 of Fashion-MNIST, 80 of digits
     train_batch_size: int = 64  # per process
     learning_rate: float = 8e-4
     lr_warmup_steps: int = 250

@@ -88,8 +88,7 @@ def quick_progressive() -> ProgressiveConfig:
         reconstruction_samples=16,
         recovery_steps=2,
         recovery_batch_size=4,
-        recovery_learning_rate=1e-5,
-        recovery_scale_learning_rate=1e-6,
+        recovery_step_rate=1e-3,
         evaluation_steps=1,
     )
 

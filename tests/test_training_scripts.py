@@ -137,7 +137,7 @@ def test_digits_come_as_tensors_and_make_a_teacher(scripts, tmp_path):
     images = digits.load_digits()
     assert (images.shape, images.dtype, images.max().item()) == ((1797, 1, 8, 8), torch.uint8, 255)
     settings = train_teacher.Settings(dataset="digits")
-    assert (settings.num_train_epochs, settings.output_dir) == (140, "outputs/teachers/digits")
+    assert (settings.num_train_epochs, settings.output_dir) == (80, "outputs/teachers/digits")
     unet = train_teacher.train(
         train_teacher.Settings(
             dataset="digits", output_dir=str(tmp_path / "teacher"), checkpoint_dir=str(tmp_path / "checkpoint"),

@@ -34,7 +34,13 @@ from diffusers_pqcad.compression.fake_quant import (
     fake_quant_state,
     load_fake_quant_state_,
 )
-from diffusers_pqcad.compression.optimization import AveragedAdam, BestState, check_minimum
+from diffusers_pqcad.compression.optimization import (
+    AveragedAdam,
+    BestState,
+    check_minimum,
+    parameter_groups,
+    rate_factor,
+)
 from diffusers_pqcad.compression.progressive import trajectory_error, weighted_error
 from diffusers_pqcad.compression.sampling import alpha_sigma, denoise, from_x_and_eps, to_x_and_eps
 
@@ -51,8 +57,7 @@ class DistillConfig:
     gate: bool = True  # let the teacher speak only while it is better than the student
     max_train_steps: int = 200
     train_batch_size: int = 32  # per term and process
-    learning_rate: float = 2e-5  # latent weights and biases, Adam, linear decay to 0
-    scale_learning_rate: float = 2e-6
+    step_rate: float = 3e-3  # of each layer's rounding step; Adam, with warm-up and linear decay
     max_grad_norm: float = 1.0
     calibration_weight: float = 1.0
     gate_momentum: float = 0.7
@@ -65,21 +70,21 @@ class DistillConfig:
         if self.teacher not in ("quantized", "fp", "none"):
             raise ValueError(f"teacher: expected 'quantized', 'fp' or 'none', got {self.teacher!r}.")
         check_minimum(self, max_train_steps=1, train_batch_size=1, gate_steps=1, evaluation_steps=1)
-        check_minimum(self, learning_rate=0, scale_learning_rate=0, calibration_weight=0)
+        check_minimum(self, step_rate=0, calibration_weight=0)
         if self.teacher == "none" and not self.calibration:
             raise ValueError("teacher='none' with calibration=False leaves nothing to learn from.")
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """One update: losses, mean gate, learning rate, speed; at evaluations the held-out trajectory error."""
+    """One update: losses, mean gate, rate, speed; at evaluations the held-out trajectory error."""
 
     step: int
     loss: float
     teacher_loss: float | None
     calibration_loss: float | None
     gate: float | None
-    learning_rate: float
+    step_rate: float
     images_per_second: float
     held_out_error: float | None = None
     best_step: int = 0  # 0: the undistilled start is the best so far
@@ -306,9 +311,7 @@ def distill(
 
     run.calibrate_activations()
     adam = AveragedAdam(
-        student,
-        learning_rate=config.learning_rate,
-        scale_learning_rate=config.scale_learning_rate,
+        parameter_groups(student, config.step_rate),
         num_steps=config.max_train_steps,
         ema_decay=config.ema_decay,
         max_grad_norm=config.max_grad_norm,
@@ -349,7 +352,7 @@ def distill(
                 teacher_loss=None if teacher_loss is None else teacher_loss.item(),
                 calibration_loss=None if calibration_loss is None else calibration_loss.item(),
                 gate=None if teacher is None else open_by.mean().item(),
-                learning_rate=adam.learning_rate(step),
+                step_rate=config.step_rate * rate_factor(step, adam.num_steps, adam.warmup_steps),
                 images_per_second=images_per_update / (time.perf_counter() - started),
                 held_out_error=error,
                 best_step=best.step,

@@ -1,4 +1,4 @@
-"""How fake-quantized models are trained: Adam with linear decay, averaged weights, and the best state kept."""
+"""How fake-quantized models are trained: rates in rounding steps, averaged weights, and the best state kept."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,10 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from diffusers_pqcad.compression.checkpoint import clone_state, copy_state_
-from diffusers_pqcad.compression.fake_quant import fake_quant_layers, weight_quantizer
+from diffusers_pqcad.compression.fake_quant import fake_quant_layers, latent_weight, weight_quantizer
+
+OTHER_RATE = 1e-5  # of biases, norms and the layers in floating point
+WARMUP_STEPS = 10
 
 
 def check_minimum(settings: Any, **minimum: float) -> None:
@@ -19,7 +22,33 @@ def check_minimum(settings: Any, **minimum: float) -> None:
             raise ValueError(f"{name}: expected at least {low}, got {getattr(settings, name)}.")
 
 
-def parameter_groups(module: nn.Module, learning_rate: float, scale_learning_rate: float) -> list[dict[str, Any]]:
+def rounding_step(layer: nn.Module) -> float:
+    """Return the distance between neighbouring levels of a fake-quantized layer, the mean over its scales."""
+    quantizer = weight_quantizer(layer)
+    return quantizer.scale.detach().mean().item() * quantizer.spec.level_step
+
+
+def parameter_groups(module: nn.Module, step_rate: float, other_rate: float = OTHER_RATE) -> list[dict[str, Any]]:
+    """Return Adam's groups for a fake-quantized `module`, with rates in units of each layer's rounding step.
+
+    An update of Adam moves a weight by about its rate, whatever its gradient. At one rate for all layers, a few
+    updates take the latents of 8-bit layers over a whole step while those of 4-bit layers have hardly moved. So a
+    layer's latent weight gets `step_rate` times its `rounding_step`, its scales a tenth of that, and every other
+    parameter `other_rate`. EfficientDM (He et al. 2024, arXiv:2310.03270) has rates by a layer's scale as well.
+    """
+    groups: list[dict[str, Any]] = []
+    for layer in fake_quant_layers(module).values():
+        rate = step_rate * rounding_step(layer)
+        groups += [
+            {"params": [latent_weight(layer)], "lr": rate},
+            {"params": [weight_quantizer(layer).scale], "lr": rate / 10},
+        ]
+    ids = {id(parameter) for group in groups for parameter in group["params"]}
+    others = [parameter for parameter in module.parameters() if id(parameter) not in ids]
+    return [*groups, {"params": others, "lr": other_rate}]
+
+
+def flat_groups(module: nn.Module, learning_rate: float, scale_learning_rate: float) -> list[dict[str, Any]]:
     """Return Adam's groups: quantization scales at their own rate, every other parameter at `learning_rate`."""
     scales = [weight_quantizer(layer).scale for layer in fake_quant_layers(module).values()]
     ids = {id(scale) for scale in scales}
@@ -27,36 +56,42 @@ def parameter_groups(module: nn.Module, learning_rate: float, scale_learning_rat
     return [{"params": others, "lr": learning_rate}, {"params": scales, "lr": scale_learning_rate}]
 
 
-class AveragedAdam:
-    """Adam whose rates fall linearly to 0 over `num_steps`, and a moving average of the weights it passes through.
+def rate_factor(step: int, num_steps: int, warmup_steps: int) -> float:
+    """Return what a rate is multiplied by in update `step`, counted from 0: a linear warm-up, and a linear decay to 0.
 
-    Short trainings at rates high enough to move quantized weights end in noise; the average takes it out.
+    Adam's first updates are as long as its later ones, before it knows anything of the gradients.
+    """
+    return min(1.0, (step + 1) / (warmup_steps + 1)) * (1 - step / num_steps)
+
+
+class AveragedAdam:
+    """Adam with a warm-up and a linear decay of its rates, and a moving average of the weights it passes through.
+
+    `groups` are Adam's, with the rates that the warm-up leads to. Short trainings at rates high enough to move
+    quantized weights end in noise; the average takes it out.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        groups: list[dict[str, Any]],
         *,
-        learning_rate: float,
-        scale_learning_rate: float,
         num_steps: int,
         ema_decay: float,
+        warmup_steps: int = WARMUP_STEPS,
         max_grad_norm: float = 1.0,
+        **adam: Any,
     ) -> None:
-        self.parameters = list(model.parameters())
-        self.optimizer = torch.optim.Adam(parameter_groups(model, learning_rate, scale_learning_rate))
-        self.rates = [learning_rate, scale_learning_rate]
-        self.num_steps, self.max_grad_norm = num_steps, max_grad_norm
+        self.optimizer = torch.optim.Adam(groups, **adam)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.rates = [group["lr"] for group in groups]
+        self.num_steps, self.warmup_steps, self.max_grad_norm = num_steps, warmup_steps, max_grad_norm
         self.average = EMAModel(self.parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
 
-    def learning_rate(self, step: int) -> float:
-        """Return the latent weights' rate of update `step`, counted from 0."""
-        return self.rates[0] * (1 - step / self.num_steps)
-
     def update(self, step: int) -> None:
-        """Clip the gradients, apply them at the rate of `step`, clear them, and take the weights into the average."""
+        """Clip the gradients, apply them at the rates of `step`, clear them, and take the weights into the average."""
+        factor = rate_factor(step, self.num_steps, self.warmup_steps)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * (1 - step / self.num_steps)
+            group["lr"] = rate * factor
         torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -74,11 +109,17 @@ class AveragedAdam:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's and the average's state, for a resume file."""
-        return {"optimizer": self.optimizer.state_dict(), "average": self.average.state_dict()}
+        # The rates, too: those of a model that is loaded half-way would be by other scales.
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict(),
+            "rates": list(self.rates),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.optimizer.load_state_dict(state["optimizer"])
+        self.rates = state["rates"]
         self.average.load_state_dict(state["average"])
         self.average.to(self.parameters[0].device)
 

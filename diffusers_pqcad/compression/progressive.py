@@ -43,7 +43,7 @@ from diffusers_pqcad.compression.fake_quant import (
     set_bits_,
     weight_quantizer,
 )
-from diffusers_pqcad.compression.optimization import AveragedAdam, BestState, check_minimum
+from diffusers_pqcad.compression.optimization import AveragedAdam, BestState, check_minimum, parameter_groups
 from diffusers_pqcad.compression.reconstruction import (
     ReconstructionConfig,
     UnitResult,
@@ -83,8 +83,7 @@ class ProgressiveConfig:
     round_share: float = 0.25  # of iterations and samples, where the bits will change again
     recovery_steps: int = 75  # per stage; 0 switches the whole-network recovery off
     recovery_batch_size: int = 32
-    recovery_learning_rate: float = 3e-5
-    recovery_scale_learning_rate: float = 3e-6
+    recovery_step_rate: float = 1e-3  # of each layer's rounding step; Adam, with warm-up and linear decay
     recovery_ema_decay: float = 0.98
     evaluation_steps: int = 25  # updates between two measurements on the held-out trajectories
     seed: int = 0
@@ -97,7 +96,7 @@ class ProgressiveConfig:
         check_minimum(self, kappa=0, trust=0, perturbation_floor=0, cooldown=0)
         check_minimum(self, rounds_per_stage=1, price_batches=1, price_batch_size=1)
         check_minimum(self, reconstruction_samples=MIN_RECONSTRUCTION_SAMPLES)
-        check_minimum(self, recovery_steps=0, recovery_batch_size=1, evaluation_steps=1)
+        check_minimum(self, recovery_steps=0, recovery_step_rate=0, recovery_batch_size=1, evaluation_steps=1)
         if not 0 < self.round_share <= 1:
             raise ValueError(f"round_share: expected a share above 0 and up to 1, got {self.round_share}.")
 
@@ -459,9 +458,7 @@ class ProgressiveQuantizer:
         """Train the whole network on the calibration set; keep the best state by held-out trajectory error."""
         settings, model, steps = self.settings, self.model, self.calibration.num_inference_steps
         adam = AveragedAdam(
-            model,
-            learning_rate=settings.recovery_learning_rate,
-            scale_learning_rate=settings.recovery_scale_learning_rate,
+            parameter_groups(model, settings.recovery_step_rate),
             num_steps=settings.recovery_steps,
             ema_decay=settings.recovery_ema_decay,
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_pqcad.compression.fake_quant import fake_quant_layers
-from diffusers_pqcad.compression.optimization import check_minimum, parameter_groups
+from diffusers_pqcad.compression.optimization import check_minimum, flat_groups
 
 # Whole blocks where diffusers has them; a layer outside all of these is a unit of its own.
 RECONSTRUCTION_UNITS = ("ResnetBlock2D", "BasicTransformerBlock", "Attention", "Downsample2D", "Upsample2D")
@@ -198,7 +198,7 @@ def reconstruct(
 
     loss_before = held_out_loss()
     before = {key: value.clone() for key, value in unit.state_dict().items()}
-    optimizer = torch.optim.Adam(parameter_groups(unit, config.learning_rate, config.scale_learning_rate))
+    optimizer = torch.optim.Adam(flat_groups(unit, config.learning_rate, config.scale_learning_rate))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(config.iterations, 1))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(config.iterations):

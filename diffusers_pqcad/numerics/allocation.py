@@ -131,20 +131,24 @@ class BitController:
         """Return the bits that the layer's next transition saves, over all its weights; 0 at the narrowest width."""
         return self.num_weights[layer] * (self.bits[layer] - (self.narrower(layer) or self.bits[layer]))
 
-    def momentum(self, layer: str) -> Momentum:
-        """Return the momentum of the layer's next transition.
+    def price(self, layer: str, bits: int) -> float:
+        """Return the expected price of the layer's transition down from `bits`."""
+        return self.momentum(layer, bits).mean(self.beta)
+
+    def momentum(self, layer: str, bits: int | None = None) -> Momentum:
+        """Return the momentum of the layer's transition down from `bits`, by default its next one.
 
         Where it was not measured yet, the last measured one stands in, scaled as rounding noise is: four times the
         variance for each bit less.
         """
-        key = (layer, self.bits[layer])
-        if key in self.momenta:
-            return self.momenta[key]
-        wider = [bits for bits in self.bit_choices[::-1] if bits > self.bits[layer] and (layer, bits) in self.momenta]
+        bits = self.bits[layer] if bits is None else bits
+        if (layer, bits) in self.momenta:
+            return self.momenta[layer, bits]
+        wider = [width for width in self.bit_choices[::-1] if width > bits and (layer, width) in self.momenta]
         if not wider:
             return Momentum()
         known = self.momenta[layer, wider[0]]
-        factor = 4.0 ** (wider[0] - self.bits[layer])
+        factor = 4.0 ** (wider[0] - bits)
         return Momentum(known.count, known.average * factor, known.dispersion * factor**2)
 
     def priority(self, layer: str) -> float:
@@ -154,7 +158,7 @@ class BitController:
     def _move(self, layer: str) -> Move:
         from_bits, to_bits, saved = self.bits[layer], self.narrower(layer), self.saved_bits(layer)
         assert to_bits is not None
-        return Move(layer, from_bits, to_bits, saved, self.momentum(layer).mean(self.beta) * saved)
+        return Move(layer, from_bits, to_bits, saved, self.price(layer, from_bits) * saved)
 
     def propose(self, budget: float, *, rounds_left: int = 1, perturbation: float = math.inf) -> list[Move]:
         """Return this round's moves: the cheapest layers, within the round's share of the budget and the trust region.
@@ -218,8 +222,7 @@ class BitController:
             return None
         to_bits = self.bit_choices[position - 1]
         saved = self.num_weights[layer] * (self.bits[layer] - to_bits)
-        momentum = self.momenta.get((layer, to_bits), Momentum())
-        return Move(layer, self.bits[layer], to_bits, saved, momentum.mean(self.beta) * saved)
+        return Move(layer, self.bits[layer], to_bits, saved, self.price(layer, to_bits) * saved)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that changes, as plain JSON values."""

@@ -36,8 +36,7 @@ PREDICTIONS = ["sample", "epsilon", "v_prediction"]
 QUICK = DistillConfig(
     max_train_steps=6,
     train_batch_size=4,
-    learning_rate=1e-4,
-    scale_learning_rate=1e-5,
+    step_rate=1e-2,
     gate_steps=2,
     evaluation_steps=2,
 )
@@ -380,7 +379,9 @@ def test_statistics_count_the_updates(
     monkeypatch.setattr(distillation_module, "time", clock)
     stats = train(tiny_quantized, None, tiny_calibration_set, teacher="none", max_train_steps=5)
     assert [entry.step for entry in stats] == [1, 2, 3, 4, 5]
-    assert [entry.learning_rate for entry in stats] == pytest.approx([1e-4, 8e-5, 6e-5, 4e-5, 2e-5])
+    warm_up, decay = [1 / 11, 2 / 11, 3 / 11, 4 / 11, 5 / 11], [1, 0.8, 0.6, 0.4, 0.2]
+    expected = [QUICK.step_rate * up * down for up, down in zip(warm_up, decay, strict=True)]
+    assert [entry.step_rate for entry in stats] == pytest.approx(expected)
     assert [entry.step for entry in stats if entry.held_out_error is not None] == [2, 4, 5]  # and always the last
     assert [entry.images_per_second for entry in stats] == [QUICK.train_batch_size / 0.5] * 5
 
@@ -393,8 +394,7 @@ def test_the_undistilled_start_is_kept_when_training_only_harms(
         tiny_quantized,
         copy.deepcopy(tiny_quantized),
         tiny_calibration_set,
-        learning_rate=10.0,
-        scale_learning_rate=1.0,
+        step_rate=100.0,
         max_train_steps=2,
     )
     assert stats[-1].best_step == 0
@@ -459,7 +459,7 @@ def test_a_run_that_is_killed_at_every_save_ends_in_the_same_bits(
     assert same_state(student, straight)
     assert [entry.step for entry in seen] == [1, 2, 3, 4, 5, 6]  # reported before it is saved: no log has a gap
     for entry, other in zip(seen, wanted, strict=True):
-        for name in ("loss", "teacher_loss", "calibration_loss", "gate", "learning_rate", "best_error"):
+        for name in ("loss", "teacher_loss", "calibration_loss", "gate", "step_rate", "best_error"):
             assert getattr(entry, name) == getattr(other, name), name
 
 
@@ -476,7 +476,7 @@ def test_a_truncated_resume_file_is_refused(
 def test_stopped_early_the_student_is_the_best_state_so_far(
     tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet
 ) -> None:
-    config = dataclasses.replace(QUICK, teacher="none", learning_rate=0.05, evaluation_steps=1)  # training only harms
+    config = dataclasses.replace(QUICK, teacher="none", step_rate=10.0, evaluation_steps=1)  # training only harms
     start = copy.deepcopy(tiny_quantized)
     for entry in distill(tiny_quantized, None, tiny_calibration_set, config):
         if entry.step == 2:
@@ -518,8 +518,8 @@ def test_a_resume_file_of_other_settings_is_refused(
 ) -> None:
     path, start = tmp_path / "cad.safetensors", copy.deepcopy(tiny_quantized)
     train(tiny_quantized, None, tiny_calibration_set, teacher="none", checkpoint=path)
-    with pytest.raises(ValueError, match="cad.safetensors was begun with other settings.*learning_rate"):
-        train(copy.deepcopy(start), None, tiny_calibration_set, teacher="none", learning_rate=0.5, checkpoint=path)
+    with pytest.raises(ValueError, match="cad.safetensors was begun with other settings.*step_rate"):
+        train(copy.deepcopy(start), None, tiny_calibration_set, teacher="none", step_rate=0.5, checkpoint=path)
     few = tiny_calibration_set.select(slice(0, 8))
     with pytest.raises(ValueError, match="num_trajectories"):
         train(copy.deepcopy(start), None, few, teacher="none", checkpoint=path)

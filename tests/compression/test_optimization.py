@@ -8,8 +8,14 @@ from torch import nn
 
 from diffusers_pqcad import PQCADConfig
 from diffusers_pqcad.compression.checkpoint import clone_state, load_checkpoint, save_checkpoint
-from diffusers_pqcad.compression.fake_quant import prepare_, weight_quantizer
-from diffusers_pqcad.compression.optimization import AveragedAdam, BestState, parameter_groups
+from diffusers_pqcad.compression.fake_quant import latent_weight, prepare_, weight_quantizer
+from diffusers_pqcad.compression.optimization import (
+    AveragedAdam,
+    BestState,
+    parameter_groups,
+    rate_factor,
+    rounding_step,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -22,8 +28,8 @@ def model() -> nn.Module:
 
 
 def adam_of(model: nn.Module, **settings: float) -> AveragedAdam:
-    values = {"learning_rate": 1e-2, "scale_learning_rate": 1e-3, "num_steps": 10, "ema_decay": 0.9}
-    return AveragedAdam(model, **values | settings)
+    groups = parameter_groups(model, 0.1, other_rate=1e-2)
+    return AveragedAdam(groups, **{"num_steps": 10, "ema_decay": 0.9, "warmup_steps": 0} | settings)
 
 
 def train(model: nn.Module, adam: AveragedAdam, steps: range) -> None:
@@ -33,24 +39,38 @@ def train(model: nn.Module, adam: AveragedAdam, steps: range) -> None:
         adam.update(step)
 
 
-def test_scales_have_a_rate_of_their_own_and_nothing_is_left_out(model: nn.Module) -> None:
-    others, scales = parameter_groups(model, 0.3, 0.1)
-    assert (others["lr"], scales["lr"]) == (0.3, 0.1)
-    assert {id(p) for p in scales["params"]} == {id(weight_quantizer(model[i]).scale) for i in (0, 2)}
-    together = [id(p) for p in (*others["params"], *scales["params"])]
+def test_a_layer_is_trained_in_units_of_its_own_rounding_step(model: nn.Module) -> None:
+    first, first_scale, second, second_scale, others = parameter_groups(model, 0.3, other_rate=0.2)
+    for index, latent, scale, bits in ((0, first, first_scale, 4), (2, second, second_scale, 8)):
+        weight = latent_weight(model[index])
+        step = (weight.abs().amax(dim=1) / (2 ** (bits - 1) - 1)).mean().item()
+        assert latent["params"][0] is weight
+        assert scale["params"][0] is weight_quantizer(model[index]).scale
+        assert (latent["lr"], scale["lr"]) == (pytest.approx(0.3 * step), pytest.approx(0.03 * step))
+    assert others["lr"] == 0.2
+
+
+def test_the_rounding_step_of_two_bits_is_the_distance_of_its_levels() -> None:
+    layer = nn.Linear(8, 4)
+    prepare_(nn.Sequential(layer), PQCADConfig(activation_bits=None), {"0": 2})
+    levels = [torch.unique(row) for row in layer.weight]
+    distances = [levels_of_row.diff().min() for levels_of_row in levels]
+    assert rounding_step(layer) == pytest.approx(torch.stack(distances).mean().item(), rel=1e-5)
+
+
+def test_nothing_is_left_out_and_nothing_is_in_two_groups(model: nn.Module) -> None:
+    together = [id(p) for group in parameter_groups(model, 0.3) for p in group["params"]]
     assert sorted(together) == sorted(id(p) for p in model.parameters())
 
 
-def test_rates_fall_linearly_to_zero(model: nn.Module) -> None:
-    adam = adam_of(model)
-    rates = []
-    for step in range(10):
+def test_rates_rise_and_then_fall_linearly_to_zero(model: nn.Module) -> None:
+    adam = adam_of(model, warmup_steps=3)
+    peaks = [group["lr"] for group in adam.optimizer.param_groups]
+    factors = [0.25, 0.5 * 0.9, 0.75 * 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    for step, factor in enumerate(factors):
         train(model, adam, range(step, step + 1))
-        rates.append([group["lr"] for group in adam.optimizer.param_groups])
-        assert adam.learning_rate(step) == rates[-1][0]
-    assert rates[0] == [1e-2, 1e-3]
-    assert rates[5] == pytest.approx([5e-3, 5e-4])
-    assert rates[9] == pytest.approx([1e-3, 1e-4])
+        assert [group["lr"] for group in adam.optimizer.param_groups] == pytest.approx([p * factor for p in peaks])
+        assert rate_factor(step, 10, 3) == pytest.approx(factor)
 
 
 def test_the_first_update_of_adam_is_the_rate_against_the_sign_of_the_gradient(model: nn.Module) -> None:

@@ -282,7 +282,7 @@ def test_recovery_that_makes_it_worse_leaves_the_start(
     tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig
 ) -> None:
     changes = {
-        "recovery_learning_rate": 1.0,
+        "recovery_step_rate": 100.0,
         "reconstruction": ReconstructionConfig(iterations=0),
         "recovery_steps": 1,
     }
@@ -297,8 +297,8 @@ def test_recovery_lowers_the_held_out_error(
     tiny_quantized: UNet2DModel, tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet,
     quick_progressive: ProgressiveConfig,
 ) -> None:  # fmt: skip
-    changes = {"recovery_steps": 16, "recovery_batch_size": 16, "recovery_learning_rate": 1e-3, "evaluation_steps": 8}
-    changes |= {"reconstruction": ReconstructionConfig(iterations=0), "recovery_scale_learning_rate": 1e-4}
+    changes = {"recovery_steps": 16, "recovery_batch_size": 16, "recovery_step_rate": 1e-2, "evaluation_steps": 8}
+    changes |= {"reconstruction": ReconstructionConfig(iterations=0)}
     config = PQCADConfig(weight_bits=2, bit_choices=(2,))
     history = quantize(tiny_unet, tiny_calibration_set, quick_progressive, config, **changes)
     assert history.recovery[-1]["trajectory_error"] < history.recovery[0]["trajectory_error"]
