@@ -17,6 +17,7 @@ from diffusers_pqcad.layers.quantized import FloatLayer, QuantizedLayer
 from diffusers_pqcad.layers.timesteps import TimestepGroups, install_timestep_groups, remove_timestep_groups
 from diffusers_pqcad.loading.config import FORMAT_VERSION, PQCADConfig, matches
 from diffusers_pqcad.loading.coverage import report
+from diffusers_pqcad.loading.depth import gains_by_depth
 from diffusers_pqcad.numerics.allocation import allocate
 from diffusers_pqcad.numerics.qparams import (
     WeightSpec,
@@ -121,7 +122,10 @@ def relative_weight_error(weight: torch.Tensor, spec: WeightSpec) -> float:
 
 
 def decide_bits(layers: Mapping[str, FloatLayer], config: PQCADConfig) -> dict[str, int]:
-    """Return bits per layer without data: the config's own decision, one width, or the controller on weight errors."""
+    """Return bits per layer without data: the config's own decision, one width, or the controller.
+
+    It moves a layer by its relative weight error, times the gain of the layer's depth (`gains_by_depth`).
+    """
     if config.method == "fixed":
         return dict.fromkeys(layers, int(config.weight_bits))
     if config.weight_bits_by_module:
@@ -136,11 +140,13 @@ def decide_bits(layers: Mapping[str, FloatLayer], config: PQCADConfig) -> dict[s
             )
         return {name: config.weight_bits_by_module[name] for name in layers}
 
+    gains = gains_by_depth(layers)
+
     @cache
     def error_of(name: str, bits: int) -> float:
         group_size = config.group_size if isinstance(layers[name], nn.Linear) else None
         try:
-            return relative_weight_error(layers[name].weight, WeightSpec(bits, group_size))
+            return gains[name] * relative_weight_error(layers[name].weight, WeightSpec(bits, group_size))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
