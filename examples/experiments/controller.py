@@ -1,0 +1,196 @@
+"""What the momentum of prices is worth: fidelity of the allocation against the model evaluations that prices cost.
+
+    python examples/experiments/controller.py --subjects digits digits-epsilon --seeds 0 1 2 3 4 5 6 7
+
+The rounds of PQ without its training: weights are rounded to nearest, nothing is reconstructed or rolled back. So the
+SQNR says how good the allocation is, and nothing else. Simulated: weights are fake-quantized, activations float.
+Every row is a JSON of its own in --output_dir; a killed run goes on from there.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from subjects import NUM_STEPS, TRAINED, cached, calibration_set, fidelity, file_name, parser_of, samples, teacher
+from tqdm.auto import tqdm
+
+from diffusers_pqcad import PQCADConfig
+from diffusers_pqcad.compression.fake_quant import fake_quant_layers, freeze_, prepare_, set_bits_
+from diffusers_pqcad.compression.progressive import Batches, transition_prices
+from diffusers_pqcad.loading.convert import match_modules
+from diffusers_pqcad.numerics.allocation import BitController, stage_budgets
+from diffusers_pqcad.numerics.qparams import WeightSpec, fake_quantize_weight, min_max_weight_scale
+
+ROUNDS_PER_STAGE, PRICE_BATCHES = 2, 2
+IMAGES_PER_PRICE = (1, 2, 4, 8, 32)
+
+
+def weight_distances(layers: Mapping[str, Any], widths: tuple[int, ...]) -> dict[tuple[str, int], float]:
+    """Return ||Q_b'(W) - Q_b(W)||^2 of each layer's transition from b to the next narrower b', by (layer, b)."""
+    distances = {}
+    for name, layer in layers.items():
+        weight = layer.weight.detach()
+        rounded = {
+            bits: fake_quantize_weight(weight, min_max_weight_scale(weight, WeightSpec(bits)), WeightSpec(bits))
+            for bits in widths
+        }
+        for wide, narrow in zip(widths, widths[1:], strict=False):
+            distances[name, wide] = (rounded[narrow] - rounded[wide]).square().sum().item()
+    return distances
+
+
+@dataclass
+class SensitivityController(BitController):
+    """Prices as a layer's sensitivity times the known change of its weights: one momentum a layer, over all widths."""
+
+    distances: dict[tuple[str, int], float] = field(default_factory=dict)
+    logarithmic: bool = True
+    sensitivities: dict[str, tuple[float, float]] = field(default_factory=dict)  # sum of decayed values, of weights
+
+    def observe(self, perturbations: Mapping[str, float]) -> None:
+        for layer, perturbation in perturbations.items():
+            if self.narrower(layer) is None:
+                continue
+            value = max(perturbation, 1e-20) / max(self.distances[layer, self.bits[layer]], 1e-30)
+            value = math.log(value) if self.logarithmic else value
+            total, weight = self.sensitivities.get(layer, (0.0, 0.0))
+            self.sensitivities[layer] = self.beta * total + value, self.beta * weight + 1
+
+    def price(self, layer: str, bits: int) -> float:
+        if bits == self.bit_choices[-1] or layer not in self.sensitivities:
+            return 0.0
+        total, weight = self.sensitivities[layer]
+        mean = math.exp(total / weight) if self.logarithmic else total / weight
+        saved = self.num_weights[layer] * (bits - self.bit_choices[self.bit_choices.index(bits) + 1])
+        return mean * self.distances[layer, bits] / saved
+
+    def priority(self, layer: str) -> float:
+        return self.price(layer, self.bits[layer])
+
+
+@dataclass
+class LogController(BitController):
+    """A moving average of the logarithm of a transition's price: one layer and width, as in `BitController`."""
+
+    logs: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
+
+    def observe(self, perturbations: Mapping[str, float]) -> None:
+        for layer, perturbation in perturbations.items():
+            if self.narrower(layer) is None:
+                continue
+            key = layer, self.bits[layer]
+            total, weight = self.logs.get(key, (0.0, 0.0))
+            value = math.log(max(perturbation, 1e-20) / self.saved_bits(layer))
+            self.logs[key] = self.beta * total + value, self.beta * weight + 1
+
+    def price(self, layer: str, bits: int) -> float:
+        for width in (bits, *(width for width in self.bit_choices[::-1] if width > bits)):
+            if (layer, width) in self.logs:
+                total, weight = self.logs[layer, width]
+                return math.exp(total / weight) * 4.0 ** (width - bits)
+        return 0.0
+
+    def priority(self, layer: str) -> float:
+        return self.price(layer, self.bits[layer])
+
+
+# Arms: the class, its settings, and whether a round's batches are one price (no memory) or an observation each.
+ARMS: dict[str, tuple[type[BitController], dict[str, Any], bool]] = {
+    "no momentum": (BitController, {"beta": 0.0, "kappa": 0.0}, True),
+    "momentum": (BitController, {"beta": 0.9, "kappa": 0.0}, False),
+    "momentum, dispersion 1": (BitController, {"beta": 0.9, "kappa": 1.0}, False),
+    "momentum, dispersion 0.3": (BitController, {"beta": 0.9, "kappa": 0.3}, False),
+    "momentum of logarithms": (LogController, {"beta": 0.9}, False),
+    "sensitivity, no momentum": (SensitivityController, {"beta": 0.0}, True),
+    "sensitivity, momentum": (SensitivityController, {"beta": 0.9, "logarithmic": False}, False),
+    "sensitivity, momentum of logarithms": (SensitivityController, {"beta": 0.9}, False),
+}
+
+
+def allocation(
+    model: torch.nn.Module, train: Batches, controller: BitController, budget: float, images: int, seed: int, one: bool
+) -> int:
+    """Run the rounds of PQ on a prepared `model`, in place; return the model evaluations that prices cost (images)."""
+    layers, evaluations, draws = fake_quant_layers(model), 0, seed * 1_000
+    for stage_budget in stage_budgets(budget, controller.bit_choices[0]):
+        for round_index in range(ROUNDS_PER_STAGE + 1):
+            last = round_index == ROUNDS_PER_STAGE
+            if not controller.over(stage_budget):
+                break
+            sizes = [PRICE_BATCHES * images] if one else [images] * PRICE_BATCHES
+            batches = [train.draw(size, draws + index) for index, size in enumerate(sizes)]
+            draws += PRICE_BATCHES
+            evaluations += sum(sizes) * (1 + len(controller.movable(ignore_frozen=True)))
+            for prices in transition_prices(model, freeze_(copy.deepcopy(model)), controller, batches):
+                controller.observe(prices)
+            if last:
+                controller.forced_moves(stage_budget)
+            else:
+                controller.commit(controller.propose(stage_budget, rounds_left=ROUNDS_PER_STAGE - round_index))
+            for name, bits in controller.bits.items():
+                set_bits_(layers[name], bits)
+    controller.polish_moves(budget)
+    for name, bits in controller.bits.items():
+        set_bits_(layers[name], bits)
+    return evaluations
+
+
+def row(subject: str, seed: int, arm: str, images: int, budget: float, context: dict[str, Any]) -> dict[str, Any]:
+    """Return what one arm came to: evaluations, bits, SQNR of the images."""
+    pipeline, calibration, wanted = context["pipeline"], context["calibration"], context["wanted"]
+    kind, settings, one = ARMS[arm]
+    config = PQCADConfig(weight_bits=budget, activation_bits=None)
+    searched = match_modules(pipeline.unet, config)
+    if kind is SensitivityController:
+        settings = settings | {"distances": context["distances"]}
+    controller = kind({name: layer.weight.numel() for name, layer in searched.items()}, config.bit_choices, **settings)
+    model = prepare_(copy.deepcopy(pipeline.unet), config, controller.bits).eval()
+    with torch.no_grad():
+        cost = allocation(model, Batches(calibration), controller, budget, images, seed, one)
+    found = samples(freeze_(model), pipeline.scheduler, len(wanted), NUM_STEPS, seed)
+    quality = fidelity(wanted, found)
+    quality.pop("images")
+    return {
+        "subject": subject, "seed": seed, "arm": arm, "images_per_price": images, "budget": budget,
+        "evaluations": cost, "average_bits": controller.average_bits(), **quality,
+    }  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure every row that is not there yet."""
+    parser = parser_of(__doc__, "controller")
+    parser.set_defaults(subjects=list(TRAINED))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(8)))
+    parser.add_argument("--budgets", nargs="+", type=float, default=[4.0])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--images", nargs="+", type=int, default=list(IMAGES_PER_PRICE))
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.num_threads)
+    keys = [
+        (subject, seed, arm, images, budget)
+        for seed in args.seeds
+        for subject in args.subjects
+        for budget in args.budgets
+        for images in args.images
+        for arm in args.arms
+    ]
+    context: dict[str, Any] = {}
+    for subject, seed, arm, images, budget in tqdm(keys, desc="controller", unit="run"):
+        path = args.output_dir / file_name(subject, seed, arm, images, f"{budget:g}")
+        if not path.exists() and context.get("key") != (subject, seed):
+            pipeline = teacher(subject, seed)
+            context = {
+                "key": (subject, seed),
+                "pipeline": pipeline,
+                "calibration": calibration_set(pipeline, seed),
+                "wanted": samples(pipeline.unet, pipeline.scheduler, args.num_images, NUM_STEPS, seed),
+                "distances": weight_distances(match_modules(pipeline.unet, PQCADConfig()), PQCADConfig().bit_choices),
+            }
+        cached(path, row, subject, seed, arm, images, budget, context)
+
+
+if __name__ == "__main__":
+    main()

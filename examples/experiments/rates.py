@@ -1,0 +1,264 @@
+"""How a quantized network is trained: rates, warm-up, Adam's settings, averaging, updates and losses, arm by arm.
+
+    python examples/experiments/rates.py --subjects digits digits-epsilon --seeds 0 1 2
+
+Every arm trains the same PQ state: the recovery of the second stage at N steps, or the distillation to N / 2. Arms
+differ from the library's defaults in what their name says. Simulated: weights and activations are fake-quantized, as
+in training. Every row is a JSON of its own in --output_dir; a killed run goes on from there.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from subjects import (
+    NUM_STEPS,
+    TEACHERS,
+    cached,
+    calibration_set,
+    fidelity,
+    file_name,
+    parser_of,
+    samples,
+    teacher,
+)
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from diffusers_pqcad import DistillConfig, PQCADConfig, ProgressiveConfig, progressive_quantize
+from diffusers_pqcad.compression.calibration import CalibrationSet
+from diffusers_pqcad.compression.distillation import Distillation, Gate
+from diffusers_pqcad.compression.fake_quant import fake_quant_layers, freeze_, weight_quantizer
+from diffusers_pqcad.compression.optimization import AveragedAdam, BestState, parameter_groups
+from diffusers_pqcad.compression.progressive import Batches, trajectory_error, weighted_error
+from diffusers_pqcad.compression.reconstruction import ReconstructionConfig
+
+NUM_UPDATES, BATCH_SIZE, EVALUATION_STEPS = 150, 32, 25
+
+
+def flat_groups(model: nn.Module, rate: float) -> list[dict[str, Any]]:
+    """Return Adam's groups at one `rate` for all parameters, and a tenth of it for scales."""
+    scales = [weight_quantizer(layer).scale for layer in fake_quant_layers(model).values()]
+    ids = {id(scale) for scale in scales}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    return [{"params": others, "lr": rate}, {"params": scales, "lr": rate / 10}]
+
+
+def groups_without_scales(model: nn.Module, rate: float) -> list[dict[str, Any]]:
+    """Return the library's groups with the scales at rest."""
+    groups = parameter_groups(model, rate)
+    for group in groups[1:-1:2]:
+        group["lr"] = 0.0
+    return groups
+
+
+def groups_of_latents(model: nn.Module, rate: float) -> list[dict[str, Any]]:
+    """Return the library's groups with all but latent weights at rest."""
+    groups = groups_without_scales(model, rate)
+    groups[-1]["lr"] = 0.0
+    return groups
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: Adam's groups at a rate, its other settings, the number of updates."""
+
+    rate: float
+    groups: Callable[[nn.Module, float], list[dict[str, Any]]] = parameter_groups
+    updates: int = NUM_UPDATES
+    batch_size: int = BATCH_SIZE
+    adam: dict[str, Any] = field(default_factory=dict)
+    ema_decay: float = 0.99
+    teacher: str = "quantized"
+    calibration: bool = True
+    gate: bool = True
+    weight: str = "gain"
+
+
+def arms(rate: float) -> dict[str, Arm]:
+    """Return what recovery and distillation are both tried with, around the default `rate`."""
+    return {
+        "none": Arm(0.0, updates=0),
+        "flat 3e-5": Arm(3e-5, flat_groups),
+        "flat 3e-6": Arm(3e-6, flat_groups),
+        **{f"step {factor * rate:g}": Arm(factor * rate) for factor in (0.1, 0.3, 1, 3, 10)},
+        "no warm-up": Arm(rate, adam={"warmup_steps": 0}),
+        "warm-up 30": Arm(rate, adam={"warmup_steps": 30}),
+        "beta2 0.99": Arm(rate, adam={"betas": (0.9, 0.99)}),
+        "beta2 0.95": Arm(rate, adam={"betas": (0.9, 0.95)}),
+        "epsilon 1e-12": Arm(rate, adam={"eps": 1e-12}),
+        "average 0.9": Arm(rate, ema_decay=0.9),
+        "no average": Arm(rate, ema_decay=0.0),
+        "scales at rest": Arm(rate, groups_without_scales),
+        "latents alone": Arm(rate, groups_of_latents),
+        "40 updates": Arm(rate, updates=40),
+        "400 updates": Arm(rate, updates=400),
+        "batch 8, 600 updates": Arm(rate, updates=600, batch_size=8),
+    }
+
+
+RECOVERY = arms(1e-3)
+DISTILLATION = arms(3e-3) | {
+    "calibration only": Arm(3e-3, teacher="none"),
+    "full-precision teacher": Arm(3e-3, teacher="fp"),
+    "gate off": Arm(3e-3, gate=False),
+    "no calibration": Arm(3e-3, gate=False, calibration=False),
+    "even weights": Arm(3e-3, weight="even"),
+    "gain, not squared": Arm(3e-3, weight="root"),
+    "early jumps double": Arm(3e-3, weight="early"),
+    "SNR-truncated": Arm(3e-3, weight="snr"),
+}
+ARMS = {"recovery": RECOVERY, "distillation": DISTILLATION}
+
+
+def train(
+    model: nn.Module,
+    arm: Arm,
+    loss_of: Callable[[int], Tensor],
+    error_of: Callable[[], float],
+) -> dict[str, Any]:
+    """Train `model` in place, leave the best state of the average in it, and say which that was."""
+    best = BestState(model, error_of())
+    start, errors = best.error, [best.error]
+    if arm.updates:
+        adam = AveragedAdam(arm.groups(model, arm.rate), num_steps=arm.updates, ema_decay=arm.ema_decay, **arm.adam)
+        for step in range(arm.updates):
+            loss = loss_of(step)
+            if loss.requires_grad:
+                loss.backward()
+                adam.update(step)
+            if (step + 1) % EVALUATION_STEPS == 0 or step + 1 == arm.updates:
+                with adam.averaged():
+                    errors.append(error_of())
+                    best.offer(model, step + 1, errors[-1])
+        best.restore_(model)
+    return {"best_step": best.step, "error_before": start, "error_after": best.error, "errors": errors}
+
+
+def recover(model: nn.Module, arm: Arm, calibration: CalibrationSet, seed: int) -> dict[str, Any]:
+    """Train `model` on full-precision outputs at N steps."""
+    train_set, held_out = calibration.split()
+    batches = Batches(train_set)
+
+    def loss_of(step: int) -> Tensor:
+        sample, timestep, target, weight = batches.draw(arm.batch_size, seed * 1_000_003 + step)
+        return weighted_error(model(sample, timestep).sample, target, weight)
+
+    return train(model, arm, loss_of, lambda: trajectory_error(model, held_out, NUM_STEPS))
+
+
+def jump_weights(run: Distillation, kind: str) -> Tensor:
+    """Return the weight of each jump's output error, (K,): squared gains, or another loss's."""
+    if kind == "gain":
+        return run.weight
+    if kind == "even":
+        return torch.ones_like(run.weight)
+    if kind == "root":
+        return run.weight.sqrt()
+    if kind == "early":
+        return run.weight * torch.linspace(2, 1, len(run.weight))
+    # SNR-truncated x-space loss (Salimans & Ho 2022, section 4) in output space, up to a factor
+    alphas = run.scheduler.alphas_cumprod[run.jumps.start].to(run.weight)
+    if run.scheduler.config.prediction_type == "epsilon":
+        weight = torch.maximum((1 - alphas) / alphas, torch.ones_like(alphas))
+    else:
+        weight = torch.maximum(1 - alphas, alphas)
+    return (weight / weight.mean()).clamp(0.01, 100)
+
+
+def distil(
+    model: nn.Module, arm: Arm, calibration: CalibrationSet, seed: int, float_model: nn.Module
+) -> dict[str, Any]:
+    """Train `model` to take half the steps; the teacher is what it was when it started, or `float_model`."""
+    config = DistillConfig(
+        teacher=arm.teacher, calibration=arm.calibration, gate=arm.gate, train_batch_size=arm.batch_size, seed=seed
+    )  # type: ignore[arg-type]
+    speaker = {"none": None, "fp": float_model, "quantized": None}[arm.teacher]
+    if arm.teacher == "quantized":
+        speaker = freeze_(copy.deepcopy(model))
+    run = Distillation(model, speaker, calibration, config)
+    run.weight = jump_weights(run, arm.weight)
+    data = run.train_set.trajectory[:, -1]
+    run.calibrate_activations()
+    gate = None
+    if speaker is not None and arm.gate:
+        gate = Gate(run.held_out_error_per_jump(speaker, two_steps=True), config.gate_momentum)
+
+    def loss_of(step: int) -> Tensor:
+        if gate is not None and step % config.gate_steps == 0:
+            gate.update(run.held_out_error_per_jump(model, two_steps=False))
+        open_by = torch.ones_like(run.weight) if gate is None else gate.value()
+        return run.losses(model, step, 0, open_by, data)[0]
+
+    return train(model, arm, loss_of, run.trajectory_error)
+
+
+# The defaults of `distill.py`, without a recovery, which is what is tried here.
+PQ: dict[str, Any] = {"reconstruction": ReconstructionConfig(iterations=100, batch_size=16), "kappa": 0.0}
+
+
+def pq_state(subject: str, seed: int, bits: float, pipeline: Any, calibration: CalibrationSet) -> nn.Module:
+    """Return the PQ state that all arms start from, kept in outputs/."""
+    model = copy.deepcopy(pipeline.unet)
+    progressive_quantize(
+        model,
+        calibration,
+        PQCADConfig(weight_bits=bits, activation_bits=8),
+        ProgressiveConfig(recovery_steps=0, seed=seed, **PQ),
+        checkpoint=TEACHERS / f"pq-{subject}-{seed}-{bits:g}.safetensors",
+        progress=False,
+    )
+    return model
+
+
+def row(task: str, name: str, seed: int, context: dict[str, Any]) -> dict[str, Any]:
+    """Return what one arm came to."""
+    pipeline, calibration = context["pipeline"], context["calibration"]
+    model, arm = copy.deepcopy(context["start"]), ARMS[task][name]
+    started = time.perf_counter()
+    if task == "recovery":
+        steps, result = NUM_STEPS, recover(model, arm, calibration, seed)
+    else:
+        steps, result = NUM_STEPS // 2, distil(model, arm, calibration, seed, pipeline.unet)
+    seconds = time.perf_counter() - started
+    found = samples(freeze_(model), pipeline.scheduler, len(context["wanted"]), steps, seed)
+    about = {"subject": context["subject"], "bits": context["bits"], "task": task, "arm": name, "seed": seed}
+    return about | {"seconds": seconds} | result | fidelity(context["wanted"], found)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure every arm that is not there yet."""
+    parser = parser_of(__doc__, "rates")
+    parser.add_argument("--tasks", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--bits", nargs="+", type=float, default=[4.0])
+    parser.add_argument("--arms", nargs="+", default=None)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.num_threads)
+    for subject in args.subjects:
+        for seed in args.seeds:
+            pipeline = teacher(subject, seed)
+            calibration = calibration_set(pipeline, seed)
+            wanted = samples(pipeline.unet, pipeline.scheduler, args.num_images, NUM_STEPS, seed)
+            for bits in args.bits:
+                start = pq_state(subject, seed, bits, pipeline, calibration)
+                context = {
+                    "subject": subject,
+                    "bits": bits,
+                    "pipeline": pipeline,
+                    "calibration": calibration,
+                    "wanted": wanted,
+                    "start": start,
+                }
+                for task in args.tasks:
+                    names = [name for name in ARMS[task] if args.arms is None or name in args.arms]
+                    for name in tqdm(names, desc=f"{subject}, seed {seed}, {task}", unit="arm"):
+                        path = args.output_dir / file_name(subject, seed, f"{bits:g}", task, name)
+                        cached(path, row, task, name, seed, context)
+
+
+if __name__ == "__main__":
+    main()

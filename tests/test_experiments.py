@@ -1,0 +1,103 @@
+"""Every script of `examples/experiments` runs, on an untrained model and as little work as it can do."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMPipeline
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def scripts(monkeypatch, tmp_path, tiny_unet):
+    """Return a function that runs the script of a name and returns its rows; teachers are untrained."""
+    for folder in ("examples", "examples/experiments"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+    import train_teacher
+
+    def teacher(subject: str, seed: int = 0) -> DDIMPipeline:
+        prediction_type = "epsilon" if subject.endswith("epsilon") else "v_prediction"
+        return DDIMPipeline(tiny_unet, train_teacher.build_scheduler(prediction_type))
+
+    def run(name: str, *arguments: str) -> list[dict]:
+        script = __import__(name)
+        monkeypatch.setattr(script, "teacher", teacher)
+        if hasattr(script, "calibration_set"):
+            record = script.calibration_set
+            monkeypatch.setattr(script, "calibration_set", lambda pipeline, seed: record(pipeline, seed, 4))
+        if hasattr(script, "TEACHERS"):
+            monkeypatch.setattr(script, "TEACHERS", tmp_path / "teachers")
+        threads = torch.get_num_threads()
+        common = ["--num_images", "2", "--output_dir", str(tmp_path / "rows")]
+        try:
+            script.main([*arguments, *common])
+            paths = sorted((tmp_path / "rows").glob("*.json"))
+            written = [path.stat().st_mtime_ns for path in paths]
+            script.main([*arguments, *common])  # goes on from there: nothing is measured twice
+        finally:
+            torch.set_num_threads(threads)
+        assert [path.stat().st_mtime_ns for path in paths] == written
+        return [json.loads(path.read_text()) for path in paths]
+
+    return run
+
+
+def test_widths(scripts):
+    rows = scripts("widths", "--subjects", "digits-epsilon", "--arms", "one width", "gain 16", "--bits", "4")
+    assert [(row["subject"], row["arm"], row["bits"]) for row in rows] == [
+        ("digits-epsilon", "gain 16", 4.0),
+        ("digits-epsilon", "one width", 4.0),
+    ]
+    assert all(len(row["images"]) == 2 for row in rows)
+
+
+def test_controller(scripts):
+    arms = ["no momentum", "momentum", "momentum of logarithms", "sensitivity, momentum of logarithms"]
+    rows = scripts("controller", "--subjects", "digits", "--seeds", "0", "--images", "1", "--arms", *arms)
+    assert sorted(row["arm"] for row in rows) == sorted(arms)
+    for row in rows:
+        assert row["average_bits"] <= 4
+        assert row["evaluations"] > 0
+
+
+def test_rates(scripts, monkeypatch):
+    import rates
+
+    monkeypatch.setattr(rates, "RECOVERY", {"none": rates.Arm(0.0, updates=0), "step": rates.Arm(1e-3, updates=1)})
+    students = {
+        "latents": rates.Arm(1e-3, rates.groups_of_latents, updates=1, weight="snr"),
+        "flat": rates.Arm(1e-5, rates.flat_groups, updates=1, teacher="fp", weight="early"),
+    }
+    monkeypatch.setattr(rates, "ARMS", {"recovery": rates.RECOVERY, "distillation": students})
+    monkeypatch.setattr(
+        rates,
+        "PQ",
+        {
+            "rounds_per_stage": 1,
+            "reconstruction": rates.ReconstructionConfig(iterations=0),
+            "reconstruction_samples": 8,
+        },
+    )
+    rows = scripts("rates", "--subjects", "digits-epsilon", "--seeds", "0")
+    assert sorted((row["task"], row["arm"]) for row in rows) == [
+        ("distillation", "flat"), ("distillation", "latents"), ("recovery", "none"), ("recovery", "step"),
+    ]  # fmt: skip
+    assert all(row["error_after"] <= row["error_before"] for row in rows)
+
+
+def test_a_row_says_how_many_images_ended_elsewhere(scripts):
+    scripts("widths", "--subjects", "digits", "--arms", "one width", "--bits", "8")
+    import subjects
+
+    wanted = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = wanted.clone()
+    found[0] = -found[0]
+    found[1:] += 1e-3
+    quality = subjects.fidelity(wanted, found)
+    assert quality["below_15"] == 0.25
+    assert quality["mean"] == pytest.approx(
+        10 * torch.log10(wanted.var(correction=0) / (wanted - found).square().mean()).item(), abs=1e-3
+    )
+    assert quality["median"] == sorted(quality["images"])[1] or quality["median"] == pytest.approx(60, abs=3)
