@@ -40,7 +40,7 @@ def refuse_disk(device_map: Any) -> None:
         )
 
 
-def prepare_(
+def swap_in_placeholders_(
     model: nn.Module,
     config: PQCADConfig,
     *,

@@ -16,11 +16,11 @@ from diffusers_pqcad.loading.placeholders import (
     complete_,
     holds_floats,
     placeholders,
-    prepare_,
     refuse_disk,
     refuse_misfit,
     refuse_missing,
     refuse_other_version,
+    swap_in_placeholders_,
 )
 
 
@@ -84,7 +84,7 @@ class PQCADQuantizer(DiffusersQuantizer):
             self.pre_quantized = any(key.endswith(".qweight") for key in state_dict)
             if self.pre_quantized and not any(key.endswith(f".{CHECKSUM}") for key in state_dict):
                 self.quantization_config.format_version = 1  # which the config of a user does not know
-        self.quantization_config = prepare_(
+        self.quantization_config = swap_in_placeholders_(
             model,
             self.quantization_config,
             pre_quantized=self.pre_quantized,

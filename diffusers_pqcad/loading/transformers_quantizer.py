@@ -14,12 +14,12 @@ from diffusers_pqcad.loading.placeholders import (
     complete_,
     holds_floats,
     placeholders,
-    prepare_,
     refuse_disk,
     refuse_misfit,
     refuse_missing,
     refuse_other_version,
     saved_tensors,
+    swap_in_placeholders_,
 )
 
 
@@ -66,7 +66,7 @@ class PQCADTransformersQuantizer(HfQuantizer):
             self.holds_floats = holds_floats(names, checkpoint_files[0], self.quantization_config)
         if self.holds_floats:
             return model
-        self.quantization_config = prepare_(
+        self.quantization_config = swap_in_placeholders_(
             model,
             self.quantization_config,
             pre_quantized=self.pre_quantized,
