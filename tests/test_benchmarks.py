@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.kernels.x86.library import library
 from diffusers_pqcad.layers.find import kernel_cache_bytes, packed_layers
 from diffusers_pqcad.layers.quantized import PQCADLinear
 from diffusers_pqcad.loading.coverage import average_bits
@@ -172,7 +173,7 @@ class TestUNetStep:
         assert stock["kernel_cache_bytes"] == no_copies["kernel_cache_bytes"] == 0
         assert w4a8["kernel_cache_bytes"] > 0  # the kernel computes with 8 bits a weight
         assert w4a7["kernel_cache_bytes"] == w8a7["kernel_cache_bytes"] == w4a8["kernel_cache_bytes"]
-        has_w8a8 = result["environment"]["vnni"] or not isinstance(x86.library(), str)
+        has_w8a8 = result["environment"]["vnni"] or not isinstance(library(), str)
         assert w8a8["kernel_cache_bytes"] == (w4a8["kernel_cache_bytes"] if has_w8a8 else 0)
 
     def test_static_ranges_are_the_extremes_of_the_calibration_inputs(self, unet_step, contestants):

@@ -7,8 +7,11 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
-from diffusers_pqcad.kernels import x86
 from diffusers_pqcad.kernels.x86.attention import attention
+from diffusers_pqcad.kernels.x86.calls import Call, run_call, run_calls
+from diffusers_pqcad.kernels.x86.norms import Norm, group_norm_of, normalization
+from diffusers_pqcad.kernels.x86.packing import PackedLayer
+from diffusers_pqcad.kernels.x86.structs import NO_AFFINE, Affine, GroupNorm
 from diffusers_pqcad.layers import graph_ops
 from diffusers_pqcad.layers.quantized import QuantizedLayer
 from diffusers_pqcad.runtime import fusion
@@ -30,21 +33,21 @@ class AttentionPlan(NamedTuple):
     of the queries hold the plan, and not the plan them: its caller does. As a part of a transformer it holds all.
     """
 
-    norm: x86.GroupNorm | None
-    calls: tuple[x86.Call, ...]
+    norm: GroupNorm | None
+    calls: tuple[Call, ...]
     heads: int
     adds_input: bool
     takes_context: bool
     keeps: Any
-    affine: x86.Affine = x86.NO_AFFINE
+    affine: Affine = NO_AFFINE
 
 
 def plan_attention(
     x_size: torch.Size,
     context_size: torch.Size | None,
-    norm: x86.Norm | None,
+    norm: Norm | None,
     layers: tuple[QuantizedLayer, QuantizedLayer, QuantizedLayer, QuantizedLayer],
-    packed: x86.PackedLayer | None,
+    packed: PackedLayer | None,
     heads: int,
     *,
     adds_input: bool,
@@ -72,7 +75,7 @@ def plan_attention(
         )
     if adds_input and tuple(calls[3].size) != tuple(x_size):
         raise ValueError(f"{last.name}: an input of {tuple(x_size)} cannot be added to its output of {calls[3].size}.")
-    group_norm = None if norm is None else x86.group_norm_of(norm)
+    group_norm = None if norm is None else group_norm_of(norm)
     return AttentionPlan(group_norm, tuple(calls), heads, adds_input, context_size is not None, norm)
 
 
@@ -82,15 +85,15 @@ def run_attention(plan: AttentionPlan, x: Tensor, context: Tensor | None) -> Ten
     query, key, value, last = plan.calls
     affine = plan.affine
     if plan.norm is not None:
-        gain, shift = x86.normalization(plan.norm, x, query.layer.image)
-        affine = x86.Affine(gain.data_ptr(), shift.data_ptr(), 0)
+        gain, shift = normalization(plan.norm, x, query.layer.image)
+        affine = Affine(gain.data_ptr(), shift.data_ptr(), 0)
     if context is None:
-        queries, keys, values = x86.run_calls((query, key, value), x, affine)
+        queries, keys, values = run_calls((query, key, value), x, affine)
     else:
-        queries = x86.run_call(query, x, affine)
-        keys, values = x86.run_calls((key, value), context.contiguous())
+        queries = run_call(query, x, affine)
+        keys, values = run_calls((key, value), context.contiguous())
     attended = attention(queries, keys, values, plan.heads)
-    return x86.run_call(last, attended, addend=fusion.addend_of(x, adds_input=plan.adds_input))
+    return run_call(last, attended, addend=fusion.addend_of(x, adds_input=plan.adds_input))
 
 
 def attention_output(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
@@ -163,7 +166,7 @@ class FusedAttention(fusion.FusedBlock, Attention):
         return fusion.is_packed(self.to_q) and x.dim() in (3, 4) and (context is None or context.dim() == 3)
 
     def build_plan(
-        self, packed: x86.PackedLayer | None, dim: int, x_size: torch.Size, context_size: torch.Size | None = None
+        self, packed: PackedLayer | None, dim: int, x_size: torch.Size, context_size: torch.Size | None = None
     ) -> AttentionPlan | None:
         """Return the plan for these sizes; `None` where a module is not as it was built, or has hooks."""
         if len(self.to_out) != 2 or not fusion.drops_nothing(self.to_out[1]):

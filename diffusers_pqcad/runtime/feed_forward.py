@@ -7,7 +7,10 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention import FeedForward
 from torch import Tensor
 
-from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.kernels.x86.calls import Call, run_call
+from diffusers_pqcad.kernels.x86.library import compiled
+from diffusers_pqcad.kernels.x86.packing import PackedLayer
+from diffusers_pqcad.kernels.x86.structs import NO_AFFINE, Affine
 from diffusers_pqcad.layers import graph_ops
 from diffusers_pqcad.layers.quantized import QuantizedLayer
 from diffusers_pqcad.runtime import fusion
@@ -21,14 +24,14 @@ class FeedForwardPlan(NamedTuple):
     plan them: its caller does. As a part of a transformer it holds all.
     """
 
-    calls: tuple[x86.Call, ...]
+    calls: tuple[Call, ...]
     adds_input: bool = False
     keeps: Any = None
-    affine: x86.Affine = x86.NO_AFFINE
+    affine: Affine = NO_AFFINE
 
 
 def plan_feed_forward(
-    size: torch.Size, first: QuantizedLayer, second: QuantizedLayer, packed: x86.PackedLayer | None
+    size: torch.Size, first: QuantizedLayer, second: QuantizedLayer, packed: PackedLayer | None
 ) -> FeedForwardPlan | None:
     """Return the plan of `second` after a GEGLU (Shazeer 2020, arXiv:2002.05202) of `first`, for inputs of `size`.
 
@@ -37,7 +40,7 @@ def plan_feed_forward(
     """
     call = fusion.plan_call(first, size, packed)
     outputs = call.layer.output.out_channels
-    if outputs % (2 * x86.compiled().block_outputs()):
+    if outputs % (2 * compiled().block_outputs()):
         return None
     call.layer.output.out_channels, call.layer.output.is_gated = outputs // 2, 1
     gated = call._replace(size=(*call.size[:-1], outputs // 2))
@@ -48,9 +51,7 @@ def run_feed_forward(plan: FeedForwardPlan, x: Tensor) -> Tensor:
     """Return what the block makes of `x` fp32, of the plan's size."""
     gated, last = plan.calls
     x = x.contiguous()
-    return x86.run_call(
-        last, x86.run_call(gated, x, plan.affine), addend=fusion.addend_of(x, adds_input=plan.adds_input)
-    )
+    return run_call(last, run_call(gated, x, plan.affine), addend=fusion.addend_of(x, adds_input=plan.adds_input))
 
 
 @graph_ops.operator(fake=graph_ops.linear_output)
@@ -95,7 +96,7 @@ class FusedFeedForward(fusion.FusedBlock, FeedForward):
             return False
         return fusion.is_inference(self, x)
 
-    def build_plan(self, packed: x86.PackedLayer | None, size: torch.Size) -> FeedForwardPlan | None:
+    def build_plan(self, packed: PackedLayer | None, size: torch.Size) -> FeedForwardPlan | None:
         """Return the plan for this size; `None` where a module is not as it was built, or has hooks."""
         gated, *others = self.net
         layers, dropouts = (gated.proj, others[1]), (others[0], *others[2:])

@@ -9,7 +9,10 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from diffusers_pqcad import kernels
 from diffusers_pqcad.kernels import x86
-from diffusers_pqcad.kernels.x86 import Norm
+from diffusers_pqcad.kernels.x86.calls import Call, call_of
+from diffusers_pqcad.kernels.x86.norms import Norm
+from diffusers_pqcad.kernels.x86.packing import PackedLayer
+from diffusers_pqcad.kernels.x86.structs import Addend
 from diffusers_pqcad.layers import graph_ops
 from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear, QuantizedLayer
 from diffusers_pqcad.numerics.qparams import is_exported
@@ -62,8 +65,8 @@ class FusedBlock:
         raise NotImplementedError
 
     def plan_of(
-        self, inputs: list[Tensor], key: tuple[Any, ...], build: Callable[[x86.PackedLayer], Any]
-    ) -> tuple[x86.PackedLayer | None, Any]:
+        self, inputs: list[Tensor], key: tuple[Any, ...], build: Callable[[PackedLayer], Any]
+    ) -> tuple[PackedLayer | None, Any]:
         """Return what `build` returns for `key` and the activation ranges of this call, as long as no module changes.
 
         It is kept with the packed weights of the first layer, which are returned before it: hold them while it runs,
@@ -76,7 +79,7 @@ class FusedBlock:
         modules = list(parts_of(cast(nn.Module, self)))
         guards = [guards_of(module, self.guarded) for module in modules]
         cache = owner._cache  # read once: another thread may move the layer
-        packed: x86.PackedLayer | None = None if cache is None or cache[0][0] != x86.NAME else cache[1]
+        packed: PackedLayer | None = None if cache is None or cache[0][0] != x86.NAME else cache[1]
         known = None if packed is None else packed.plans.get(key)
         if packed is None or known is None or known.guards != guards:
             if owner.kernel_name() != x86.NAME:
@@ -218,16 +221,16 @@ def plain_norm(module: nn.Module) -> Norm | None:
     return Norm.of(module)
 
 
-def plan_call(layer: QuantizedLayer, size: torch.Size, packed: x86.PackedLayer | None = None) -> x86.Call:
+def plan_call(layer: QuantizedLayer, size: torch.Size, packed: PackedLayer | None = None) -> Call:
     """Return the call of `layer` for an input of `size`, for a plan: other calls of the layer leave it as it is.
 
     It keeps what the layer has packed, unless that is `packed`, which keeps the plan.
     """
     own = layer.packed_for(x86.NAME) if packed is None else packed  # once: another thread may pack the layer anew
-    call = x86.call_of(layer.operation(layer.input_group()), own, size)
+    call = call_of(layer.operation(layer.input_group()), own, size)
     return call._replace(keeps=(call.keeps, own if packed is None else None))
 
 
-def addend_of(x: Tensor, *, adds_input: bool) -> x86.Addend:
+def addend_of(x: Tensor, *, adds_input: bool) -> Addend:
     """Return what is added to an output: `x` where a block `adds_input`."""
-    return x86.Addend(x.data_ptr() if adds_input else None, 0)
+    return Addend(x.data_ptr() if adds_input else None, 0)

@@ -7,8 +7,11 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from diffusers_pqcad.kernels import x86
 from diffusers_pqcad.kernels.native import scratch
+from diffusers_pqcad.kernels.x86.library import compiled
+from diffusers_pqcad.kernels.x86.norms import Norm, group_norm_of
+from diffusers_pqcad.kernels.x86.packing import PackedLayer
+from diffusers_pqcad.kernels.x86.structs import ResidualBlock
 from diffusers_pqcad.layers import graph_ops
 from diffusers_pqcad.layers.quantized import QuantizedLayer
 from diffusers_pqcad.runtime import fusion
@@ -20,7 +23,7 @@ class BlockPlan(NamedTuple):
     The packed weights of the first convolution hold the plan, and not the plan them: its caller does.
     """
 
-    block: x86.ResidualBlock
+    block: ResidualBlock
     size: tuple[int, ...]
     num_bytes: int
     keeps: tuple[Any, ...]
@@ -29,9 +32,9 @@ class BlockPlan(NamedTuple):
 def plan_block(
     x_size: torch.Size,
     time_size: torch.Size | None,
-    norms: tuple[x86.Norm, x86.Norm],
+    norms: tuple[Norm, Norm],
     layers: tuple[QuantizedLayer | None, QuantizedLayer, QuantizedLayer, QuantizedLayer | None],
-    packed: x86.PackedLayer,
+    packed: PackedLayer,
     *,
     embeds_silu: bool,
 ) -> BlockPlan:
@@ -61,8 +64,8 @@ def plan_block(
             )
     calls = (embedded, first, second, shortened)
     addresses = (None if call is None else ctypes.addressof(call.layer) for call in calls)
-    block = x86.ResidualBlock(*map(x86.group_norm_of, norms), *addresses, embeds_silu)
-    return BlockPlan(block, second.size, x86.compiled().block_bytes(block), (calls, norms))
+    block = ResidualBlock(*map(group_norm_of, norms), *addresses, embeds_silu)
+    return BlockPlan(block, second.size, compiled().block_bytes(block), (calls, norms))
 
 
 def run_block(plan: BlockPlan, x: Tensor, time: Tensor | None) -> Tensor:
@@ -72,7 +75,7 @@ def run_block(plan: BlockPlan, x: Tensor, time: Tensor | None) -> Tensor:
     output = torch.empty(plan.size, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
     memory = scratch.buffer(plan.num_bytes)
     time_at = None if time is None else time.data_ptr()
-    x86.compiled().run_block(x.data_ptr(), time_at, plan.block, memory.data_ptr(), output.data_ptr())
+    compiled().run_block(x.data_ptr(), time_at, plan.block, memory.data_ptr(), output.data_ptr())
     scratch.give_back(memory)
     return output
 
@@ -133,7 +136,7 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
         return fusion.is_packed(self.conv1)
 
     def build_plan(
-        self, packed: x86.PackedLayer, x_size: torch.Size, time_size: torch.Size | None = None
+        self, packed: PackedLayer, x_size: torch.Size, time_size: torch.Size | None = None
     ) -> BlockPlan | None:
         """Return the plan for these sizes; `None` where a module is not as it was built, or has hooks."""
         layers = [self.conv1, self.conv2, *filter(None, (self.time_emb_proj, self.conv_shortcut))]

@@ -9,7 +9,10 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.kernels.x86.calls import Call, run_call
+from diffusers_pqcad.kernels.x86.norms import Norm, group_norm_of, normalization
+from diffusers_pqcad.kernels.x86.packing import PackedLayer
+from diffusers_pqcad.kernels.x86.structs import Addend, Affine, GroupNorm
 from diffusers_pqcad.layers import graph_ops
 from diffusers_pqcad.layers.quantized import QuantizedLayer
 from diffusers_pqcad.runtime import attention, feed_forward, fusion
@@ -34,13 +37,13 @@ class TransformerPlan(NamedTuple):
     weights of the first projection hold the plan, and not the plan them: its caller does.
     """
 
-    norm: x86.GroupNorm
-    calls: tuple[x86.Call, x86.Call]
+    norm: GroupNorm
+    calls: tuple[Call, Call]
     parts: tuple[AttentionPlan | FeedForwardPlan, ...]
-    keeps: x86.Norm
+    keeps: Norm
 
 
-def plan_projection(layer: QuantizedLayer, size: torch.Size, packed: x86.PackedLayer | None = None) -> x86.Call:
+def plan_projection(layer: QuantizedLayer, size: torch.Size, packed: PackedLayer | None = None) -> Call:
     """Return the call of `layer`, a convolution or linear, for the pixels of images of `size` (B, C, H, W).
 
     Both lie in memory alike, images in channels_last. `packed` is as in `plan_call`.
@@ -52,8 +55,8 @@ def plan_projection(layer: QuantizedLayer, size: torch.Size, packed: x86.PackedL
 
 def plan_transformer(
     x_size: torch.Size,
-    norm: x86.Norm,
-    projections: tuple[x86.Call, x86.Call],
+    norm: Norm,
+    projections: tuple[Call, Call],
     parts: list[tuple[LayerNorm, AttentionPlan | FeedForwardPlan]],
 ) -> TransformerPlan | None:
     """Return the plan of a transformer over images of `x_size` (B, C, H, W), between two `projections`.
@@ -75,14 +78,14 @@ def plan_transformer(
             return None
     normed = tuple(
         part._replace(
-            affine=x86.Affine(layer_norm.weight.data_ptr(), layer_norm.bias.data_ptr(), 0, 1, layer_norm.eps),
+            affine=Affine(layer_norm.weight.data_ptr(), layer_norm.bias.data_ptr(), 0, 1, layer_norm.eps),
             adds_input=True,
             keeps=(part.keeps, layer_norm),
         )
         for layer_norm, part in parts
     )
     calls = first._replace(size=sequence), last._replace(size=tuple(x_size))
-    return TransformerPlan(x86.group_norm_of(norm), calls, normed, norm)
+    return TransformerPlan(group_norm_of(norm), calls, normed, norm)
 
 
 def run_transformer(plan: TransformerPlan, x: Tensor, context: Tensor | None) -> Tensor:
@@ -90,14 +93,14 @@ def run_transformer(plan: TransformerPlan, x: Tensor, context: Tensor | None) ->
     x = x.contiguous(memory_format=torch.channels_last)
     context = None if context is None else context.contiguous()
     first, last = plan.calls
-    gain, shift = x86.normalization(plan.norm, x, first.layer.image)
-    hidden = x86.run_call(first, x, x86.Affine(gain.data_ptr(), shift.data_ptr()))
+    gain, shift = normalization(plan.norm, x, first.layer.image)
+    hidden = run_call(first, x, Affine(gain.data_ptr(), shift.data_ptr()))
     for part in plan.parts:
         if isinstance(part, FeedForwardPlan):
             hidden = feed_forward.run_feed_forward(part, hidden)
         else:
             hidden = attention.run_attention(part, hidden, context if part.takes_context else None)
-    return x86.run_call(last, hidden, addend=x86.Addend(x.data_ptr(), 0), memory_format=torch.channels_last)
+    return run_call(last, hidden, addend=Addend(x.data_ptr(), 0), memory_format=torch.channels_last)
 
 
 def transformer_output(x: Tensor, context: Tensor | None, group: Tensor, handle: Tensor) -> Tensor:
@@ -181,7 +184,7 @@ class FusedTransformer2DModel(fusion.FusedBlock, Transformer2DModel):
         )
 
     def build_plan(
-        self, packed: x86.PackedLayer, x_size: torch.Size, context_size: torch.Size | None = None
+        self, packed: PackedLayer, x_size: torch.Size, context_size: torch.Size | None = None
     ) -> TransformerPlan | None:
         """Return the plan for these sizes; `None` where a module is not as it was built, or has hooks."""
         norm = fusion.plain_norm(self.norm)

@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import HfArgumentParser
 
 from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.kernels.x86.library import library
 
 
 @dataclass
@@ -39,7 +40,7 @@ PHASES = ("rounding", "products", "norms")  # in the order of the C file
 
 def phase_seconds() -> list[float]:
     """Return the seconds that the C kernel has spent in each of its phases, in this thread; nothing without it."""
-    found = x86.library()
+    found = library()
     if isinstance(found, str):
         return []
     seconds = (ctypes.c_double * len(PHASES))()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffusers_pqcad import kernels
 from diffusers_pqcad.kernels import onednn, x86
+from diffusers_pqcad.kernels.x86.library import compiled
 from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear, QuantizedLayer
 from diffusers_pqcad.layers.timesteps import TimestepGroups
 from diffusers_pqcad.numerics.qparams import (
@@ -122,7 +123,7 @@ def oracle(layer: QuantizedLayer, x: Tensor, *, kernel: str = "") -> Tensor:
 def uses_winograd(layer: nn.Conv2d) -> bool:
     """Whether the kernel x86 computes `layer` by F(2, 3)."""
     row = (layer.kernel_size[1], layer.stride[1], layer.dilation[1], layer.groups)
-    return row == (3, 1, 1, 1) and layer.in_channels * layer.kernel_size[0] >= 48 and x86.compiled().has_vnni()
+    return row == (3, 1, 1, 1) and layer.in_channels * layer.kernel_size[0] >= 48 and compiled().has_vnni()
 
 
 def winograd_weights(levels: Tensor) -> tuple[Tensor, Tensor]:

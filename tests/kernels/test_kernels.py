@@ -8,8 +8,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusers_pqcad import kernels
-from diffusers_pqcad.kernels import onednn, reference, x86
+from diffusers_pqcad.kernels import onednn, reference
 from diffusers_pqcad.kernels.operation import Operation
+from diffusers_pqcad.kernels.x86 import library
 from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear, QuantizedLayer
 from diffusers_pqcad.layers.timesteps import TimestepGroups
 from diffusers_pqcad.numerics.qparams import WeightSpec, activation_qparams
@@ -21,7 +22,7 @@ pytestmark = [
 
 
 # What this computer takes first: our own code where there is a compiler, unless only oneDNN knows VNNI.
-COMPILED = x86.library()
+COMPILED = library.library()
 FAST = "onednn" if isinstance(COMPILED, str) or not (COMPILED.has_vnni() or onednn.saturates()) else "x86"
 
 
@@ -195,7 +196,7 @@ def test_forward_mode_differentiation_is_not_lost(layer: QuantizedLayer) -> None
 
 
 def test_summary_says_why_code_could_not_be_compiled(layer: QuantizedLayer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(x86, "library", lambda: "gcc failed: no such thing")
+    monkeypatch.setattr(library, "library", lambda: "gcc failed: no such thing")
     assert "x86 would be faster here, but gcc failed: no such thing" in kernels.summary([layer.operation()])
 
 

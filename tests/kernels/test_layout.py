@@ -5,12 +5,11 @@ from types import ModuleType
 
 import pytest
 
-from diffusers_pqcad.kernels import x86
 from diffusers_pqcad.kernels.native import weights
 from diffusers_pqcad.kernels.native.layout import check_layout, layout_in_c, layout_of
-from diffusers_pqcad.kernels.x86 import attention
+from diffusers_pqcad.kernels.x86 import attention, library, structs
 
-needs_x86 = pytest.mark.skipif(isinstance(x86.library(), str), reason=str(x86.library()))
+needs_x86 = pytest.mark.skipif(isinstance(library.library(), str), reason=str(library.library()))
 FIELDS = [(name, ctypes.c_int64) for name in ("numbers", "is_per_image")]  # of the struct Addend, pointers as integers
 
 
@@ -20,10 +19,10 @@ def struct_of(name: str, fields: list[tuple[str, type]]) -> type[ctypes.Structur
 
 def check_addend(fields: list[tuple[str, type]]) -> None:
     """Compare `fields` with those of Addend in C, and all else with itself."""
-    structs = tuple(struct for struct in x86.STRUCTS if struct is not x86.Addend)
-    known = layout_in_c(x86.compiled())
+    others = tuple(struct for struct in structs.STRUCTS if struct is not structs.Addend)
+    known = layout_in_c(library.compiled())
     constants = {name: known[name] for name in ("DEPTH", "TILE_SIZE", "MIN_SCALE")}
-    check_layout(x86.compiled(), (*structs, struct_of("Addend", fields)), constants)
+    check_layout(library.compiled(), (*others, struct_of("Addend", fields)), constants)
 
 
 @needs_x86
@@ -51,10 +50,10 @@ def test_a_wrong_field_is_an_error(fields: list[tuple[str, type]], message: str)
 @pytest.mark.parametrize(
     ("module", "name", "wrong"),
     [
-        (x86, "STRUCTS", x86.STRUCTS[1:]),
-        (x86, "DEPTH", 8),
-        (x86, "TILE_SIZE", 6),
-        (x86, "MIN_SCALE", 1e-13),
+        (library, "STRUCTS", structs.STRUCTS[1:]),
+        (library, "DEPTH", 8),
+        (library, "TILE_SIZE", 6),
+        (library, "MIN_SCALE", 1e-13),
         (attention, "Shape", struct_of("Shape", [("batch", ctypes.c_int64)])),
         (weights, "WEIGHT_BITS", (2, 3, 4, 8)),
         (weights, "MIN_SCALE", 1e-13),
@@ -75,8 +74,8 @@ def test_a_library_is_compared_when_it_is_loaded(
 
 
 def test_all_structs_of_a_kernel_are_compared() -> None:
-    structs = {each for each in vars(x86).values() if isinstance(each, type) and issubclass(each, ctypes.Structure)}
-    assert structs == set(x86.STRUCTS)
+    found = {each for each in vars(structs).values() if isinstance(each, type) and issubclass(each, ctypes.Structure)}
+    assert found == set(structs.STRUCTS)
 
 
 def test_places_are_in_bytes() -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_pqcad.kernels import native, x86
+from diffusers_pqcad.kernels import native
 from diffusers_pqcad.kernels.native import weights
-from diffusers_pqcad.kernels.x86 import attention
+from diffusers_pqcad.kernels.x86 import attention, library
 
 SOURCE = "int answer(void) { return 42; }\n"
 pytestmark = pytest.mark.skipif(
@@ -56,7 +56,7 @@ def test_another_header_is_another_library(source: Path) -> None:
     assert len(list(native.cache_folder().iterdir())) == 2
 
 
-@pytest.mark.parametrize("source", [attention.SOURCE, weights.SOURCE, x86.SOURCE], ids=lambda source: source.name)
+@pytest.mark.parametrize("source", [attention.SOURCE, weights.SOURCE, library.SOURCE], ids=lambda source: source.name)
 def test_our_code_includes_headers_of_its_own_folder_only(source: Path) -> None:
     """Beside those of the system: a library's name changes with the files of the folder."""
     command = [str(native.compiler()), *native.FLAGS, "-MM", str(source)]
@@ -136,7 +136,7 @@ for source in sys.argv[1:]:
 
 def test_damaged_libraries_are_built_again(source: Path, tmp_path: Path) -> None:
     """By a crash, a full disk, a copy that was cut short; loaded in a process of its own, for they may end it."""
-    sources = [x86.SOURCE, attention.SOURCE, weights.SOURCE]
+    sources = [library.SOURCE, attention.SOURCE, weights.SOURCE]
     damages: dict[str, Callable[[Path], object]] = {source.stem: DAMAGES["half is left"] for source in sources}
     for number, damage in enumerate(DAMAGES.values()):
         sources.append(source.with_stem(f"answer{number}"))

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from diffusers_pqcad import PQCADConfig, quantize_
-from diffusers_pqcad.kernels import x86
 from diffusers_pqcad.kernels.native import scratch
+from diffusers_pqcad.kernels.x86.library import library
 
 pytestmark = pytest.mark.fast
 
@@ -73,7 +73,7 @@ def test_what_is_not_given_back_is_freed() -> None:
     assert seen() is None
 
 
-@pytest.mark.skipif(isinstance(x86.library(), str), reason="needs the kernel x86")
+@pytest.mark.skipif(isinstance(library(), str), reason="needs the kernel x86")
 @torch.no_grad()
 def test_many_threads_that_called_once_leave_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of a server; all of them are alive, and each kept its own."""

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, kernels, quantize_
-from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.kernels.x86.library import compiled, library
+from diffusers_pqcad.kernels.x86.packing import pack_filters, uses_winograd
+from diffusers_pqcad.kernels.x86.structs import NO_AFFINE, Image
 from diffusers_pqcad.layers.find import kernel_cache_bytes, packed_layers
 from diffusers_pqcad.layers.quantized import PQCADConv2d
 from diffusers_pqcad.numerics.qparams import (
@@ -21,9 +23,9 @@ from diffusers_pqcad.numerics.qparams import (
 )
 from diffusers_pqcad.runtime.residual import FusedResnetBlock2D
 
-HAS_VNNI = not isinstance(x86.library(), str) and bool(x86.compiled().has_vnni())
+HAS_VNNI = not isinstance(library(), str) and bool(compiled().has_vnni())
 needs_vnni = pytest.mark.skipif(not HAS_VNNI, reason="Winograd tiles are for VNNI")
-needs_x86 = pytest.mark.skipif(isinstance(x86.library(), str), reason=str(x86.library()))
+needs_x86 = pytest.mark.skipif(isinstance(library(), str), reason=str(library()))
 NARROW_BITS = [bits for bits in WEIGHT_BITS if bits <= 6]
 
 
@@ -38,7 +40,7 @@ def filters_of(levels: np.ndarray, scale: np.ndarray, *, is_winograd: bool) -> t
     There are 1 or 4 elements. What fills up a block, or four channels, is zero, and the sums of levels are those.
     """
     outputs, height, width, channels = levels.shape
-    weight, level_sum, scales = x86.pack_filters(
+    weight, level_sum, scales = pack_filters(
         torch.from_numpy(levels).to(torch.int8).permute(0, 3, 1, 2),
         torch.from_numpy(scale).float(),
         is_winograd=is_winograd,
@@ -136,11 +138,11 @@ def read_overflow(x: Tensor, bits: int, zero_point: int) -> tuple[np.ndarray, np
     """
     _, channels, height, width = x.shape
     tiles, qmax = width // 2 - 1, activation_qmax(bits)
-    image = x86.Image(1, height, width, channels, 0, 0, channels, tiles)
-    codes = torch.empty(image.code_bytes(), dtype=torch.uint8)
+    image = Image(1, height, width, channels, 0, 0, channels, tiles)
+    codes = torch.empty(compiled().code_bytes(image), dtype=torch.uint8)
     source = x.contiguous(memory_format=torch.channels_last)
     is_dense = bool(
-        x86.compiled().quantize(source.data_ptr(), image, x86.NO_AFFINE, 1.0, zero_point, qmax, 0, codes.data_ptr())
+        compiled().quantize(source.data_ptr(), image, NO_AFFINE, 1.0, zero_point, qmax, 0, codes.data_ptr())
     )
     first, bias = first_kept(qmax, zero_point), -1 - first_kept(qmax, zero_point)
     bias[1] = first[1]  # of sums
@@ -155,7 +157,7 @@ def read_overflow(x: Tensor, bits: int, zero_point: int) -> tuple[np.ndarray, np
         entries = numbers[: 3 * starts[-1]].reshape(-1, 3)
         assert (entries[:, 1] // 4).tolist() == np.repeat(np.arange(tiles), np.diff(starts)).tolist()
         for four, place, weights in entries:
-            channel = int(weights) // x86.compiled().block_outputs()
+            channel = int(weights) // compiled().block_outputs()
             found = overflow[y, place // 4, place % 4, channel : channel + 4]
             assert not found.any()  # listed once
             found[:] = four[None].view(np.uint8) - bias[place % 4]
@@ -254,7 +256,7 @@ def test_codes_anywhere_in_8_bits_are_exact(
         stride=(stride, 1), dilation=(dilation, 1), padding=tuple(padding), bias=False,
     ).requires_grad_(False)  # fmt: skip
     layer.pack_(WeightSpec(6), activation_bits=8)
-    assert x86.uses_winograd(layer.operation())
+    assert uses_winograd(layer.operation())
     layer.set_input_qparams_(ActivationQParams(torch.ones(1), torch.tensor([zero_point], dtype=torch.int32)), None)
     shape = size[0], channels[0], *size[1:]
     x = torch.where(torch.rand(shape) < share, torch.randint(0, 256, shape) - zero_point, 0).float()
@@ -279,11 +281,11 @@ def test_only_rows_of_three_pixels_side_by_side_are_transformed_and_cost_a_third
     for settings_ in ({"stride": (1, 2)}, {"dilation": (1, 2)}):
         layer = PQCADConv2d(48, 8, 3, **settings_)
         layer.pack_(WeightSpec(4), activation_bits=8)
-        assert not x86.uses_winograd(layer.operation())
+        assert not uses_winograd(layer.operation())
     for inputs in (15, 16):  # too few products to save in the first
         layer = PQCADConv2d(inputs, 8, 3)
         layer.pack_(WeightSpec(4), activation_bits=8)
-        assert x86.uses_winograd(layer.operation()) == (inputs == 16)
+        assert uses_winograd(layer.operation()) == (inputs == 16)
 
 
 @needs_vnni
@@ -314,7 +316,7 @@ def test_a_residual_block_in_tiles_is_what_its_modules_compute(width: int, activ
     config = PQCADConfig(method="fixed", weight_bits=4, activation_bits=activation_bits)
     model = quantize_(nn.ModuleDict({"block": block}), config)
     assert type(model["block"]) is FusedResnetBlock2D
-    assert x86.uses_winograd(model["block"].conv2.operation())
+    assert uses_winograd(model["block"].conv2.operation())
     x, time = torch.randn(2, 32, 5, width), torch.randn(2, 16)
     found = model["block"](x, time)
     wanted = ResnetBlock2D.forward(model["block"], x, time)
@@ -334,7 +336,7 @@ def test_a_model_in_tiles_is_as_near_to_the_float_model_as_by_the_reference(
     inputs = torch.randn(4, tiny_unet.config.in_channels, size, size), torch.tensor(7)
     wanted = tiny_unet(*inputs).sample
     quantize_(tiny_unet, PQCADConfig(method="fixed", weight_bits=bits, activation_bits=activation_bits))
-    assert sum(x86.uses_winograd(layer.operation()) for layer in packed_layers(tiny_unet).values()) > 5
+    assert sum(uses_winograd(layer.operation()) for layer in packed_layers(tiny_unet).values()) > 5
     error = (tiny_unet(*inputs).sample - wanted).norm().item()
     with kernels.use("reference"):
         reference = (tiny_unet(*inputs).sample - wanted).norm().item()

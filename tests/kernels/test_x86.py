@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diffusers_pqcad import kernels
-from diffusers_pqcad.kernels import native, x86
+from diffusers_pqcad.kernels import native
+from diffusers_pqcad.kernels.x86.library import SOURCE, compiled, library
+from diffusers_pqcad.kernels.x86.packing import SUM_MAX, plan_windows
 from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear
 from diffusers_pqcad.layers.timesteps import TimestepGroups
 from diffusers_pqcad.numerics.qparams import (
@@ -22,11 +24,11 @@ from diffusers_pqcad.numerics.qparams import (
     activation_qparams,
 )
 
-pytestmark = pytest.mark.skipif(isinstance(x86.library(), str), reason=str(x86.library()))
+pytestmark = pytest.mark.skipif(isinstance(library(), str), reason=str(library()))
 SEGMENTS = torch.tensor([[0, 0, 0], [1, 8, 0], [3, 0, 0]], dtype=torch.int32)
 
 
-OUTPUTS = 16 if isinstance(x86.library(), str) else x86.compiled().block_outputs()
+OUTPUTS = 16 if isinstance(library(), str) else compiled().block_outputs()
 
 
 def blocks_of_levels(largest: int, num_blocks: int = 2, steps: int = 60) -> Tensor:
@@ -38,7 +40,7 @@ def blocks_of_levels(largest: int, num_blocks: int = 2, steps: int = 60) -> Tens
 def test_windows_cover_every_step_and_cannot_overflow(largest: int, qmax: int, seed: int) -> None:
     torch.manual_seed(seed)
     weight = blocks_of_levels(largest)
-    windows, starts = x86.plan_windows(weight, SEGMENTS, x86.SUM_MAX // qmax)
+    windows, starts = plan_windows(weight, SEGMENTS, SUM_MAX // qmax)
     assert starts.tolist() == [0, starts[1].item(), len(windows)]
     for block, levels in enumerate(weight):
         step = 0
@@ -54,9 +56,9 @@ def test_windows_cover_every_step_and_cannot_overflow(largest: int, qmax: int, s
 
 
 def test_windows_are_as_long_as_they_can_be() -> None:
-    windows, _ = x86.plan_windows(torch.full((1, 60, OUTPUTS, 4), 7, dtype=torch.int8), SEGMENTS, x86.SUM_MAX // 255)
+    windows, _ = plan_windows(torch.full((1, 60, OUTPUTS, 4), 7, dtype=torch.int8), SEGMENTS, SUM_MAX // 255)
     assert windows[:, 2].tolist() == [9, 9, 2] * 3  # 9 * 2 * 7 * 255 <= 32767 < 10 * 2 * 7 * 255
-    windows, _ = x86.plan_windows(blocks_of_levels(1, 1), SEGMENTS, x86.SUM_MAX // 255)
+    windows, _ = plan_windows(blocks_of_levels(1, 1), SEGMENTS, SUM_MAX // 255)
     assert windows[:, 2].tolist() == [20, 20, 20]
 
 
@@ -160,7 +162,7 @@ def test_the_outputs_of_large_inputs_are_clamped() -> None:
 def assembly(*flags: str) -> str:
     """The C file as the compiler makes it for the CPU that `flags` name; other tests are for the computer's own."""
     common = [flag for flag in native.FLAGS if not flag.startswith("-march")]
-    command = [str(native.compiler()), *common, *flags, "-S", str(x86.SOURCE), "-o", "-"]
+    command = [str(native.compiler()), *common, *flags, "-S", str(SOURCE), "-o", "-"]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         pytest.skip(f"this compiler does not know {flags}")

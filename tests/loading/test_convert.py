@@ -17,6 +17,8 @@ from torch import nn
 from diffusers_pqcad import PQCADConfig, inspect, kernels, quantize_, requantize_
 from diffusers_pqcad.compression.fake_quant import prepare_
 from diffusers_pqcad.kernels import native, onednn, x86
+from diffusers_pqcad.kernels.x86 import library
+from diffusers_pqcad.kernels.x86.packing import uses_winograd
 from diffusers_pqcad.layers.find import kernel_cache_bytes, packed_layers
 from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear, QuantizedLayer
 from diffusers_pqcad.loading.convert import (
@@ -345,7 +347,7 @@ def test_kernels_are_logged_once_and_a_slow_computer_warns(
     monkeypatch.setattr(onednn, "available", lambda: True)
     monkeypatch.setattr(onednn, "saturates", lambda: saturates)
     monkeypatch.setattr(
-        x86, "library", lambda: SimpleNamespace(has_vnni=lambda: 0) if has_compiler else native.NO_COMPILER
+        library, "library", lambda: SimpleNamespace(has_vnni=lambda: 0) if has_compiler else native.NO_COMPILER
     )
     log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="diffusers_pqcad.loading.convert"):
@@ -365,7 +367,7 @@ def test_without_the_int8_operators_models_are_right_and_a_warning_says_why_slow
     with kernels.use("reference"):
         expected = model(x, 5).sample
     monkeypatch.setattr(onednn, "available", lambda: False)
-    monkeypatch.setattr(x86, "library", lambda: "it is for Linux on a CPU with AVX2")
+    monkeypatch.setattr(library, "library", lambda: "it is for Linux on a CPU with AVX2")
     log_once.cache_clear()
     model = quantize_(tiny_unet, PQCADConfig())
     assert {layer.kernel_name() for layer in packed_layers(model).values()} == {"reference"}
@@ -579,7 +581,7 @@ def test_the_cache_of_the_kernels_is_reported_beside_the_footprint(tiny_unet):
     with torch.no_grad():
         tiny_unet(torch.randn(1, 1, 8, 8), 1)
     fast = [layer for layer in packed_layers(tiny_unet).values() if layer.kernel_name() != "reference"]
-    transformed = [layer for layer in fast if layer.kernel_name() == x86.NAME and x86.uses_winograd(layer.operation())]
+    transformed = [layer for layer in fast if layer.kernel_name() == x86.NAME and uses_winograd(layer.operation())]
     levels = sum(layer.weight_shape.numel() for layer in fast)
     assert kernel_cache_bytes(tiny_unet) == levels + sum(layer.weight_shape.numel() for layer in transformed) // 3
     assert tiny_unet.get_memory_footprint() == before

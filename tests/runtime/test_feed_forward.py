@@ -14,8 +14,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, kernels, quantize_
-from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.kernels.x86.calls import run_call
+from diffusers_pqcad.kernels.x86.library import library
 from diffusers_pqcad.layers.find import packed_layers
+from diffusers_pqcad.runtime import feed_forward
 from diffusers_pqcad.runtime.feed_forward import FusedFeedForward
 from diffusers_pqcad.runtime.fusion import remove_fused_
 
@@ -58,7 +60,7 @@ def in_second_group(block: FeedForward) -> FeedForward:
 )
 @settings(max_examples=50, deadline=None)
 def test_a_block_at_once_is_the_plain_block(seed, shape, width, blocks, bias) -> None:
-    if isinstance(x86.library(), str):
+    if isinstance(library(), str):
         pytest.skip("no kernel takes blocks on this computer")
     torch.manual_seed(seed)
     block = in_second_group(block_of(width, 32 * blocks, bias=bias))
@@ -79,13 +81,12 @@ def test_its_gelu_is_that_of_float64(block: FusedFeedForward) -> None:
     block.net[0].proj.weight.data, block.net[0].proj.bias.data = weight, torch.zeros(128)
     block.net[0].proj.pack_(packed_layers(block)["net.2"].spec, activation_bits=8)
     seen: list[Tensor] = []
-    run_call = x86.run_call
 
     def run(*args, **kwargs) -> Tensor:
         seen.append(run_call(*args, **kwargs))
         return seen[-1]
 
-    with mock.patch.object(x86, "run_call", run):
+    with mock.patch.object(feed_forward, "run_call", run):
         block(x)
     rounded = block.net[0].proj(x)[:, :16].double()
     exact = rounded * F.gelu(rounded)

@@ -20,6 +20,10 @@ from torch import Tensor, nn
 from diffusers_pqcad import PQCADConfig, kernels, quantize_
 from diffusers_pqcad.kernels import x86
 from diffusers_pqcad.kernels.native import scratch
+from diffusers_pqcad.kernels.x86.calls import run_call, run_calls
+from diffusers_pqcad.kernels.x86.library import DEPTH, compiled, library
+from diffusers_pqcad.kernels.x86.packing import round_up
+from diffusers_pqcad.kernels.x86.structs import Affine, Image
 from diffusers_pqcad.layers.find import packed_layers
 from diffusers_pqcad.layers.quantized import PQCADLinear
 from diffusers_pqcad.numerics.qparams import ActivationQParams, WeightSpec, scalar_qparams
@@ -27,7 +31,7 @@ from diffusers_pqcad.runtime import fusion
 from diffusers_pqcad.runtime.fusion import FusedBlock, remove_fused_
 from diffusers_pqcad.runtime.transformer import FusedTransformer2DModel
 
-needs_x86 = pytest.mark.skipif(isinstance(x86.library(), str), reason="no kernel takes blocks on this computer")
+needs_x86 = pytest.mark.skipif(isinstance(library(), str), reason="no kernel takes blocks on this computer")
 pytestmark = needs_x86
 W8 = PQCADConfig(method="fixed", weight_bits=8)
 COMMON = {
@@ -475,8 +479,8 @@ def test_a_compiled_transformer_is_one_operator(block: FusedTransformer2DModel) 
 # ---- the kernel
 
 
-def affine_of(norm: nn.LayerNorm) -> x86.Affine:
-    return x86.Affine(norm.weight.data_ptr(), norm.bias.data_ptr(), 0, 1, norm.eps)
+def affine_of(norm: nn.LayerNorm) -> Affine:
+    return Affine(norm.weight.data_ptr(), norm.bias.data_ptr(), 0, 1, norm.eps)
 
 
 @given(
@@ -492,18 +496,18 @@ def test_a_layer_norm_is_rounded_as_that_of_float64(seed, pixels, channels, mean
     x, norm = mean + deviation * torch.randn(pixels, channels), nn.LayerNorm(channels).requires_grad_(False)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
-    padded = x86.round_up(channels, x86.DEPTH)
-    image = x86.Image(1, 1, pixels, channels, 0, 0, padded)
+    padded = round_up(channels, DEPTH)
+    image = Image(1, 1, pixels, channels, 0, 0, padded)
     exact = F.layer_norm(x.double(), (channels,), norm.weight.double(), norm.bias.double(), norm.eps)
     # A mean far from zero costs digits of the input itself: its distances are known to half of its last digit.
     distance = 2e-7 * (abs(mean) + 5 * deviation) / (deviation**2 + norm.eps) ** 0.5 * norm.weight.abs().max().item()
     scale, zero_point = torch.empty(1), torch.empty(1, dtype=torch.int32)
-    x86.compiled().choose_range(x.data_ptr(), image, affine_of(norm), 255, scale.data_ptr(), zero_point.data_ptr())
+    compiled().choose_range(x.data_ptr(), image, affine_of(norm), 255, scale.data_ptr(), zero_point.data_ptr())
     expected = scalar_qparams(exact.amin().item(), exact.amax().item(), 8)
     assert scale.item() == pytest.approx(expected.scale, rel=1e-5, abs=2 * distance / 255)
     codes = torch.empty(pixels, padded, dtype=torch.uint8)
     inverse = 1 / scale.item()
-    x86.compiled().quantize(x.data_ptr(), image, affine_of(norm), inverse, int(zero_point), 255, 0, codes.data_ptr())
+    compiled().quantize(x.data_ptr(), image, affine_of(norm), inverse, int(zero_point), 255, 0, codes.data_ptr())
     wanted = (exact / scale.item()).clamp(-int(zero_point), 255 - int(zero_point)) + int(zero_point)
     assert ((codes[:, :channels] - wanted).abs() <= 0.5 + 1e-4 + 2 * distance / scale.item()).all()
     assert (codes[:, channels:] == int(zero_point)).all()
@@ -514,8 +518,8 @@ def test_the_range_of_a_pixel_that_has_no_norm_is_not_finite(value: float) -> No
     x, norm = torch.randn(4, 20), nn.LayerNorm(20).requires_grad_(False)
     x[2, 7] = value
     scale, zero_point = torch.empty(1), torch.empty(1, dtype=torch.int32)
-    image = x86.Image(1, 1, 4, 20, 0, 0, 20)
-    x86.compiled().choose_range(x.data_ptr(), image, affine_of(norm), 255, scale.data_ptr(), zero_point.data_ptr())
+    image = Image(1, 1, 4, 20, 0, 0, 20)
+    compiled().choose_range(x.data_ptr(), image, affine_of(norm), 255, scale.data_ptr(), zero_point.data_ptr())
     assert scale.isnan()
 
 
@@ -536,8 +540,8 @@ def test_layers_share_the_codes_of_an_input_where_theirs_are_the_same(static_ran
         layers[6].set_input_qparams_(ActivationQParams(scale, zero_point + 9), layers[0].timestep_groups)
     x = torch.randn(6, 20)
     calls = [fusion.plan_call(layer, x.shape) for layer in layers]
-    outputs = x86.run_calls(calls, x)
+    outputs = run_calls(calls, x)
     assert len(packed_layers(model)) == len(outputs) == 7
     for call, output in zip(calls, outputs, strict=True):
         scratch.give_back(scratch.buffer(call.code_bytes).fill_(77))  # nothing is left of the codes before
-        assert torch.equal(x86.run_call(call, x), output)
+        assert torch.equal(run_call(call, x), output)

@@ -1,0 +1,48 @@
+"""csrc/layers.c as a library: compiled on first use, with the arguments of its functions and its structs checked."""
+
+import ctypes
+from functools import cache
+
+from diffusers_pqcad.kernels import native
+from diffusers_pqcad.kernels.native.layout import check_layout
+from diffusers_pqcad.kernels.x86.structs import STRUCTS, Addend, Affine, Filters, GroupNorm, Image, ResidualBlock
+from diffusers_pqcad.numerics.qparams import MIN_SCALE
+
+SOURCE = native.CSRC / "layers.c"
+DEPTH = 4  # inputs of a step, as in the C file
+TILE_SIZE = 4  # elements of a Winograd tile, as in the C file
+
+
+@cache
+def library() -> ctypes.CDLL | str:
+    """Return the compiled C file, or why there is none on this computer."""
+    loaded = native.library(SOURCE)
+    if isinstance(loaded, str):
+        return loaded
+    constants = {"DEPTH": DEPTH, "TILE_SIZE": TILE_SIZE, "MIN_SCALE": ctypes.c_float(MIN_SCALE).value}
+    check_layout(loaded, STRUCTS, constants)
+    address, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    loaded.code_bytes.argtypes, loaded.code_bytes.restype = [ctypes.POINTER(Image)], long
+    loaded.normalize.argtypes = [address, Image, GroupNorm, address, address]
+    loaded.run_layers.argtypes = [address, Affine, long, address, Addend, address, address]
+    loaded.block_bytes.argtypes = [ctypes.POINTER(ResidualBlock)]
+    loaded.run_block.argtypes = [address, address, ctypes.POINTER(ResidualBlock), address, address]
+    loaded.read_seconds.argtypes = [address]
+    loaded.pack_filters.argtypes = [ctypes.POINTER(Filters), address, address, address]
+    # The next two are parts of `run_layers`, for tests.
+    loaded.choose_range.argtypes = [address, Image, Affine, integer, address, address]
+    loaded.quantize.argtypes = [address, Image, Affine, ctypes.c_float, integer, integer, integer, address]
+    loaded.choose_range.restype = None
+    loaded.pack_filters.restype = None
+    loaded.normalize.restype = loaded.run_layers.restype = loaded.run_block.restype = None
+    loaded.read_seconds.restype, loaded.block_bytes.restype = None, long
+    loaded.plan_windows.argtypes = [address, long, long, long, address, integer, address, address]
+    loaded.plan_windows.restype = long
+    return loaded
+
+
+def compiled() -> ctypes.CDLL:
+    """Return the compiled C file, where `refusal` found it."""
+    found = library()
+    assert not isinstance(found, str)
+    return found
