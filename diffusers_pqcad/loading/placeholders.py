@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from diffusers_pqcad.kernels.native import weights
 from diffusers_pqcad.layers.checksums import CHECKSUM, PACKED_BUFFERS, names_by_number
 from diffusers_pqcad.layers.find import packed_layers, quantized_layers
-from diffusers_pqcad.layers.quantized import SCALE_BUFFERS, FloatLayer
+from diffusers_pqcad.layers.quantized import FloatLayer
+from diffusers_pqcad.layers.stored_state import SCALE_BUFFERS
 from diffusers_pqcad.layers.timesteps import TimestepGroups
 from diffusers_pqcad.loading.config import FORMAT_VERSION, PQCADConfig, matches
 from diffusers_pqcad.loading.convert import (

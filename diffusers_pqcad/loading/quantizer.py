@@ -8,7 +8,8 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from diffusers_pqcad.layers.checksums import CHECKSUM
-from diffusers_pqcad.layers.quantized import SCALE_BUFFERS, QuantizedLayer
+from diffusers_pqcad.layers.quantized import QuantizedLayer
+from diffusers_pqcad.layers.stored_state import SCALE_BUFFERS
 from diffusers_pqcad.loading.config import PQCADConfig
 from diffusers_pqcad.loading.convert import dequantize_, replace_config_, unmark_quantized_
 from diffusers_pqcad.loading.placeholders import (
