@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffusers_pqcad.kernels import onednn, reference, x86
 from diffusers_pqcad.kernels.operation import Operation
+from diffusers_pqcad.kernels.refusal import Refusal
 
 ENVIRONMENT_VARIABLE = "PQCAD_KERNEL"
 
@@ -37,7 +38,7 @@ class Kernel(Protocol):
     def accepts(self, x: Tensor) -> bool:
         """Return whether this kernel can read the numbers of `x`: their device, and whether there are any yet."""
 
-    def refusal(self, operation: Operation) -> str | None:
+    def refusal(self, operation: Operation) -> Refusal | None:
         """Return why this kernel cannot run `operation` on this computer, or `None`."""
 
     def absence(self) -> str | None:
@@ -54,8 +55,6 @@ class Kernel(Protocol):
 
 
 KERNELS: dict[str, Kernel] = {kernel.NAME: kernel for kernel in (x86, onednn, reference)}
-# Reasons of kernels to refuse a layer that lie in the computer, and not in the layer.
-OF_THIS_COMPUTER = (onednn.NO_OPERATORS, onednn.NO_VNNI)
 _forced: str | None = None
 
 
@@ -110,14 +109,14 @@ def fastest(operation: Operation) -> str:
     return next(name for name, kernel in KERNELS.items() if kernel.refusal(operation) is None)
 
 
-def objection(kernel: Kernel, operation: Operation, x: Tensor) -> str | None:
+def objection(kernel: Kernel, operation: Operation, x: Tensor) -> Refusal | None:
     """Return why `kernel`, which is not the reference, cannot take this call; what it says of the operation apart."""
     if not kernel.accepts(x):
-        return "its input is on another device, traced, or of a class that may keep its numbers elsewhere"
+        return Refusal("its input is on another device, traced, or of a class that may keep its numbers elsewhere")
     if needs_gradient(operation.bias, x):
-        return "it has no backward, and this call needs a gradient"
+        return Refusal("it has no backward, and this call needs a gradient")
     if isinstance(operation.group, Tensor):  # one scale per call is all that such a kernel takes
-        return "the batch mixes timesteps of several activation ranges"
+        return Refusal("the batch mixes timesteps of several activation ranges")
     return None
 
 
@@ -136,32 +135,37 @@ def select_kernel(operation: Operation, x: Tensor) -> Kernel:
     kernel = KERNELS[name]
     if kernel is fallback or x.numel() == 0:
         return fallback
-    reason = objection(kernel, operation, x) or kernel.refusal(operation)
-    if reason is not None:
-        raise ValueError(f"{operation.name}: the kernel {name!r} was forced, but {reason}. Use 'reference' here.")
+    refused = objection(kernel, operation, x) or kernel.refusal(operation)
+    if refused is not None:
+        raise ValueError(
+            f"{operation.name}: the kernel {name!r} was forced, but {refused.reason}. Use 'reference' here."
+        )
     return kernel
 
 
 def summary(operations: list[Operation]) -> str:
     """Return one line that counts the operations by kernel, and says why where a faster one is missing."""
     chosen = Counter(map(fastest, operations))
-    reasons = Counter(filter(None, map(reason_to_be_slow, operations)))
+    refusals = Counter(filter(None, map(reason_to_be_slow, operations)))
     parts = [f"{chosen[name]} of {len(operations)} layers: {name}" for name in KERNELS if chosen[name]]
-    parts += [f"{count} on {reference.NAME}: {reason}" for reason, count in reasons.items()]
+    parts += [f"{count} on {reference.NAME}: {refusal.reason}" for refusal, count in refusals.items()]
     if any(operation.qweight.is_cpu for operation in operations):
         missing = {name: kernel.absence() for name, kernel in KERNELS.items()}
         parts += [f"{name} would be faster here, but {reason}" for name, reason in missing.items() if reason]
     return "; ".join(parts)
 
 
-def reason_to_be_slow(operation: Operation) -> str | None:
-    """Return why `operation` takes the reference kernel, as the last of the others says it; `None` if it does not."""
+def reason_to_be_slow(operation: Operation) -> Refusal | None:
+    """Return why `operation` takes the reference kernel; `None` if it does not.
+
+    Of several reasons, one that lies in the computer, as another would run the operation; else the most common one.
+    """
     if fastest(operation) != reference.NAME:
         return None
-    *_, last = (kernel for kernel in KERNELS.values() if kernel.NAME != reference.NAME)
-    return last.refusal(operation)
+    refusals = Counter(filter(None, (kernel.refusal(operation) for kernel in KERNELS.values())))
+    return max(refusals, key=lambda refusal: (refusal.is_of_computer, refusals[refusal]))
 
 
 def lacks_fast_kernel(operations: list[Operation]) -> bool:
     """Return whether this computer, not the model, is why some of `operations` take the slow kernel."""
-    return any(reason_to_be_slow(operation) in OF_THIS_COMPUTER for operation in operations)
+    return any(refusal.is_of_computer for refusal in filter(None, map(reason_to_be_slow, operations)))

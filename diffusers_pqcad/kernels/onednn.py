@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusers_pqcad.kernels.operation import ConvGeometry, Operation, is_in_memory
+from diffusers_pqcad.kernels.operation import Operation, is_in_memory
+from diffusers_pqcad.kernels.refusal import Refusal, int8_refusal
 from diffusers_pqcad.numerics.qparams import ScalarQParams, activation_qmax, dynamic_scalar_qparams
 
 NAME = "onednn"
@@ -17,7 +18,6 @@ OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
 # Without VNNI two neighbouring products are added in 16 bits, which hold 2 * 255 * 31 and 2 * 127 * 127 at most.
 MAX_WEIGHT_BITS_WITHOUT_VNNI = {8: 6, 7: 8}  # by activation bits
 NO_OPERATORS = "this PyTorch has no oneDNN int8 operators"
-NOT_TWO_DIMENSIONS = "it is a convolution in one or three dimensions, and int8 kernels are for two"
 NO_VNNI = "this CPU has no VNNI, where products of 8 bits saturate silently; activation_bits=7 avoids it"
 
 
@@ -79,32 +79,17 @@ def absence() -> str | None:
     return None
 
 
-def refusal(operation: Operation) -> str | None:
+def refusal(operation: Operation) -> Refusal | None:
     """Return why the int8 operators cannot run `operation` on this computer, or `None`."""
-    if operation.qweight.device.type != "cpu":
-        return f"its weights are on {operation.qweight.device.type}, and the int8 operators are for CPUs"
-    if operation.activation_bits is None:
-        return "its activations stay in floating point"
-    geometry = operation.geometry
-    if geometry is not None and len(geometry.stride) != 2:
-        return NOT_TWO_DIMENSIONS
+    refused = int8_refusal(operation)
+    if refused is not None:
+        return refused
     if not available():
-        return NO_OPERATORS
-    if geometry is not None and not pads_with_numbers(geometry):
-        return other_padding(geometry)
+        return Refusal(NO_OPERATORS, is_of_computer=True)
+    assert operation.activation_bits is not None  # refused
     if operation.channel_bits() > MAX_WEIGHT_BITS_WITHOUT_VNNI[operation.activation_bits] and saturates():
-        return NO_VNNI
+        return Refusal(NO_VNNI, is_of_computer=True)
     return None
-
-
-def pads_with_numbers(geometry: ConvGeometry) -> bool:
-    """Return whether a convolution pads with so many zeros: what int8 kernels do."""
-    return geometry.padding_mode == "zeros" and not isinstance(geometry.padding, str)
-
-
-def other_padding(geometry: ConvGeometry) -> str:
-    """Return why int8 kernels refuse the padding of `geometry`."""
-    return f"padding {geometry.padding!r} in mode {geometry.padding_mode!r} is not supported"
 
 
 def pack(operation: Operation) -> PackedLayer:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from diffusers_pqcad.kernels.operation import Operation
+from diffusers_pqcad.kernels.refusal import Refusal
 from diffusers_pqcad.numerics.qparams import fake_quantize_activation
 
 NAME = "reference"
@@ -16,7 +17,7 @@ def accepts(x: Tensor) -> bool:
     return True
 
 
-def refusal(operation: Operation) -> str | None:
+def refusal(operation: Operation) -> Refusal | None:
     """Return `None`: this kernel runs every operation on every device."""
     return None
 

@@ -443,7 +443,7 @@ def test_layers_that_both_refuse(make, activation_bits: int | None, reason: str)
     layer = make().requires_grad_(False)
     layer.pack_(WeightSpec(4), activation_bits=activation_bits)
     for name in (x86.NAME, onednn.NAME):
-        assert reason in kernels.KERNELS[name].refusal(layer.operation())
+        assert reason in kernels.KERNELS[name].refusal(layer.operation()).reason
     assert layer.kernel_name() == "reference"
     x = torch.randn(2, 8) if isinstance(layer, nn.Linear) else torch.randn(2, 4, 6, 6)
     floats = layer.to_float()
@@ -460,7 +460,7 @@ def fake_quantized(x: Tensor) -> Tensor:
 def test_layers_on_another_device_are_refused() -> None:
     layer = packed(linear(8, 8), 4).to("meta")
     for name in (x86.NAME, onednn.NAME):
-        assert "weights are on meta" in kernels.KERNELS[name].refusal(layer.operation())
+        assert "weights are on meta" in kernels.KERNELS[name].refusal(layer.operation()).reason
     with torch.no_grad():
         assert layer(torch.empty(2, 8, device="meta")).shape == (2, 8)
 
@@ -468,11 +468,12 @@ def test_layers_on_another_device_are_refused() -> None:
 @pytest.mark.fast
 def test_onednn_refuses_wide_layers_exactly_where_products_saturate() -> None:
     for bits in WEIGHT_BITS:
-        reason = onednn.refusal(packed(linear(8, 8), bits).operation())
+        refusal = onednn.refusal(packed(linear(8, 8), bits).operation())
         if bits == 8 and onednn.saturates():
-            assert "no VNNI" in reason
+            assert "no VNNI" in refusal.reason
+            assert refusal.is_of_computer
         else:
-            assert reason is None
+            assert refusal is None
         assert onednn.refusal(packed(linear(8, 8), bits, activation_bits=7).operation()) is None
 
 

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffusers_pqcad import kernels
 from diffusers_pqcad.kernels import onednn, reference
 from diffusers_pqcad.kernels.operation import Operation
+from diffusers_pqcad.kernels.refusal import Refusal
 from diffusers_pqcad.kernels.x86 import library
 from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear, QuantizedLayer
 from diffusers_pqcad.layers.timesteps import TimestepGroups
@@ -210,6 +211,17 @@ def test_summary_counts_layers_and_gives_reasons() -> None:
     )
 
 
+def test_a_reason_that_lies_in_the_computer_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel x86 refuses groups on any computer; oneDNN would take them."""
+    layer = PQCADConv2d(4, 4, 3, groups=2)
+    layer.pack_(WeightSpec(4), activation_bits=8)
+    monkeypatch.setattr(onednn, "available", lambda: False)
+    for names in (["x86", "onednn", "reference"], ["onednn", "x86", "reference"]):
+        monkeypatch.setattr(kernels, "KERNELS", {name: kernels.KERNELS[name] for name in names})
+        assert f"1 on reference: {onednn.NO_OPERATORS}" in kernels.summary([layer.operation()])
+        assert kernels.lacks_fast_kernel([layer.operation()])
+
+
 def test_reference_runs_everything_and_holds_nothing(layer: QuantizedLayer) -> None:
     assert reference.refusal(layer.operation()) is None
     assert kernels.KERNELS["reference"].pack(layer.operation()) is None
@@ -233,8 +245,8 @@ class Elsewhere:
     def accepts(self, x: Tensor) -> bool:
         return x.device.type == "meta"
 
-    def refusal(self, operation: Operation) -> str | None:
-        return None if operation.qweight.is_meta else "it is for another device"
+    def refusal(self, operation: Operation) -> Refusal | None:
+        return None if operation.qweight.is_meta else Refusal("it is for another device")
 
     def absence(self) -> None:
         return None
@@ -258,6 +270,9 @@ def test_a_kernel_for_another_device_is_a_module_and_its_place_in_the_list(
     monkeypatch.setattr(kernels, "KERNELS", {kernel.NAME: kernel, **kernels.KERNELS})
     here, x = layer(torch.ones(2, 16)), torch.ones(2, 16, device="meta")
     assert (here.device.type, kernel.calls) == ("cpu", [])
+    padded = PQCADConv2d(4, 4, 3, padding="same")
+    padded.pack_(WeightSpec(4), activation_bits=8)
+    assert "1 on reference: padding 'same'" in kernels.summary([padded.operation()])  # what the others say
     layer.to("meta")
     assert layer.kernel_name() == "elsewhere"
     assert layer(x).shape == (2, 8)

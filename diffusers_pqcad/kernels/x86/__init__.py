@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffusers_pqcad.kernels import native, onednn
 from diffusers_pqcad.kernels.operation import Operation, is_in_memory
+from diffusers_pqcad.kernels.refusal import Refusal, int8_refusal
 from diffusers_pqcad.kernels.x86 import library
 from diffusers_pqcad.kernels.x86.calls import call_of, run_call
 from diffusers_pqcad.kernels.x86.packing import PackedLayer, num_bytes, pack
@@ -42,25 +43,18 @@ def absence() -> str | None:
     return found if isinstance(found, str) and found != native.NOT_HERE else None
 
 
-def refusal(operation: Operation) -> str | None:
+def refusal(operation: Operation) -> Refusal | None:
     """Return why this kernel cannot run `operation` on this computer, or `None`."""
-    if operation.qweight.device.type != "cpu":
-        return f"its weights are on {operation.qweight.device.type}, and this kernel is for CPUs"
-    if operation.activation_bits is None:
-        return "its activations stay in floating point"
-    geometry = operation.geometry
-    if geometry is not None:
-        if len(geometry.stride) != 2:
-            return onednn.NOT_TWO_DIMENSIONS
-        if not onednn.pads_with_numbers(geometry):
-            return onednn.other_padding(geometry)
-        if geometry.groups > 1:
-            return "it is a convolution in groups"
+    refused = int8_refusal(operation)
+    if refused is not None:
+        return refused
+    if operation.geometry is not None and operation.geometry.groups > 1:
+        return Refusal("it is a convolution in groups")
     loaded = library.library()
     if isinstance(loaded, str):
-        return loaded
+        return Refusal(loaded)
     if not loaded.has_vnni() and onednn.available() and not onednn.saturates():
-        return native.missing(NO_VNNI, native.INSTALL_COMPILER)
+        return Refusal(native.missing(NO_VNNI, native.INSTALL_COMPILER))  # oneDNN takes its place
     return None
 
 
