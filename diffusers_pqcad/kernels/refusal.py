@@ -18,11 +18,12 @@ class Refusal(NamedTuple):
 
 def int8_refusal(operation: Operation) -> Refusal | None:
     """Return why no int8 kernel can run `operation`, or `None`."""
-    device, geometry = operation.qweight.device.type, operation.geometry
-    if device != "cpu":
+    if not operation.qweight.is_cpu:
+        device = operation.qweight.device.type
         return Refusal(f"its weights are on {device}, and the int8 operators are for CPUs")
     if operation.activation_bits is None:
         return Refusal("its activations stay in floating point")
+    geometry = operation.geometry
     if geometry is None:
         return None
     if len(geometry.stride) != 2:

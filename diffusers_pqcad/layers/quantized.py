@@ -1,6 +1,6 @@
 """Quantized layers: float layers whose weights are stored as packed integers."""
 
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,17 +75,19 @@ class QuantizedLayer(StoredState):
 
     def operation(self, group: int | Tensor | None = None) -> Operation:
         """Return what a kernel is told of this packed layer, in the timestep group `group`."""
+        # Each call asks, and a tensor costs twenty times as much as an attribute of a module.
+        buffers, parameters = cast(Any, self._buffers), self._parameters
         return Operation(
             self.name,
             self.spec,
             self.weight_shape,
             self.geometry(),
-            self.qweight,
-            self.weight_scale,
-            self.bias,
+            buffers["qweight"],
+            buffers["weight_scale"],
+            parameters["bias"] if "bias" in parameters else self.bias,  # as pruning and replicas have it
             self.activation_bits,
-            self.input_scale,
-            self.input_zero_point,
+            buffers["input_scale"],
+            buffers["input_zero_point"],
             group,
         )
 
@@ -164,7 +166,7 @@ class QuantizedLayer(StoredState):
         if self.activation_bits is None:
             return None
         if self.timestep_groups is None:  # asked first: a graph is guarded by all tensors that were looked at
-            return None if self.input_scale is None else 0
+            return None if self._buffers["input_scale"] is None else 0
         return self.timestep_groups.of_call(self.name)
 
     def kernel_name(self) -> str:
@@ -186,15 +188,19 @@ class QuantizedLayer(StoredState):
         """Return the output of the packed layer by the kernel that this call takes, without hooks."""
         operation = self.operation(self.input_group())
         kernel = kernels.select_kernel(operation, x)
-        packed = None if kernel.NAME == kernels.reference.NAME else self.packed_for(kernel.NAME)
+        packed = None if kernel.NAME == kernels.reference.NAME else self.packed_as(operation, kernel.NAME)
         return kernel.run(operation, packed, x)
 
     def packed_for(self, name: str) -> Any:
         """Return what the kernel `name` keeps of this layer: made once, and again when it is lost."""
+        return self.packed_as(self.operation(), name)
+
+    def packed_as(self, operation: Operation, name: str) -> Any:
+        """Return what the kernel `name` keeps of this layer, which is `operation` in this call."""
         cache = self._cache  # read once: another thread may move the layer
-        key = (name, self.activation_bits, self.geometry())  # which may be set on this layer
+        key = (name, operation.activation_bits, operation.geometry)  # which may be set on this layer
         if cache is None or cache[0] != key:
-            cache = self._cache = (key, kernels.KERNELS[name].pack(self.operation()))
+            cache = self._cache = (key, kernels.KERNELS[name].pack(operation))
         return cache[1]
 
     def cached_bytes(self) -> int:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from diffusers_pqcad import PQCADConfig, kernels
 from diffusers_pqcad.kernels.operation import per_sample
@@ -236,6 +237,17 @@ def test_loading_a_state_replaces_what_the_kernel_holds() -> None:
     assert not torch.equal(first(x), second(x))
     first.load_state_dict(second.state_dict())
     assert torch.equal(first(x), second(x))
+
+
+@torch.no_grad()
+def test_a_bias_may_be_no_parameter_of_the_layer() -> None:
+    """Pruned, it is an attribute that a hook computes of other tensors."""
+    layer, x = packed("linear", 4), input_of("linear")
+    without = layer(x) - layer.bias
+    prune.custom_from_mask(layer, "bias", torch.tensor([1.0, 0, 1, 1, 0, 1, 1]))
+    assert "bias" not in layer._parameters
+    torch.testing.assert_close(layer(x), without + layer.bias, rtol=0, atol=1e-6)
+    assert layer.bias[1] == layer.bias[4] == 0
 
 
 def test_hooks_move_along_and_can_still_be_removed() -> None:
