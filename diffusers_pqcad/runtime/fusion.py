@@ -1,4 +1,8 @@
-"""Blocks of diffusers' models that a kernel fuses, where no hooks are registered on the modules in them."""
+"""Blocks of diffusers' models that a kernel fuses, where no hooks are registered on the modules in them.
+
+A block is fused where the kernel of its first layer names it in `FUSES`. Plans are made of calls of the x86 kernel: it
+is the only one that fuses, so blocks take structs and calls from its modules, and this module alone asks for its name.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, cast
