@@ -5,7 +5,7 @@
     python examples/train_classifier.py --measure_teacher examples/models/fashion-mnist
 
 The first writes weights, reference statistics, config.json and the card, noise floor included; the second measures
-the floor of the stored extractor again, the third adds the teacher pipeline's distances. Every figure of the card
+the floor of the stored extractor again, the third adds a teacher pipeline's distances. Every figure of the card
 comes from config.json.
 """
 
@@ -206,7 +206,6 @@ def measure_teacher(settings: Settings) -> dict[str, Any]:
         distance = frechet_distance(*statistics, extractor.reference_mean, extractor.reference_covariance)
         rows.append({"num_images": count, "frechet_distance": distance, "kernel_distance": kernel})
     return {
-        "pipeline": settings.measure_teacher,
         "scheduler": type(pipeline.scheduler).__name__,
         "num_inference_steps": settings.num_inference_steps,
         "seed": settings.seed,
@@ -214,27 +213,37 @@ def measure_teacher(settings: Settings) -> dict[str, Any]:
     }
 
 
+def teachers_section(config: dict[str, Any]) -> str:
+    """Return the card's section on the measured teachers, or nothing where none was measured."""
+    if not config.get("teachers"):
+        return ""
+    rows = [
+        f"| `{name}` | {teacher['num_inference_steps']} {teacher['scheduler']} | {teacher['seed']} "
+        f"| {row['num_images']} | {row['frechet_distance']:.4f} | {row['kernel_distance']:.6f} |"
+        for name, teacher in sorted(config["teachers"].items())
+        for row in teacher["distances"]
+    ]
+    return "\n".join(
+        [
+            "\n## Teachers\n",
+            f"Against all {config['num_reference_images']} training images.\n",
+            "| pipeline | steps | seed | n | Frechet distance | kernel distance |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
 def card(config: dict[str, Any]) -> str:
     """Return the README of the extractor folder; every figure is one of `config`."""
-    teacher = config.get("teacher")
-    teacher_rows = {row["num_images"]: row for row in teacher["distances"]} if teacher else {}
     table = ["| n | Frechet distance, floor ± sd | kernel distance, floor ± sd |", "|---|---|---|"]
-    if teacher:
-        table = [table[0] + " teacher: Frechet distance | kernel distance |", table[1] + "---|---|"]
-    for row in config["noise_floor"]:
-        line = (
-            f"| {row['num_images']} | {row['frechet_distance']:.4f} ± {row['frechet_distance_sd']:.4f} "
-            f"| {row['kernel_distance']:.6f} ± {row['kernel_distance_sd']:.6f} |"
-        )
-        if measured := teacher_rows.get(row["num_images"]):
-            line += f" {measured['frechet_distance']:.4f} | {measured['kernel_distance']:.6f} |"
-        table.append(line)
-    teacher_note = (
-        f"\nThe teacher is `{teacher['pipeline']}` with {teacher['num_inference_steps']} {teacher['scheduler']} "
-        f"steps, seed {teacher['seed']}, against all {config['num_reference_images']} training images.\n"
-        if teacher
-        else ""
-    )
+    table += [
+        f"| {row['num_images']} | {row['frechet_distance']:.4f} ± {row['frechet_distance_sd']:.4f} "
+        f"| {row['kernel_distance']:.6f} ± {row['kernel_distance_sd']:.6f} |"
+        for row in config["noise_floor"]
+    ]
+    teachers = teachers_section(config)
     training, test_split = config["training"], config["test_split"]
     newline = "\n"
     return f"""---
@@ -257,10 +266,10 @@ What perfect samples score: n training images against the statistics of the rema
 {config["noise_floor"][0]["num_draws"]} draws, mean ± standard deviation. A difference below the spread is no evidence.
 
 {newline.join(table)}
-{teacher_note}
+
 The classifier has seen the training images: the {test_split["num_images"]} test images score
 {test_split["frechet_distance"]:.4f} against all {config["num_reference_images"]} training images.
-
+{teachers}
 ## Files
 
 * `config.json`: name, SHA-256 of the two files below, sizes, and every figure above.
@@ -281,14 +290,16 @@ def main(settings: Settings) -> dict[str, Any]:
     """Run the job that `settings` asks for, then bring config.json and the card up to date; return the config."""
     require("eval", "torchmetrics")  # for the kernel distances, which come last
     torch.set_num_threads(settings.num_threads)
+    folder = Path(settings.output_dir)
     if settings.measure_teacher:
-        measured: dict[str, Any] = {"teacher": measure_teacher(settings)}
+        measured = {settings.measure_teacher: measure_teacher(settings)}
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        config["teachers"] = config.get("teachers", {}) | measured
     else:
         if not settings.measure_noise_floor:
             build(settings)
-        measured = {"noise_floor": measure_noise_floor(settings)}
-    folder = Path(settings.output_dir)
-    config = json.loads((folder / CONFIG_FILE).read_text()) | measured
+        floor = measure_noise_floor(settings)
+        config = json.loads((folder / CONFIG_FILE).read_text()) | {"noise_floor": floor}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     (folder / "README.md").write_text(card(config))
     return config

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,24 @@ def test_digits_come_as_tensors_and_make_a_teacher(scripts, tmp_path):
 def test_another_data_set_is_refused(scripts):
     with pytest.raises(ValueError, match="dataset: expected one of .*, got 'mnist'"):
         scripts[0].Settings(dataset="mnist")
+
+
+def test_the_distances_of_several_teachers_stand_beside_each_other(scripts, tmp_path, monkeypatch):
+    import train_classifier
+
+    folder = tmp_path / "features"
+    shutil.copytree(ROOT / "examples" / "models" / "fashion-mnist-features", folder)
+    before = json.loads((folder / "config.json").read_text())
+    distances = [{"num_images": 7, "frechet_distance": 1.5, "kernel_distance": 0.25}]
+    measured = {"scheduler": "DDIMScheduler", "num_inference_steps": 3, "seed": 1, "distances": distances}
+    monkeypatch.setattr(train_classifier, "measure_teacher", lambda settings: measured)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    train_classifier.main(train_classifier.Settings(output_dir=str(folder), measure_teacher="my/teacher"))
+    after = json.loads((folder / "config.json").read_text())
+    assert after == before | {"teachers": before["teachers"] | {"my/teacher": measured}}
+    card = (folder / "README.md").read_text()
+    assert "| `my/teacher` | 3 DDIMScheduler | 1 | 7 | 1.5000 | 0.250000 |" in card
+    assert all(f"| `{name}` |" in card for name in before["teachers"])
 
 
 def test_the_bundled_teacher_is_what_the_script_builds(scripts):

@@ -21,7 +21,8 @@ from diffusers_pqcad.numerics.allocation import allocate
 from diffusers_pqcad.numerics.qparams import WeightSpec
 
 # How bits are shared out: by the gain of a level (1: all layers count the same), or one width for all.
-ARMS = {"one width": None, "weight error": 1.0, "gain 4": 4.0, "gain 16": 16.0, "gain 64": 64.0}
+GAINS = (2, 4, 8, 16, 64)
+ARMS = {"one width": None, "weight error": 1.0} | {f"gain {gain}": float(gain) for gain in GAINS}
 BITS = (3.0, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0)
 
 
