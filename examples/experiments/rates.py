@@ -214,6 +214,21 @@ def pq_state(subject: str, seed: int, bits: float, pipeline: Any, calibration: C
     return model
 
 
+def reference_row(seed: int, context: dict[str, Any]) -> dict[str, Any]:
+    """Return what the full-precision model comes to at half the steps: what a student has to beat."""
+    pipeline, wanted = context["pipeline"], context["wanted"]
+    found = samples(pipeline.unet, pipeline.scheduler, len(wanted), NUM_STEPS // 2, seed)
+    about = {"subject": context["subject"], "bits": context["bits"], "task": "distillation", "seed": seed}
+    nothing = {
+        "arm": "full precision, half the steps",
+        "seconds": 0.0,
+        "best_step": 0,
+        "error_before": 1.0,
+        "error_after": 1.0,
+    }
+    return about | nothing | fidelity(wanted, found)
+
+
 def row(task: str, name: str, seed: int, context: dict[str, Any]) -> dict[str, Any]:
     """Return what one arm came to."""
     pipeline, calibration = context["pipeline"], context["calibration"]
@@ -253,6 +268,12 @@ def main(arguments: list[str] | None = None) -> None:
                     "wanted": wanted,
                     "start": start,
                 }
+                cached(
+                    args.output_dir / file_name(subject, seed, f"{bits:g}", "full-precision"),
+                    reference_row,
+                    seed,
+                    context,
+                )
                 for task in args.tasks:
                     names = [name for name in ARMS[task] if args.arms is None or name in args.arms]
                     for name in tqdm(names, desc=f"{subject}, seed {seed}, {task}", unit="arm"):
