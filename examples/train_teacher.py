@@ -254,6 +254,8 @@ def card(recipe: dict[str, Any], num_parameters: int) -> str:
     predicts = {"v_prediction": "v-prediction", "epsilon": "epsilon prediction"}[prediction_type]
     arguments = "" if data is DATASETS["fashion-mnist"] else f" --dataset {recipe['dataset']}"
     arguments += "" if prediction_type == "v_prediction" else f" --prediction_type {prediction_type}"
+    if recipe["num_train_epochs"] != data.num_train_epochs:
+        arguments += f" --num_train_epochs {recipe['num_train_epochs']}"
     size = data.size
     remark = f"\n{recipe['remark']}\n" if "remark" in recipe else ""
     measured = f"""
