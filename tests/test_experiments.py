@@ -82,7 +82,8 @@ def test_rates(scripts, monkeypatch):
     )
     rows = scripts("rates", "--subjects", "digits-epsilon", "--seeds", "0")
     assert sorted((row["task"], row["arm"]) for row in rows) == [
-        ("distillation", "flat"), ("distillation", "latents"), ("recovery", "none"), ("recovery", "step"),
+        ("distillation", "flat"), ("distillation", "full precision, half the steps"), ("distillation", "latents"),
+        ("recovery", "none"), ("recovery", "step"),
     ]  # fmt: skip
     assert all(row["error_after"] <= row["error_before"] for row in rows)
 

@@ -490,8 +490,11 @@ def test_ranges_of_timesteps_are_not_promised_without_data(tiny_unet, tmp_path):
     tiny_unet.save_pretrained(tmp_path)
     loaded = type(tiny_unet).from_pretrained(tmp_path)
     x = torch.randn(1, 1, 8, 8)
-    with torch.no_grad():  # a file's weights may lie in memory as no sum of floats is vectorized
-        torch.testing.assert_close(loaded(x, 300).sample, tiny_unet(x, 300).sample, rtol=0, atol=1e-5)
+    kept = tiny_unet.state_dict()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in loaded.state_dict().items())
+    # A file's weights may lie in memory as no sum of floats is vectorized: a last bit can change a code of an input.
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x, 300).sample, tiny_unet(x, 300).sample, rtol=0, atol=5e-3)
 
 
 def test_what_others_set_on_the_config_stays(tiny_unet):
