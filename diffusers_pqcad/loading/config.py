@@ -151,7 +151,7 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
     Raises ValueError for a value outside these.
     """
 
-    weight_bits: float = 4.0
+    weight_bits: float = 5.0
     bit_choices: tuple[int, ...] = (8, 6, 4, 3, 2)
     activation_bits: int | None = 8
     group_size: int | None = None

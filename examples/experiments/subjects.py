@@ -17,6 +17,7 @@ from diffusers_pqcad.compression.calibration import CalibrationSet, collect_cali
 from diffusers_pqcad.compression.checkpoint import write_text
 from diffusers_pqcad.compression.sampling import generate, initial_noise, sample_shape
 from diffusers_pqcad.evaluation.metrics import image_mse, reference_variance
+from diffusers_pqcad.evaluation.speed import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "examples" / "results" / "method"
@@ -98,8 +99,14 @@ def fidelity(wanted: Tensor, found: Tensor) -> dict[str, Any]:
 
 
 def cached(path: Path, make: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """Return the JSON of `path`, of `make(*arguments)` where it is missing: a killed run goes on from there."""
+    """Return the JSON of `path`, of `make(*arguments)` where it is missing: a killed run goes on from there.
+
+    A row that is made here says by which commit, versions and computer.
+    """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(make(*arguments)) + "\n")
+        row = make(*arguments)
+        where = environment()
+        row["environment"] = {key: where[key] for key in ("commit", "torch", "diffusers", "cpu", "num_threads")}
+        write_text(path, json.dumps(row) + "\n")
     return json.loads(path.read_text())
