@@ -45,6 +45,7 @@ from diffusers_pqcad.compression.calibration import check_unconditional
 from diffusers_pqcad.compression.checkpoint import load_checkpoint, save_checkpoint, write_text
 from diffusers_pqcad.compression.fake_quant import fake_quant_state, freeze_, load_fake_quant_state_
 from diffusers_pqcad.compression.optimization import check_minimum
+from diffusers_pqcad.compression.progressive import WEIGHT_BITS
 from diffusers_pqcad.compression.reconstruction import ReconstructionConfig
 from diffusers_pqcad.compression.sampling import generate, initial_noise, sample_shape, timestep_grid
 from diffusers_pqcad.evaluation import generate_samples, load_extractor, to_uint8
@@ -62,7 +63,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_images": 10_000,
         "num_trajectories": 512,
         "rounds_per_stage": 3,
-        "price_batch_size": 16,
+        "price_batch_size": 32,
         "reconstruction_iterations": 300,
         "reconstruction_batch_size": 32,
         "recovery_steps": 600,
@@ -75,7 +76,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_trajectories": 8,
         "num_inference_steps": 4,
         "rounds_per_stage": 1,
-        "price_batch_size": 2,
+        "price_batch_size": 4,
         "reconstruction_iterations": 2,
         "reconstruction_samples": 16,
         "recovery_steps": 4,
@@ -121,12 +122,12 @@ class Settings:
 
     pretrained_model_name_or_path: str | None = None  # default: the bundled teacher
     output_dir: str = "outputs/distill"
-    weight_bits: float = 4.0
+    weight_bits: float = WEIGHT_BITS
     activation_bits: int = 8  # 0: floating point
     num_inference_steps: int = 20  # of the teacher; the student takes half
     num_trajectories: int = 128  # full-precision calibration set
     rounds_per_stage: int = 2
-    price_batch_size: int = 8  # images for each of a round's price measurements
+    price_batch_size: int = 16  # images of a round's price measurements
     reconstruction_iterations: int = 100
     reconstruction_batch_size: int = 16
     reconstruction_samples: int = 256
@@ -332,7 +333,6 @@ class Run:
             evaluation_steps=settings.evaluation_steps,
             seed=settings.seed,
             beta=overrides.pop("beta", ProgressiveConfig.beta),
-            kappa=overrides.pop("kappa", ProgressiveConfig.kappa),
         )
         history = progressive_quantize(
             model,
@@ -462,7 +462,7 @@ def rows_to_measure(run: Run, teacher: Any, calibration: Any, quantized: Any) ->
         yield key, name, run.pipeline_of(teacher, convert_(student, num_inference_steps=half)), half
     if settings.ablations:
         say("PQ without momentum")
-        plain, _ = run.progressive(teacher, calibration, "pq_no_momentum", beta=0.0, kappa=0.0)
+        plain, _ = run.progressive(teacher, calibration, "pq_no_momentum", beta=0.0)
         yield "pq_no_momentum", "PQ without momentum", run.pipeline_of(teacher, convert_(plain)), steps
         say("fixed bits with PQ's reconstruction and recovery")
         overrides = {"weight_bits": fixed_bits, "bit_choices": (fixed_bits,)}

@@ -82,7 +82,6 @@ def quick_progressive() -> ProgressiveConfig:
     """PQ with everything switched on, and little of each."""
     return ProgressiveConfig(
         rounds_per_stage=1,
-        price_batches=1,
         price_batch_size=4,
         reconstruction=ReconstructionConfig(iterations=1, batch_size=4),
         reconstruction_samples=16,

@@ -62,22 +62,21 @@ from diffusers_pqcad.numerics.qparams import WeightSpec
 logger = logging.getLogger(__name__)
 
 MIN_RECONSTRUCTION_SAMPLES = 8
+WEIGHT_BITS = 4.0  # the average that PQ is meant for; loading without data needs more for the same images
 
 
 @dataclass(frozen=True)
 class ProgressiveConfig:
-    """Settings of PQ; `beta=0, kappa=0` is PQ without momentum."""
+    """Settings of PQ; `beta=0` is PQ without momentum."""
 
     signal: Literal["output", "weight"] = "output"  # "weight" is the abstract's wording, and weaker
     beta: float = 0.9  # momentum of the prices
-    kappa: float = 1.0  # weight of their dispersion: a noisy layer waits
     trust: float = 1.0  # a round may at most double the perturbation (plus the floor)
     perturbation_floor: float = 1e-4  # of the output's power: what 8 bits cost anyway
     roll_back_tolerance: float = 0.5  # a move may cost up to 1.5 times its prediction
     cooldown: int = 2
     rounds_per_stage: int = 2  # planned; the trust region and roll-backs may take as many again
-    price_batches: int = 2  # momentum updates per round
-    price_batch_size: int = 8
+    price_batch_size: int = 16  # images of a round's prices
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     reconstruction_samples: int = 256
     round_share: float = 0.25  # of iterations and samples, where the bits will change again
@@ -93,8 +92,8 @@ class ProgressiveConfig:
             raise ValueError(f"signal: expected 'output' or 'weight', got {self.signal!r}.")
         if not 0 <= self.beta < 1:
             raise ValueError(f"beta: expected 0 (no momentum) to below 1, got {self.beta}.")
-        check_minimum(self, kappa=0, trust=0, perturbation_floor=0, cooldown=0)
-        check_minimum(self, rounds_per_stage=1, price_batches=1, price_batch_size=1)
+        check_minimum(self, trust=0, perturbation_floor=0, cooldown=0)
+        check_minimum(self, rounds_per_stage=1, price_batch_size=1)
         check_minimum(self, reconstruction_samples=MIN_RECONSTRUCTION_SAMPLES)
         check_minimum(self, recovery_steps=0, recovery_step_rate=0, recovery_batch_size=1, evaluation_steps=1)
         if not 0 < self.round_share <= 1:
@@ -173,18 +172,17 @@ def trajectory_error(model: nn.Module, calibration: CalibrationSet, num_inferenc
 
 @torch.no_grad()
 def transition_prices(
-    model: nn.Module, frozen: nn.Module, controller: BitController, batches: list[Batch]
-) -> list[dict[str, float]]:
-    """Return how far each layer's next transition moves the model's output on each batch (weighted squared distance).
+    model: nn.Module, frozen: nn.Module, controller: BitController, batch: Batch
+) -> dict[str, float]:
+    """Return how far each layer's next transition moves the model's output (weighted squared distance).
 
-    `frozen` is a copy of `model` with rounded weights (`freeze_`): a price takes one pass over all batches, and
+    `frozen` is a copy of `model` with rounded weights (`freeze_`): a price takes one pass over the batch, and
     rounding all the other layers again in each would double its time.
     """
-    sizes = [len(batch[0]) for batch in batches]
-    sample, timestep, _, weight = map(torch.cat, zip(*batches, strict=True))
+    sample, timestep, _, weight = batch
     layers = fake_quant_layers(model)
     before = frozen(sample, timestep).sample
-    prices: list[dict[str, float]] = [{} for _ in batches]
+    prices = {}
     for name in controller.movable(ignore_frozen=True):
         narrower = controller.narrower(name)
         assert narrower is not None
@@ -193,9 +191,7 @@ def transition_prices(
         with at_bits(layers[name], narrower):
             rounded.copy_(layers[name].weight)
         after = frozen(sample, timestep).sample
-        parts = zip(prices, after.split(sizes), before.split(sizes), weight.split(sizes), strict=True)
-        for batch_prices, *part in parts:
-            batch_prices[name] = weighted_error(*part).item()
+        prices[name] = weighted_error(after, before, weight).item()
         rounded.copy_(kept)
     return prices
 
@@ -230,7 +226,7 @@ class ProgressiveQuantizer:
             config = replace(config, method="progressive", bit_choices=(int(config.weight_bits),))
         num_weights = {name: layer.weight.numel() for name, layer in searched.items()}
         self.controller = BitController(
-            num_weights, config.bit_choices, settings.beta, settings.kappa, settings.trust, settings.cooldown
+            num_weights, config.bit_choices, settings.beta, settings.trust, settings.cooldown
         )
         self.controller.check_budget(config.weight_bits)
         self.model, self.config, self.settings = model, config, settings
@@ -282,17 +278,14 @@ class ProgressiveQuantizer:
         return self.check.draw(self.num_check_samples, self.seed(2, stage))
 
     def observe(self, stage: int, round_index: int) -> None:
-        """Update the momentum of every layer's price with this round's batches."""
+        """Update the momentum of every layer's price with this round's images."""
         if self.settings.signal == "weight":
-            measured = [weight_prices(self.reference, self.controller, self.config.group_size)]
+            self.perturbations = weight_prices(self.reference, self.controller, self.config.group_size)
         else:
             frozen = freeze_(copy.deepcopy(self.model))
-            seeds = (self.seed(1, stage, round_index, index) for index in range(self.settings.price_batches))
-            batches = [self.train.draw(self.settings.price_batch_size, seed) for seed in seeds]
-            measured = transition_prices(self.model, frozen, self.controller, batches)
-        for prices in measured:
-            self.controller.observe(prices)
-        self.perturbations = {name: sum(prices[name] for prices in measured) / len(measured) for name in measured[0]}
+            batch = self.train.draw(self.settings.price_batch_size, self.seed(1, stage, round_index))
+            self.perturbations = transition_prices(self.model, frozen, self.controller, batch)
+        self.controller.observe(self.perturbations)
         saved = {name: self.controller.saved_bits(name) for name in self.perturbations}
         self.prices = {name: perturbation / saved[name] for name, perturbation in self.perturbations.items()}
 
@@ -351,7 +344,6 @@ class ProgressiveQuantizer:
     def record(self, stage: int, round_index: int, kind: str, moves: list[Move], rolled_back: list[str]) -> None:
         """Append one round to the history."""
         controller = self.controller
-        momenta = {name: controller.momentum(name) for name in controller.num_weights}
         error = output_error(self.model, self.held_out_batch(stage))
         self.history.rounds.append(
             {
@@ -366,8 +358,7 @@ class ProgressiveQuantizer:
                 "bits": dict(controller.bits),
                 "perturbation": self.perturbations,
                 "price": self.prices,
-                "momentum": {name: momentum.mean(controller.beta) for name, momentum in momenta.items()},
-                "dispersion": {name: momentum.deviation(controller.beta) for name, momentum in momenta.items()},
+                "momentum": {name: controller.priority(name) for name in controller.num_weights},
             }
         )
 
@@ -521,7 +512,7 @@ class ProgressiveQuantizer:
 def progressive_quantize(
     model: nn.Module,
     calibration: CalibrationSet,
-    config: PQCADConfig,
+    config: PQCADConfig | None = None,
     progressive: ProgressiveConfig | None = None,
     *,
     checkpoint: str | Path | None = None,
@@ -529,6 +520,7 @@ def progressive_quantize(
 ) -> History:
     """Quantize the full-precision `model` in place and return the history.
 
+    `config` defaults to an average of WEIGHT_BITS bits: fewer than loading without data takes.
     Leaves the fake-quantized model with its latent weights: `distill` trains them, `convert_` turns a copy into packed
     layers. `checkpoint` names a resume file: the same call after a kill goes on from it. Deterministic under
     `progressive.seed`. Raises ValueError, with the model unchanged, for a calibration set of another model, a budget
@@ -538,6 +530,7 @@ def progressive_quantize(
     path = None if checkpoint is None else Path(checkpoint)
     state = load_checkpoint(path) if path is not None and path.exists() else None  # damaged: before the model changes
     settings = progressive or ProgressiveConfig()
+    config = config or PQCADConfig(weight_bits=WEIGHT_BITS)
     request = {
         "config": config.to_dict(),
         "settings": asdict(settings),

@@ -16,6 +16,9 @@ from diffusers_pqcad.layers.timesteps import checked_boundaries
 from diffusers_pqcad.numerics.qparams import ACTIVATION_BITS, WEIGHT_BITS, WeightSpec
 
 FORMAT_VERSION = 2
+# The fewest bits at which, without data, the median image has 20 dB to full precision on four small models with 8-bit
+# activations (examples/results/method.md); two of them predict epsilon, as SD-1.5 and SDXL do.
+DEFAULT_WEIGHT_BITS: dict[str, float] = {"progressive": 5.0, "fixed": 8}
 DENOISER_COMPONENTS = ("unet", "transformer", "transformer_2", "prior")
 # Modules kept in floating point by default: few weights, and in an epsilon model conv_out at 8 bits alone costs 16 dB,
 # because the last layer's error is the step's error. Each kind of model has its own names for them.
@@ -128,8 +131,8 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
     """Settings of a quantized model, accepted by a model's and by a pipeline's `from_pretrained` alike.
 
     Args:
-        weight_bits: average bits over the weights of the searched layers, scales not counted; a width of
-            `bit_choices` with method "fixed".
+        weight_bits: average bits over the weights of the searched layers, scales not counted; with method "fixed",
+            the width. `None`: 5.0, or 8 with "fixed" (DEFAULT_WEIGHT_BITS).
         bit_choices: the widths that "progressive" may give a layer, out of 8, 6, 4, 3 and 2.
         activation_bits: 8 or 7 (asymmetric uint8 per tensor), or `None` to keep activations in floating point. With 7,
             at twice the rounding step, 3x3 convolutions are a little faster on CPUs with VNNI, and layers of 8 bits
@@ -151,7 +154,7 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
     Raises ValueError for a value outside these.
     """
 
-    weight_bits: float = 5.0
+    weight_bits: float = None  # type: ignore[assignment] # __post_init__ puts the method's default in its place
     bit_choices: tuple[int, ...] = (8, 6, 4, 3, 2)
     activation_bits: int | None = 8
     group_size: int | None = None
@@ -173,6 +176,8 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         self.quant_method = PQCADMethod.PQCAD
         if self.method not in ("progressive", "fixed"):
             raise ValueError(f"method: expected 'progressive' or 'fixed', got {self.method!r}.")
+        if self.weight_bits is None:
+            self.weight_bits = DEFAULT_WEIGHT_BITS[self.method]
         if not isinstance(self.search_all_modules, bool):
             raise ValueError(f"search_all_modules: expected True or False, got {self.search_all_modules!r}.")
         self.bit_choices = choices_of_bits(self.bit_choices)
@@ -263,6 +268,7 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         values = self.to_dict()
         for item in fields(self):
             default = item.default_factory() if item.default_factory is not MISSING else item.default
+            default = DEFAULT_WEIGHT_BITS[self.method] if item.name == "weight_bits" else default
             if item.name != "quant_method" and getattr(self, item.name) == default:
                 del values[item.name]
         return values

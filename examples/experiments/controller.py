@@ -21,7 +21,7 @@ from diffusers_pqcad import PQCADConfig
 from diffusers_pqcad.compression.fake_quant import fake_quant_layers, freeze_, prepare_, set_bits_
 from diffusers_pqcad.compression.progressive import Batches, transition_prices
 from diffusers_pqcad.loading.convert import match_modules
-from diffusers_pqcad.numerics.allocation import BitController, stage_budgets
+from diffusers_pqcad.numerics.allocation import BitController, Momentum, stage_budgets
 from diffusers_pqcad.numerics.qparams import WeightSpec, fake_quantize_weight, min_max_weight_scale
 
 ROUNDS_PER_STAGE, PRICE_BATCHES = 2, 2
@@ -97,12 +97,34 @@ class LogController(BitController):
         return self.price(layer, self.bits[layer])
 
 
+@dataclass
+class DispersionController(BitController):
+    """A layer's priority is its average price plus `kappa` standard deviations of it: a noisy layer waits."""
+
+    kappa: float = 1.0
+    deviations: dict[tuple[str, int], Momentum] = field(default_factory=dict)
+
+    def observe(self, perturbations: Mapping[str, float]) -> None:
+        super().observe(perturbations)
+        for layer, perturbation in perturbations.items():
+            if self.narrower(layer) is None:
+                continue
+            key, price = (layer, self.bits[layer]), max(perturbation, 0.0) / self.saved_bits(layer)
+            squared = (price - self.price(layer, self.bits[layer])) ** 2
+            self.deviations.setdefault(key, Momentum()).update(squared, self.beta)
+
+    def priority(self, layer: str) -> float:
+        key = layer, self.bits[layer]
+        deviation = math.sqrt(self.deviations[key].mean(self.beta)) if key in self.deviations else 0.0
+        return super().priority(layer) + self.kappa * deviation
+
+
 # Arms: the class, its settings, and whether a round's batches are one price (no memory) or an observation each.
 ARMS: dict[str, tuple[type[BitController], dict[str, Any], bool]] = {
-    "no momentum": (BitController, {"beta": 0.0, "kappa": 0.0}, True),
-    "momentum": (BitController, {"beta": 0.9, "kappa": 0.0}, False),
-    "momentum, dispersion 1": (BitController, {"beta": 0.9, "kappa": 1.0}, False),
-    "momentum, dispersion 0.3": (BitController, {"beta": 0.9, "kappa": 0.3}, False),
+    "no momentum": (BitController, {"beta": 0.0}, True),
+    "momentum": (BitController, {"beta": 0.9}, False),
+    "momentum, dispersion 1": (DispersionController, {"beta": 0.9, "kappa": 1.0}, False),
+    "momentum, dispersion 0.3": (DispersionController, {"beta": 0.9, "kappa": 0.3}, False),
     "momentum of logarithms": (LogController, {"beta": 0.9}, False),
     "sensitivity, no momentum": (SensitivityController, {"beta": 0.0}, True),
     "sensitivity, momentum": (SensitivityController, {"beta": 0.9, "logarithmic": False}, False),
@@ -124,8 +146,9 @@ def allocation(
             batches = [train.draw(size, draws + index) for index, size in enumerate(sizes)]
             draws += PRICE_BATCHES
             evaluations += sum(sizes) * (1 + len(controller.movable(ignore_frozen=True)))
-            for prices in transition_prices(model, freeze_(copy.deepcopy(model)), controller, batches):
-                controller.observe(prices)
+            frozen = freeze_(copy.deepcopy(model))
+            for batch in batches:
+                controller.observe(transition_prices(model, frozen, controller, batch))
             if last:
                 controller.forced_moves(stage_budget)
             else:

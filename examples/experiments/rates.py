@@ -197,7 +197,7 @@ def distil(
 
 
 # The defaults of `distill.py`, without a recovery, which is what is tried here.
-PQ: dict[str, Any] = {"reconstruction": ReconstructionConfig(iterations=100, batch_size=16), "kappa": 0.0}
+PQ: dict[str, Any] = {"reconstruction": ReconstructionConfig(iterations=100, batch_size=16)}
 
 
 def pq_state(subject: str, seed: int, bits: float, pipeline: Any, calibration: CalibrationSet) -> nn.Module:

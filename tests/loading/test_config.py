@@ -40,7 +40,7 @@ def config_with(name):
 
 def test_the_defaults_are_the_documented_ones():
     assert PQCADConfig().to_dict() == {
-        "weight_bits": 4.0,
+        "weight_bits": 5.0,
         "bit_choices": [8, 6, 4, 3, 2],
         "activation_bits": 8,
         "group_size": None,
@@ -163,7 +163,6 @@ BAD_VALUES = [
     ({"components": "unet"}, "components: expected a list of names, got the string 'unet'"),
     ({"bit_choices": ()}, "bit_choices: expected some of"),
     ({"weight_bits": "4"}, "weight_bits: expected a number, got '4'"),
-    ({"weight_bits": None, "method": "fixed"}, "weight_bits: expected a number, got None"),
     ({"weight_bits": 9}, "weight_bits: an average of 9 cannot be met"),
     ({"weight_bits": 1.5}, "weight_bits: an average of 1.5 cannot be met"),
     ({"weight_bits": 3.0, "bit_choices": (8, 4)}, r"cannot be met with bit_choices \[8, 4\]; expected 4 to 8"),
@@ -203,6 +202,16 @@ BAD_VALUES = [
     ({"packed_share": float("nan")}, "packed_share: expected a number from 0 to 1 or None, got nan"),
     ({"packed_share": True}, "packed_share: expected a number from 0 to 1 or None, got True"),
 ]
+
+
+def test_one_width_has_a_default_of_its_own() -> None:
+    config = PQCADConfig(method="fixed")
+    assert config.weight_bits == 8
+    assert PQCADConfig.from_dict(config.to_dict()) == config
+    assert "weight_bits" not in config.to_diff_dict()
+    assert "weight_bits" not in PQCADConfig().to_diff_dict()
+    assert PQCADConfig(weight_bits=4).to_diff_dict()["weight_bits"] == 4
+    assert PQCADConfig(method="fixed", weight_bits=4).to_diff_dict()["weight_bits"] == 4
 
 
 @pytest.mark.parametrize(("values", "message"), BAD_VALUES, ids=[str(values) for values, _ in BAD_VALUES])

@@ -412,7 +412,7 @@ def test_requantizing_is_quantizing_the_dequantized_model_without_holding_it(tin
         (PQCADConfig(group_size=5), "group_size=5 must divide"),
         (PQCADConfig(search_all_modules=True), "search_all_modules: the layers of a quantized model stay the same"),
         (PQCADConfig(modules_to_not_convert=["to_q"]), "modules_to_not_convert: the layers"),
-        (PQCADConfig(weight_bits=6), "weight_bits: expected at most 4.0, those of this model, got 6"),
+        (PQCADConfig(weight_bits=6), "weight_bits: expected at most 5.0, those of this model, got 6"),
     ],
     ids=["group_size", "search_all_modules", "modules_to_not_convert", "weight_bits"],
 )
@@ -524,7 +524,7 @@ def test_a_model_quantized_in_memory_says_so(tiny_unet):
     assert tiny_unet.quantization_method.value == "diffusers_pqcad"
     config = tiny_unet.config["quantization_config"]
     layers = packed_layers(tiny_unet)
-    assert config.weight_bits_by_module == dict.fromkeys(layers, 4)
+    assert config.weight_bits_by_module == dict.fromkeys(layers, 8)
     assert 0.9 < config.packed_share < 1
     config.weight_bits_by_module, config.packed_share = {}, None
     assert config == PQCADConfig(method="fixed")

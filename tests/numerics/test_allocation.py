@@ -112,26 +112,20 @@ def test_forced_moves_and_polish_by_hand() -> None:
     assert move.predicted == pytest.approx(-2.0)
 
 
-@given(prices=st.lists(st.floats(0, 1e6), min_size=1, max_size=12), beta=st.floats(0, 0.99), kappa=st.floats(0, 3))
-def test_momentum_is_the_bias_corrected_average(prices: list[float], beta: float, kappa: float) -> None:
-    """Weights (1 - beta) beta^(n - i), normalized; deviations are taken from the average known at their own time."""
+@given(prices=st.lists(st.floats(0, 1e6), min_size=1, max_size=12), beta=st.floats(0, 0.99))
+def test_momentum_is_the_bias_corrected_average(prices: list[float], beta: float) -> None:
+    """Weights (1 - beta) beta^(n - i), normalized."""
     momentum = Momentum()
-    deviations = []
     for count, price in enumerate(prices, start=1):
         momentum.update(price, beta)
         weights = (1 - beta) * np.power(beta, np.arange(count - 1, -1, -1, dtype=np.float64))
         mean = (weights * prices[:count]).sum() / weights.sum()
-        deviations.append((price - mean) ** 2)
-        dispersion = (weights * deviations).sum() / weights.sum()
         assert momentum.mean(beta) == pytest.approx(mean, rel=1e-9, abs=1e-9)
-        assert momentum.deviation(beta) == pytest.approx(math.sqrt(dispersion), rel=1e-6, abs=1e-6)
-        expected = mean + kappa * math.sqrt(dispersion)
-        assert momentum.priority(beta, kappa) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 @given(prices=st.lists(st.floats(0, 1e6), min_size=1, max_size=5))
 def test_without_momentum_the_priority_is_the_last_price(prices: list[float]) -> None:
-    controller = BitController({"a": 7}, (8, 4), beta=0.0, kappa=0.0)
+    controller = BitController({"a": 7}, (8, 4), beta=0.0)
     assert controller.priority("a") == 0.0
     for price in prices:
         controller.observe({"a": price})
@@ -142,23 +136,12 @@ def test_an_unmeasured_transition_is_predicted_from_the_one_above() -> None:
     controller = BitController({"a": 5}, (8, 6, 4), beta=0.5)
     controller.observe({"a": 20.0})  # 2 per bit saved
     controller.observe({"a": 40.0})
-    known = controller.momentum("a")
+    known = controller.price("a", 8)
     controller.bits["a"] = 6
-    guessed = controller.momentum("a")
-    assert guessed.mean(0.5) == pytest.approx(16 * known.mean(0.5))
-    assert guessed.priority(0.5, 1.0) == pytest.approx(16 * known.priority(0.5, 1.0))
+    assert controller.price("a", 6) == controller.priority("a") == pytest.approx(16 * known)
     controller.observe({"a": 1.0})
-    assert controller.momentum("a").mean(0.5) == pytest.approx(0.1)
-
-
-@pytest.mark.parametrize(("kappa", "first"), [(0.0, "noisy"), (1.0, "steady")])
-def test_a_noisy_layer_waits(kappa: float, first: str) -> None:
-    """The noisy layer is cheaper on average (1.05 to 1.2), but not by a standard deviation."""
-    controller = BitController({"steady": 1, "noisy": 1}, (8, 4), kappa=kappa)
-    for noisy in (0.0, 2.0, 0.0, 2.0):
-        controller.observe({"steady": 1.2, "noisy": noisy})
-    (move,) = controller.propose(6.5)
-    assert move.layer == first
+    assert controller.price("a", 6) == pytest.approx(0.1)
+    assert controller.price("a", 8) == known
 
 
 def test_propose_stops_at_its_share_and_at_the_trust_region() -> None:
@@ -189,7 +172,7 @@ def test_a_roll_back_freezes_for_the_cooldown_and_then_for_good(cooldown: int) -
         controller.end_round()
 
     disappoint()
-    assert controller.momentum("a").mean(controller.beta) == pytest.approx(5.0 / 40)
+    assert controller.price("a", 8) == pytest.approx(5.0 / 40)
     for _ in range(cooldown):
         assert controller.movable() == ["b"]
         controller.end_round()
