@@ -102,3 +102,33 @@ def test_a_row_says_how_many_images_ended_elsewhere(scripts):
         10 * torch.log10(wanted.var(correction=0) / (wanted - found).square().mean()).item(), abs=1e-3
     )
     assert quality["median"] == sorted(quality["images"])[1] or quality["median"] == pytest.approx(60, abs=3)
+
+
+def test_sensitivity_and_the_tables_of_all(scripts, tmp_path):
+    rows = scripts("sensitivity", "--subjects", "digits")
+    (row,) = rows
+    assert {"name", "num_weights", "W4", "W8", "A8"} == set(row["layers"][0])
+    assert all(layer["W4"] > layer["W8"] for layer in row["layers"])
+    import table
+
+    results = table.RESULTS
+    text = table.document(results)
+    assert text == (results.parent / "method.md").read_text()  # written anew after each new row
+    for title in ("Where rounding hurts", "Loading without data", "The controller"):
+        assert f"## {title}" in text
+    assert "| digits | outermost |" in table.sensitivity_table(rows)
+
+
+def test_intervals_and_pairs(scripts):
+    import table
+
+    low, high = table.interval([1.0, 2.0, 3.0, 4.0])
+    assert 1 <= low < 2.5 < high <= 4
+    assert table.interval([2.0]) == (2.0, 2.0)
+    base = {"subject": "digits", "budget": 4.0, "images_per_price": 2, "evaluations": 10}
+    rows = [base | {"seed": seed, "arm": arm, "mean": mean, "median": mean} for seed, arm, mean in (
+        (0, "no momentum", 10.0), (1, "no momentum", 20.0), (0, "momentum", 11.0), (1, "momentum", 21.0))]  # fmt: skip
+    assert (
+        "| momentum | 2 | 10 | 16.0 / 16.0 | +1.00 (+1.00 to +1.00) | +1.00 (+1.00 to +1.00) |"
+        in table.controller_table(rows)
+    )
