@@ -132,9 +132,9 @@ class Settings:
     reconstruction_batch_size: int = 16
     reconstruction_samples: int = 256
     recovery_steps: int = 20  # per stage
-    max_train_steps: int = 80  # of the distillation
+    max_train_steps: int = 160  # of the distillation
     train_batch_size: int = 32
-    step_rate: float = 3e-3  # of the distillation, in rounding steps of each layer; Adam
+    step_rate: float = 1e-3  # of the distillation, in rounding steps of each layer; Adam
     evaluation_steps: int = 20  # updates between two measurements on the held-out trajectories
     num_images: int = 1_000  # per row of the table
     num_latency_rounds: int = 3

@@ -57,7 +57,7 @@ class DistillConfig:
     gate: bool = True  # let the teacher speak only while it is better than the student
     max_train_steps: int = 200
     train_batch_size: int = 32  # per term and process
-    step_rate: float = 3e-3  # of each layer's rounding step; Adam, with warm-up and linear decay
+    step_rate: float = 1e-3  # of each layer's rounding step; Adam, with warm-up and linear decay
     max_grad_norm: float = 1.0
     calibration_weight: float = 1.0
     gate_momentum: float = 0.7

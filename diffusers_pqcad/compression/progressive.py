@@ -82,7 +82,7 @@ class ProgressiveConfig:
     round_share: float = 0.25  # of iterations and samples, where the bits will change again
     recovery_steps: int = 75  # per stage; 0 switches the whole-network recovery off
     recovery_batch_size: int = 32
-    recovery_step_rate: float = 1e-3  # of each layer's rounding step; Adam, with warm-up and linear decay
+    recovery_step_rate: float = 3e-4  # of each layer's rounding step; Adam, with warm-up and linear decay
     recovery_ema_decay: float = 0.98
     evaluation_steps: int = 25  # updates between two measurements on the held-out trajectories
     seed: int = 0
