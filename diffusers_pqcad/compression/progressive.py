@@ -1,7 +1,7 @@
 """PQ, progressive quantization: two stages of bit transitions, chosen by a momentum of their prices.
 
 Inspired by the abstract of PQCAD-DM (arXiv:2506.16776); the design is ours. Per round: measure what each layer's next
-transition does to the model's output (price), let the controller choose the cheap and steady ones, carry them out with
+transition does to the model's output (price), let the controller choose the cheap ones, carry them out with
 block reconstruction, and roll back those that disappoint. Each stage ends with a recovery of the whole network on the
 calibration set.
 """
