@@ -922,7 +922,7 @@ def test_stable_diffusions_unet_at_full_size(tmp_path):
     again = UNet2DConditionModel.from_pretrained(tmp_path / "quantized")
     torch.testing.assert_close(again(x, 500, text).sample, output)
     del again
-    w4 = UNet2DConditionModel.from_pretrained(tmp_path / "float", quantization_config=PQCADConfig())
+    w4 = UNet2DConditionModel.from_pretrained(tmp_path / "float", quantization_config=PQCADConfig(weight_bits=4))
     assert average_bits(w4)[0] <= 4
     w4.save_pretrained(tmp_path / "w4")
     sizes = {
