@@ -174,7 +174,8 @@ RATES = """\
 All arms train one PQ state: 150 updates of 32 images unless said, warm-up over 10 updates, linear decay,
 averaged weights, the best state by the held-out trajectory error (the figure behind "x": what is left of the
 start's). "step r": Adam's rate is r times each layer's rounding step; "flat r": the same rate for all layers.
-Simulated.
+Simulated. One seed so far: that rates in rounding steps are better than a flat one is not shown, once both have
+the warm-up and the average.
 """
 
 
