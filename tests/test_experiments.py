@@ -68,7 +68,7 @@ def test_rates(scripts, monkeypatch):
     monkeypatch.setattr(rates, "RECOVERY", {"none": rates.Arm(0.0, updates=0), "step": rates.Arm(1e-3, updates=1)})
     students = {
         "latents": rates.Arm(1e-3, rates.groups_of_latents, updates=1, weight="snr"),
-        "flat": rates.Arm(1e-5, rates.flat_groups, updates=1, teacher="fp", weight="early"),
+        "flat": rates.Arm(1e-5, rates.one_rate, updates=1, teacher="fp", weight="early"),
     }
     monkeypatch.setattr(rates, "ARMS", {"recovery": rates.RECOVERY, "distillation": students})
     monkeypatch.setattr(
@@ -101,7 +101,7 @@ def test_a_row_says_how_many_images_ended_elsewhere(scripts):
     assert quality["mean"] == pytest.approx(
         10 * torch.log10(wanted.var(correction=0) / (wanted - found).square().mean()).item(), abs=1e-3
     )
-    assert quality["median"] == sorted(quality["images"])[1] or quality["median"] == pytest.approx(60, abs=3)
+    assert quality["median"] == pytest.approx(sorted(quality["images"])[1], abs=0.01)  # the lower of two
 
 
 def test_sensitivity_and_the_tables_of_all(scripts, tmp_path):

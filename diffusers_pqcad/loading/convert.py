@@ -17,7 +17,7 @@ from diffusers_pqcad.layers.quantized import FloatLayer, QuantizedLayer
 from diffusers_pqcad.layers.timesteps import TimestepGroups, install_timestep_groups, remove_timestep_groups
 from diffusers_pqcad.loading.config import FORMAT_VERSION, PQCADConfig, matches
 from diffusers_pqcad.loading.coverage import report
-from diffusers_pqcad.loading.depth import gains_by_depth
+from diffusers_pqcad.loading.depth import GAIN_PER_LEVEL, gains_by_depth
 from diffusers_pqcad.numerics.allocation import allocate
 from diffusers_pqcad.numerics.qparams import (
     WeightSpec,
@@ -121,7 +121,9 @@ def relative_weight_error(weight: torch.Tensor, spec: WeightSpec) -> float:
     return relative(weights.quantize(weight, spec)[2])
 
 
-def decide_bits(layers: Mapping[str, FloatLayer], config: PQCADConfig) -> dict[str, int]:
+def decide_bits(
+    layers: Mapping[str, FloatLayer], config: PQCADConfig, gain_per_level: float = GAIN_PER_LEVEL
+) -> dict[str, int]:
     """Return bits per layer without data: the config's own decision, one width, or the controller.
 
     It moves a layer by its relative weight error, times the gain of the layer's depth (`gains_by_depth`).
@@ -140,7 +142,7 @@ def decide_bits(layers: Mapping[str, FloatLayer], config: PQCADConfig) -> dict[s
             )
         return {name: config.weight_bits_by_module[name] for name in layers}
 
-    gains = gains_by_depth(layers)
+    gains = gains_by_depth(layers, gain_per_level)
 
     @cache
     def error_of(name: str, bits: int) -> float:

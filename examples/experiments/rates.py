@@ -31,20 +31,17 @@ from tqdm.auto import tqdm
 from diffusers_pqcad import DistillConfig, PQCADConfig, ProgressiveConfig, progressive_quantize
 from diffusers_pqcad.compression.calibration import CalibrationSet
 from diffusers_pqcad.compression.distillation import Distillation, Gate
-from diffusers_pqcad.compression.fake_quant import fake_quant_layers, freeze_, weight_quantizer
-from diffusers_pqcad.compression.optimization import AveragedAdam, BestState, parameter_groups
+from diffusers_pqcad.compression.fake_quant import freeze_
+from diffusers_pqcad.compression.optimization import AveragedAdam, BestState, flat_groups, parameter_groups
 from diffusers_pqcad.compression.progressive import Batches, trajectory_error, weighted_error
 from diffusers_pqcad.compression.reconstruction import ReconstructionConfig
 
 NUM_UPDATES, BATCH_SIZE, EVALUATION_STEPS = 150, 32, 25
 
 
-def flat_groups(model: nn.Module, rate: float) -> list[dict[str, Any]]:
+def one_rate(model: nn.Module, rate: float) -> list[dict[str, Any]]:
     """Return Adam's groups at one `rate` for all parameters, and a tenth of it for scales."""
-    scales = [weight_quantizer(layer).scale for layer in fake_quant_layers(model).values()]
-    ids = {id(scale) for scale in scales}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-    return [{"params": others, "lr": rate}, {"params": scales, "lr": rate / 10}]
+    return flat_groups(model, rate, rate / 10)
 
 
 def groups_without_scales(model: nn.Module, rate: float) -> list[dict[str, Any]]:
@@ -82,8 +79,8 @@ def arms(rate: float) -> dict[str, Arm]:
     """Return what recovery and distillation are both tried with, around the default `rate`."""
     return {
         "none": Arm(0.0, updates=0),
-        "flat 3e-5": Arm(3e-5, flat_groups),
-        "flat 3e-6": Arm(3e-6, flat_groups),
+        "flat 3e-5": Arm(3e-5, one_rate),
+        "flat 3e-6": Arm(3e-6, one_rate),
         **{f"step {factor * rate:g}": Arm(factor * rate) for factor in (0.1, 0.3, 1, 3, 10)},
         "no warm-up": Arm(rate, adam={"warmup_steps": 0}),
         "warm-up 30": Arm(rate, adam={"warmup_steps": 30}),

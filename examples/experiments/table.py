@@ -187,9 +187,9 @@ def sensitivity_table(rows: list[Row]) -> str:
         outermost = max(gains.values())
         places: dict[str, list[Row]] = defaultdict(list)
         for layer in row["layers"]:
-            place = f"{round(math.log2(outermost / gains[layer['name']]))} levels inside"
-            places["outermost" if place.startswith("0") else place].append(layer)
-            if place.startswith("0") and layer["name"].endswith("conv_shortcut"):
+            place = f"level {round(math.log2(outermost / gains[layer['name']]))}, from outside"
+            places["outermost" if place.startswith("level 0") else place].append(layer)
+            if place.startswith("level 0") and layer["name"].endswith("conv_shortcut"):
                 places["outermost, shortcuts alone"].append(layer)
         for place in sorted(places, key=lambda name: (name[0] != "o", name)):
             shares = [

@@ -7,7 +7,6 @@ Every row is a JSON of its own in --output_dir; a killed run goes on from there.
 """
 
 import copy
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,10 +14,7 @@ from subjects import NUM_STEPS, cached, fidelity, file_name, parser_of, samples,
 from tqdm.auto import tqdm
 
 from diffusers_pqcad import PQCADConfig, quantize_
-from diffusers_pqcad.loading.convert import match_modules, relative_weight_error
-from diffusers_pqcad.loading.depth import gains_by_depth
-from diffusers_pqcad.numerics.allocation import allocate
-from diffusers_pqcad.numerics.qparams import WeightSpec
+from diffusers_pqcad.loading.convert import decide_bits, match_modules
 
 # How bits are shared out: by the gain of a level (1: all layers count the same), or one width for all.
 GAINS = (2, 4, 8, 16, 64)
@@ -28,16 +24,8 @@ BITS = (3.0, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0)
 
 def allocated(model: Any, bits: float, gain: float) -> dict[str, int]:
     """Return the bits of each layer for an average of `bits`."""
-    config = PQCADConfig()
-    layers = match_modules(model, config)
-    gains = gains_by_depth(layers, gain)
-
-    @cache
-    def error_of(name: str, width: int) -> float:
-        return gains[name] * relative_weight_error(layers[name].weight, WeightSpec(width))
-
-    num_weights = {name: layer.weight.numel() for name, layer in layers.items()}
-    return allocate(num_weights, error_of, budget=bits, bit_choices=config.bit_choices)
+    config = PQCADConfig(weight_bits=bits)
+    return decide_bits(match_modules(model, config), config, gain)
 
 
 def row(

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from families import sd15, unet, vae
+from torch import nn
 
-from diffusers_pqcad import PQCADConfig, quantize_
-from diffusers_pqcad.loading.convert import match_modules
-from diffusers_pqcad.loading.depth import gains_by_depth
+from diffusers_pqcad import PQCADConfig
+from diffusers_pqcad.loading.convert import decide_bits, match_modules
+from diffusers_pqcad.loading.depth import GAIN_PER_LEVEL, gains_by_depth
 
 pytestmark = pytest.mark.fast
 
@@ -28,11 +29,22 @@ def test_models_without_levels_have_no_gain() -> None:
     assert set(gains_by_depth(match_modules(vae(), PQCADConfig())).values()) == {1.0}
 
 
-@pytest.mark.parametrize("build", [unet, sd15], ids=["UNet2DModel", "UNet2DConditionModel"])
-def test_the_outermost_blocks_of_a_unet_get_more_bits(build) -> None:
+def test_of_equal_layers_the_outer_ones_get_more_bits() -> None:
+    """They come first, so that without gains they would also move first."""
     torch.manual_seed(0)
-    bits = quantize_(build(), PQCADConfig()).config.quantization_config.weight_bits_by_module
-    outermost = max(int(name.split(".")[1]) for name in bits if name.startswith("up_blocks"))
-    outer = [width for name, width in bits.items() if name.startswith(("down_blocks.0.", f"up_blocks.{outermost}."))]
-    inner = [width for name, width in bits.items() if name.startswith(("mid_block.", "up_blocks.0."))]
-    assert min(outer) > sum(inner) / len(inner)
+    layer = nn.Linear(16, 16)
+    names = ["down_blocks.0.a", "up_blocks.1.a", "down_blocks.1.a", "up_blocks.0.a"]
+    bits = decide_bits(dict.fromkeys(names, layer), PQCADConfig(weight_bits=6, bit_choices=(8, 4)))
+    assert list(bits.values()) == [8, 8, 4, 4]
+
+
+@pytest.mark.parametrize("build", [unet, sd15], ids=["UNet2DModel", "UNet2DConditionModel"])
+def test_the_gains_keep_bits_in_the_outermost_blocks_of_a_unet(build) -> None:
+    torch.manual_seed(0)
+    layers, config = match_modules(build(), PQCADConfig()), PQCADConfig()
+    gains = gains_by_depth(layers)
+    outer = [name for name in layers if gains[name] == max(gains.values())]
+    with_gains, without = (
+        sum(decide_bits(layers, config, gain)[name] for name in outer) for gain in (GAIN_PER_LEVEL, 1.0)
+    )
+    assert with_gains > without
