@@ -55,7 +55,7 @@ from diffusers_pqcad.compression.reconstruction import (
 )
 from diffusers_pqcad.compression.sampling import denoise
 from diffusers_pqcad.loading.config import PQCADConfig
-from diffusers_pqcad.loading.convert import match_modules, relative_weight_error
+from diffusers_pqcad.loading.convert import match_modules, relative_weight_error, with_model_exemptions
 from diffusers_pqcad.numerics.allocation import BitController, Move, stage_budgets
 from diffusers_pqcad.numerics.qparams import WeightSpec
 
@@ -219,6 +219,7 @@ class ProgressiveQuantizer:
     ) -> None:
         check_float32(model)
         calibration.check(model)
+        config = with_model_exemptions(model, config)
         searched = match_modules(model, config)
         if not searched:
             raise ValueError(f"{type(model).__name__} has nothing to quantize.")

@@ -142,7 +142,8 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
             one width).
         modules_to_not_convert: names, parts of names or globs of layers that stay in floating point, besides the
             default exemptions.
-        search_all_modules: also quantize what is exempt by default (first and last convolution, time embedding).
+        search_all_modules: also quantize what is exempt by default (first and last convolution, time embedding, the
+            shortcuts in a UNet's last up block).
         components: the pipeline components to quantize, text encoders included; `None`: the denoiser.
         weight_bits_by_module: bits of every quantized layer, as PQ decided; filled on quantization.
         timestep_boundaries: boundaries of the static activation ranges' timestep groups, increasing numbers: integers,

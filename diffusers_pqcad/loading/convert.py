@@ -17,7 +17,7 @@ from diffusers_pqcad.layers.quantized import FloatLayer, QuantizedLayer
 from diffusers_pqcad.layers.timesteps import TimestepGroups, install_timestep_groups, remove_timestep_groups
 from diffusers_pqcad.loading.config import FORMAT_VERSION, PQCADConfig, matches
 from diffusers_pqcad.loading.coverage import report
-from diffusers_pqcad.loading.depth import GAIN_PER_LEVEL, gains_by_depth
+from diffusers_pqcad.loading.depth import GAIN_PER_LEVEL, gains_by_depth, shortcuts_at_the_output
 from diffusers_pqcad.numerics.allocation import allocate
 from diffusers_pqcad.numerics.qparams import (
     WeightSpec,
@@ -49,10 +49,13 @@ def with_model_exemptions(model: nn.Module, config: PQCADConfig) -> PQCADConfig:
     """Return a copy of `config` that also excludes the layers which stay in floating point in a model of its kind.
 
     In transformers models: tied weights, output layers and the last module, by transformers' own choice for all
-    methods; and convolutions, the first layers of vision and audio models.
+    methods; and convolutions, the first layers of vision and audio models. In UNets: `shortcuts_at_the_output`, unless
+    `search_all_modules` or bits that were decided for them say otherwise.
     """
     layers = quantizable_layers(model)
     exempt: set[str] = set()
+    if not config.search_all_modules:
+        exempt = set(shortcuts_at_the_output(layers)) - set(config.weight_bits_by_module)
     if is_transformers_model(model):
         from transformers.quantizers.base import get_keys_to_not_convert
 

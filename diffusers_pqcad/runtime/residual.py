@@ -37,12 +37,14 @@ def plan_block(
     packed: PackedLayer,
     *,
     embeds_silu: bool,
+    adds_residual: bool = False,
 ) -> BlockPlan:
     """Return the plan of a residual block for images of `x_size` (B, C, H, W) and time vectors of `time_size` (B, E).
 
-    `layers` are those of the time embedding, both convolutions, and the shortcut; `packed` is the first convolution's;
-    `embeds_silu` says whether a SiLU comes before the first layer. Raises ValueError for parts whose sizes do not fit:
-    C would read beyond them.
+    `layers` are those of the time embedding, both convolutions, and the shortcut, where they are packed; `packed` is
+    the first convolution's; `embeds_silu` says whether a SiLU comes before the first layer; with `adds_residual`, what
+    a shortcut in floating point gives is handed in at each call. Raises ValueError for parts whose sizes do not fit: C
+    would read beyond them.
     """
     embedding, conv1, conv2, shortcut = layers
     first = fusion.plan_call(conv1, x_size, packed)
@@ -50,11 +52,12 @@ def plan_block(
     second = fusion.plan_call(conv2, hidden)
     embedded = None if embedding is None or time_size is None else fusion.plan_call(embedding, time_size)
     shortened = None if shortcut is None else fusion.plan_call(shortcut, x_size)
+    residual = second.size if adds_residual else x_size if shortened is None else shortened.size
     sizes = {
         "norm1": (norms[0].weight.shape, norms[0].bias.shape, x_size[1:2]),
         "norm2": (norms[1].weight.shape, norms[1].bias.shape, hidden[1:2]),
         "time embedding": (hidden[:2] if embedded is None else embedded.size, hidden[:2]),
-        "residual": (x_size if shortened is None else shortened.size, second.size),
+        "residual": (residual, second.size),
     }
     for name, (*found, wanted) in sizes.items():
         if any(tuple(size) != tuple(wanted) for size in found):
@@ -68,14 +71,19 @@ def plan_block(
     return BlockPlan(block, second.size, compiled().block_bytes(block), (calls, norms))
 
 
-def run_block(plan: BlockPlan, x: Tensor, time: Tensor | None) -> Tensor:
-    """Return what the block makes of `x` fp32 (B, C, H, W) and `time` fp32 (B, E), both of the plan's sizes."""
+def run_block(plan: BlockPlan, x: Tensor, time: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """Return what the block makes of `x` fp32 (B, C, H, W) and `time` fp32 (B, E), both of the plan's sizes.
+
+    `residual` fp32, of the output's size, is added in the place of `x` or what the packed shortcut makes of it.
+    """
     x = x.contiguous(memory_format=torch.channels_last)
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
     time = None if time is None else time.contiguous()
     output = torch.empty(plan.size, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
     memory = scratch.buffer(plan.num_bytes)
     time_at = None if time is None else time.data_ptr()
-    compiled().run_block(x.data_ptr(), time_at, plan.block, memory.data_ptr(), output.data_ptr())
+    residual_at = None if residual is None else residual.data_ptr()
+    compiled().run_block(x.data_ptr(), time_at, residual_at, plan.block, memory.data_ptr(), output.data_ptr())
     scratch.give_back(memory)
     return output
 
@@ -120,7 +128,18 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
         sizes = tuple(tensor.shape for tensor in inputs)
         key = (*sizes, self.in_channels, self.skip_time_act)
         packed, plan = self.plan_of(inputs, key, lambda packed: self.build_plan(packed, *sizes))
-        return super().forward(x, temb) if packed is None or plan is None else run_block(plan, x, temb)
+        if packed is None or plan is None:
+            return super().forward(x, temb)
+        residual = self.conv_shortcut(x) if self.has_float_shortcut() else None
+        if residual is not None and not (
+            residual.shape == plan.size and residual.dtype == x.dtype and residual.is_cpu
+        ):
+            return super().forward(x, temb)  # a changed shortcut: C would read something else, or beyond it
+        return run_block(plan, x, temb, residual)
+
+    def has_float_shortcut(self) -> bool:
+        """Return whether the shortcut is a convolution that was left in floating point."""
+        return type(self.conv_shortcut) is nn.Conv2d
 
     def is_common(self, x: Any, temb: Any) -> bool:
         """Return whether this is a call of the common kind, for inference in fp32 on a CPU: no number is looked at."""
@@ -139,7 +158,8 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
         self, packed: PackedLayer, x_size: torch.Size, time_size: torch.Size | None = None
     ) -> BlockPlan | None:
         """Return the plan for these sizes; `None` where a module is not as it was built, or has hooks."""
-        layers = [self.conv1, self.conv2, *filter(None, (self.time_emb_proj, self.conv_shortcut))]
+        shortcut = None if self.has_float_shortcut() else self.conv_shortcut
+        layers = [self.conv1, self.conv2, *filter(None, (self.time_emb_proj, shortcut))]
         if x_size[1] != self.in_channels or not all(map(fusion.takes_kernel, layers)):
             return None
         if time_size is not None and time_size != (x_size[0], self.time_emb_proj.in_features):
@@ -151,6 +171,14 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
         first, second = fusion.plain_norm(self.norm1), fusion.plain_norm(self.norm2)
         if first is None or second is None:
             return None
-        quantized = self.time_emb_proj, self.conv1, self.conv2, self.conv_shortcut
-        embeds_silu = not self.skip_time_act
-        return plan_block(x_size, time_size, (first, second), quantized, packed, embeds_silu=embeds_silu)
+        quantized = self.time_emb_proj, self.conv1, self.conv2, shortcut
+        embeds_silu, adds_residual = not self.skip_time_act, self.has_float_shortcut()
+        return plan_block(
+            x_size,
+            time_size,
+            (first, second),
+            quantized,
+            packed,
+            embeds_silu=embeds_silu,
+            adds_residual=adds_residual,
+        )

@@ -14,7 +14,7 @@ from subjects import NUM_STEPS, cached, fidelity, file_name, parser_of, samples,
 from tqdm.auto import tqdm
 
 from diffusers_pqcad import PQCADConfig, quantize_
-from diffusers_pqcad.loading.convert import decide_bits, match_modules
+from diffusers_pqcad.loading.convert import decide_bits, match_modules, with_model_exemptions
 
 # How bits are shared out: by the gain of a level (1: all layers count the same), or one width for all.
 GAINS = (2, 4, 8, 16, 64)
@@ -24,7 +24,7 @@ BITS = (3.0, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0)
 
 def allocated(model: Any, bits: float, gain: float) -> dict[str, int]:
     """Return the bits of each layer for an average of `bits`."""
-    config = PQCADConfig(weight_bits=bits)
+    config = with_model_exemptions(model, PQCADConfig(weight_bits=bits))
     return decide_bits(match_modules(model, config), config, gain)
 
 

@@ -5,9 +5,10 @@ import torch
 from families import sd15, unet, vae
 from torch import nn
 
-from diffusers_pqcad import PQCADConfig
+from diffusers_pqcad import PQCADConfig, quantize_
+from diffusers_pqcad.layers.find import packed_layers
 from diffusers_pqcad.loading.convert import decide_bits, match_modules
-from diffusers_pqcad.loading.depth import GAIN_PER_LEVEL, gains_by_depth
+from diffusers_pqcad.loading.depth import GAIN_PER_LEVEL, gains_by_depth, shortcuts_at_the_output
 
 pytestmark = pytest.mark.fast
 
@@ -48,3 +49,37 @@ def test_the_gains_keep_bits_in_the_outermost_blocks_of_a_unet(build) -> None:
         sum(decide_bits(layers, config, gain)[name] for name in outer) for gain in (GAIN_PER_LEVEL, 1.0)
     )
     assert with_gains > without
+
+
+def test_the_shortcuts_at_the_output_are_those_of_the_last_up_block() -> None:
+    names = [
+        "down_blocks.1.resnets.0.conv_shortcut",
+        "mid_block.resnets.0.conv_shortcut",
+        "up_blocks.1.resnets.0.conv_shortcut",
+        "up_blocks.10.resnets.0.conv1",
+        "up_blocks.10.resnets.0.conv_shortcut",
+        "up_blocks.10.resnets.1.conv_shortcut",
+        "decoder.up_blocks.11.resnets.0.conv_shortcut",
+    ]
+    assert shortcuts_at_the_output(names) == names[4:6]
+    assert shortcuts_at_the_output(["transformer_blocks.0.ff", "conv_shortcut"]) == []
+
+
+@pytest.mark.parametrize("build", [unet, sd15], ids=["UNet2DModel", "UNet2DConditionModel"])
+@pytest.mark.parametrize("method", ["progressive", "fixed"])
+def test_they_stay_in_floating_point_unless_asked_for(build, method: str) -> None:
+    shortcuts = shortcuts_at_the_output(match_modules(build(), PQCADConfig()))
+    assert shortcuts == ["up_blocks.1.resnets.0.conv_shortcut", "up_blocks.1.resnets.1.conv_shortcut"]
+    model, everything = build(), build()
+    quantize_(model, PQCADConfig(method=method))
+    assert not set(packed_layers(model)) & set(shortcuts)
+    assert all(type(model.get_submodule(name)) is nn.Conv2d for name in shortcuts)
+    quantize_(everything, PQCADConfig(method=method, search_all_modules=True))
+    assert set(shortcuts) <= set(packed_layers(everything))
+
+
+def test_bits_that_were_decided_for_them_are_kept() -> None:
+    """As those of a model that was quantized before they stayed in floating point."""
+    decided = dict.fromkeys(match_modules(unet(), PQCADConfig()), 8)
+    model = quantize_(unet(), PQCADConfig(weight_bits_by_module=decided))
+    assert set(packed_layers(model)) == set(decided)

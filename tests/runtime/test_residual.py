@@ -73,6 +73,52 @@ def test_a_block_at_once_is_the_plain_block(block: ResnetBlock2D, settings, rang
     assert (actual - expected).abs().mean() <= 1e-3 * expected.abs().mean()
 
 
+def float_shortcut_block(**settings) -> ResnetBlock2D:
+    settings = {"in_channels": 16, "out_channels": 24, "temb_channels": 12, "groups": 4} | settings
+    model = nn.ModuleList([ResnetBlock2D(**settings)]).eval().requires_grad_(False)
+    quantize_(model, PQCADConfig(method="fixed", weight_bits=8, modules_to_not_convert=["conv_shortcut"]))
+    return model[0]
+
+
+@pytest.mark.parametrize("ranges", ["dynamic", "static"])
+def test_a_shortcut_in_floating_point_is_added(block: ResnetBlock2D, ranges: str) -> None:
+    block = float_shortcut_block()
+    assert type(block.conv_shortcut) is nn.Conv2d
+    if ranges == "static":
+        static(block, [500]).conv1.timestep_groups.select(torch.tensor(1))
+    with counted("run_block") as calls:
+        actual, expected = call_both(block, image(), torch.randn(2, 12))
+    assert len(calls) == 1
+    assert (actual - expected).abs().max() <= 2e-2 * expected.abs().max()
+    assert (actual - expected).abs().mean() <= 1e-3 * expected.abs().mean()
+    block.conv_shortcut.weight.mul_(3)  # no plan holds it
+    changed, expected = call_both(block, image(), torch.randn(2, 12))
+    assert (changed - expected).abs().mean() <= 1e-3 * expected.abs().mean()
+
+
+def test_hooks_of_a_shortcut_in_floating_point_are_called(block: ResnetBlock2D) -> None:
+    block, seen = float_shortcut_block(), []
+    block.conv_shortcut.register_forward_hook(lambda module, args, output: seen.append(output) or output * 2)
+    x, temb = image(), torch.randn(2, 12)
+    actual, expected = call_both(block, x, temb)
+    assert len(seen) == 2
+    assert (actual - expected).abs().mean() <= 1e-3 * expected.abs().mean()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda output: output[:, :1], lambda output: output.double(), lambda output: output[..., :1]],
+    ids=["channels", "dtype", "width"],
+)
+def test_what_c_could_not_read_is_not_handed_to_it(block: ResnetBlock2D, change) -> None:
+    block = float_shortcut_block()
+    block.conv_shortcut.register_forward_hook(lambda module, args, output: change(output))
+    with counted("run_block") as calls:
+        actual, expected = call_both(block, image(), torch.randn(2, 12))
+    assert not calls
+    assert torch.equal(actual, expected)
+
+
 def test_a_block_takes_the_range_of_the_timestep(block: ResnetBlock2D) -> None:
     static(block, [500])
     x, temb, outputs = image(), torch.randn(2, 12), []

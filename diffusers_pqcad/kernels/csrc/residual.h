@@ -39,20 +39,22 @@ static Scratch scratch_of(const ResidualBlock *block)
 /* Bytes that `run_block` needs beside its output. */
 int64_t block_bytes(const ResidualBlock *block) { return scratch_of(block).end; }
 
-/* Write to `out` what the residual block makes of `x`, channels_last, and of `time` (images, its channels). */
-void run_block(const float *x, const float *time, const ResidualBlock *block, char *memory, float *out)
+/* Write to `out` what the residual block makes of `x`, channels_last, and of `time` (images, its channels). `residual`,
+   where it is not NULL, is added in the place of `shortcut(x)`: what a shortcut in floating point gave. */
+void run_block(const float *x, const float *time, const float *residual, const ResidualBlock *block, char *memory,
+               float *out)
 {
     const Scratch at = scratch_of(block);
     float *hidden = (float *)(memory + at.hidden), *embedding = (float *)(memory + at.embedding);
     Affine affine = {(float *)(memory + at.gain), (float *)(memory + at.shift), .has_silu = 1}, none = {0};
     const Affine activation = {.has_silu = block->embeds_silu};
     uint8_t *codes = (uint8_t *)(memory + at.codes);
-    const Addend nothing = {0}, embedded = {embedding, 1}, residual = {block->shortcut ? out : x, 0};
+    const Addend nothing = {0}, embedded = {embedding, 1}, added = {residual ? residual : block->shortcut ? out : x, 0};
 
     if (block->embedding) run_layer(time, activation, block->embedding, nothing, codes, embedding);
     normalize(x, block->conv1->image, block->norm1, (float *)affine.gain, (float *)affine.shift);
     run_layer(x, affine, block->conv1, block->embedding ? embedded : nothing, codes, hidden);
     normalize(hidden, block->conv2->image, block->norm2, (float *)affine.gain, (float *)affine.shift);
     if (block->shortcut) run_layer(x, none, block->shortcut, nothing, codes, out);
-    run_layer(hidden, affine, block->conv2, residual, codes, out);
+    run_layer(hidden, affine, block->conv2, added, codes, out);
 }

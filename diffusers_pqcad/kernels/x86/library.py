@@ -26,7 +26,7 @@ def library() -> ctypes.CDLL | str:
     loaded.normalize.argtypes = [address, Image, GroupNorm, address, address]
     loaded.run_layers.argtypes = [address, Affine, long, address, Addend, address, address]
     loaded.block_bytes.argtypes = [ctypes.POINTER(ResidualBlock)]
-    loaded.run_block.argtypes = [address, address, ctypes.POINTER(ResidualBlock), address, address]
+    loaded.run_block.argtypes = [address, address, address, ctypes.POINTER(ResidualBlock), address, address]
     loaded.read_seconds.argtypes = [address]
     loaded.pack_filters.argtypes = [ctypes.POINTER(Filters), address, address, address]
     # The next two are parts of `run_layers`, for tests.
