@@ -134,7 +134,8 @@ class Settings:
     recovery_steps: int = 20  # per stage
     max_train_steps: int = 160  # of the distillation
     train_batch_size: int = 32
-    step_rate: float = 1e-3  # of the distillation, in rounding steps of each layer; Adam
+    step_rate: float = 3e-3  # of the distillation, in rounding steps of each layer; Adam
+    float_rate: float = 3e-3  # of the distillation, in sizes of each tensor in floating point
     evaluation_steps: int = 20  # updates between two measurements on the held-out trajectories
     num_images: int = 1_000  # per row of the table
     num_latency_rounds: int = 3
@@ -356,6 +357,7 @@ class Run:
             max_train_steps=settings.max_train_steps,
             train_batch_size=settings.train_batch_size,
             step_rate=settings.step_rate,
+            float_rate=settings.float_rate,
             evaluation_steps=settings.evaluation_steps,
             seed=settings.seed,
             **switches,

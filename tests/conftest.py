@@ -87,7 +87,7 @@ def quick_progressive() -> ProgressiveConfig:
         reconstruction_samples=16,
         recovery_steps=2,
         recovery_batch_size=4,
-        recovery_step_rate=1e-3,
+        recovery_rate=1e-3,
         evaluation_steps=1,
     )
 

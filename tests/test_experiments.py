@@ -67,7 +67,9 @@ def test_rates(scripts, monkeypatch):
 
     monkeypatch.setattr(rates, "RECOVERY", {"none": rates.Arm(0.0, updates=0), "step": rates.Arm(1e-3, updates=1)})
     students = {
-        "latents": rates.Arm(1e-3, rates.groups_of_latents, updates=1, weight="snr"),
+        "latents": rates.Arm(1e-3, rates.without_scales, updates=1, weight="snr"),
+        "floats": rates.Arm(1e-3, rates.float_groups, updates=1, num_trajectories=4, weight="huber"),
+        "quantized": rates.Arm(1e-3, rates.quantized_and_others_at(1e-5), updates=1),
         "flat": rates.Arm(1e-5, rates.one_rate, updates=1, teacher="fp", weight="early"),
     }
     monkeypatch.setattr(rates, "ARMS", {"recovery": rates.RECOVERY, "distillation": students})
@@ -82,7 +84,8 @@ def test_rates(scripts, monkeypatch):
     )
     rows = scripts("rates", "--subjects", "digits-epsilon", "--seeds", "0")
     assert sorted((row["task"], row["arm"]) for row in rows) == [
-        ("distillation", "flat"), ("distillation", "full precision, half the steps"), ("distillation", "latents"),
+        ("distillation", "flat"), ("distillation", "floats"),
+        ("distillation", "full precision, half the steps"), ("distillation", "latents"), ("distillation", "quantized"),
         ("recovery", "none"), ("recovery", "step"),
     ]  # fmt: skip
     assert all(row["error_after"] <= row["error_before"] for row in rows)

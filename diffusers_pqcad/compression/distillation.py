@@ -57,7 +57,8 @@ class DistillConfig:
     gate: bool = True  # let the teacher speak only while it is better than the student
     max_train_steps: int = 200
     train_batch_size: int = 32  # per term and process
-    step_rate: float = 1e-3  # of each layer's rounding step; Adam, with warm-up and linear decay
+    step_rate: float = 3e-3  # of each layer's rounding step; Adam, with warm-up and linear decay
+    float_rate: float = 3e-3  # of the size of each tensor in floating point: biases, norms, layers not quantized
     max_grad_norm: float = 1.0
     calibration_weight: float = 1.0
     gate_momentum: float = 0.7
@@ -70,7 +71,7 @@ class DistillConfig:
         if self.teacher not in ("quantized", "fp", "none"):
             raise ValueError(f"teacher: expected 'quantized', 'fp' or 'none', got {self.teacher!r}.")
         check_minimum(self, max_train_steps=1, train_batch_size=1, gate_steps=1, evaluation_steps=1)
-        check_minimum(self, step_rate=0, calibration_weight=0)
+        check_minimum(self, step_rate=0, float_rate=0, calibration_weight=0)
         if self.teacher == "none" and not self.calibration:
             raise ValueError("teacher='none' with calibration=False leaves nothing to learn from.")
 
@@ -311,7 +312,7 @@ def distill(
 
     run.calibrate_activations()
     adam = AveragedAdam(
-        parameter_groups(student, config.step_rate),
+        parameter_groups(student, config.step_rate, config.float_rate),
         num_steps=config.max_train_steps,
         ema_decay=config.ema_decay,
         max_grad_norm=config.max_grad_norm,

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.nn.utils import parametrize
 
 from diffusers_pqcad.compression.checkpoint import clone_state, copy_state_
 from diffusers_pqcad.compression.fake_quant import fake_quant_layers, latent_weight, weight_quantizer
 
-OTHER_RATE = 1e-5  # of biases, norms and the layers in floating point
+MIN_RMS = 0.01  # of a tensor that starts at or near zero, as a bias may
 WARMUP_STEPS = 10
 
 
@@ -28,13 +29,32 @@ def rounding_step(layer: nn.Module) -> float:
     return quantizer.scale.detach().mean().item() * quantizer.spec.level_step
 
 
-def parameter_groups(module: nn.Module, step_rate: float, other_rate: float = OTHER_RATE) -> list[dict[str, Any]]:
-    """Return Adam's groups for a fake-quantized `module`, with rates in units of each layer's rounding step.
+def float_groups(module: nn.Module, rate: float) -> list[dict[str, Any]]:
+    """Return Adam's groups for what stays in floating point: biases, norms, and the layers that are not quantized.
+
+    Each tensor's rate is `rate` times the root of its mean square, at least MIN_RMS: Adam's updates are as long as its
+    rate, and the weights of a norm are a hundred times as large as those of a wide convolution. Adafactor scales its
+    updates so (Shazeer & Stern 2018, arXiv:1804.04235, section 8).
+    """
+    quantized = {
+        id(parameter)
+        for layer in fake_quant_layers(module).values()
+        for parameter in (latent_weight(layer), weight_quantizer(layer).scale)
+    }
+    return [
+        {"params": [parameter], "lr": rate * max(parameter.detach().square().mean().sqrt().item(), MIN_RMS)}
+        for parameter in module.parameters()
+        if id(parameter) not in quantized
+    ]
+
+
+def parameter_groups(module: nn.Module, step_rate: float, float_rate: float) -> list[dict[str, Any]]:
+    """Return Adam's groups for a fake-quantized `module`, with rates in units of what each tensor can bear.
 
     An update of Adam moves a weight by about its rate, whatever its gradient. At one rate for all layers, a few
     updates take the latents of 8-bit layers over a whole step while those of 4-bit layers have hardly moved. So a
-    layer's latent weight gets `step_rate` times its `rounding_step`, its scales a tenth of that, and every other
-    parameter `other_rate`. EfficientDM (He et al. 2024, arXiv:2310.03270) has rates by a layer's scale as well.
+    layer's latent weight gets `step_rate` times its `rounding_step`, its scales a tenth of that, and everything else
+    its rate in `float_groups`. EfficientDM (He et al. 2024, arXiv:2310.03270) has rates by a layer's scale as well.
     """
     groups: list[dict[str, Any]] = []
     for layer in fake_quant_layers(module).values():
@@ -43,9 +63,28 @@ def parameter_groups(module: nn.Module, step_rate: float, other_rate: float = OT
             {"params": [latent_weight(layer)], "lr": rate},
             {"params": [weight_quantizer(layer).scale], "lr": rate / 10},
         ]
-    ids = {id(parameter) for group in groups for parameter in group["params"]}
-    others = [parameter for parameter in module.parameters() if id(parameter) not in ids]
-    return [*groups, {"params": others, "lr": other_rate}]
+    return [*groups, *float_groups(module, float_rate)]
+
+
+@contextmanager
+def weights_at_rest(module: nn.Module) -> Iterator[None]:
+    """Keep the quantized weights of `module` as they are inside the block: they are rounded once, and not trained.
+
+    Only what `float_groups` returns has gradients then, and an update takes half the time.
+    """
+    resting = [
+        parameter
+        for layer in fake_quant_layers(module).values()
+        for parameter in (latent_weight(layer), weight_quantizer(layer).scale)
+    ]
+    for parameter in resting:
+        parameter.requires_grad_(False)
+    try:
+        with parametrize.cached():
+            yield
+    finally:
+        for parameter in resting:
+            parameter.requires_grad_(True)
 
 
 def flat_groups(module: nn.Module, learning_rate: float, scale_learning_rate: float) -> list[dict[str, Any]]:

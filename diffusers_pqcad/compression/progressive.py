@@ -43,7 +43,13 @@ from diffusers_pqcad.compression.fake_quant import (
     set_bits_,
     weight_quantizer,
 )
-from diffusers_pqcad.compression.optimization import AveragedAdam, BestState, check_minimum, parameter_groups
+from diffusers_pqcad.compression.optimization import (
+    AveragedAdam,
+    BestState,
+    check_minimum,
+    float_groups,
+    weights_at_rest,
+)
 from diffusers_pqcad.compression.reconstruction import (
     ReconstructionConfig,
     UnitResult,
@@ -82,7 +88,7 @@ class ProgressiveConfig:
     round_share: float = 0.25  # of iterations and samples, where the bits will change again
     recovery_steps: int = 75  # per stage; 0 switches the whole-network recovery off
     recovery_batch_size: int = 32
-    recovery_step_rate: float = 3e-4  # of each layer's rounding step; Adam, with warm-up and linear decay
+    recovery_rate: float = 1e-3  # of the size of each tensor in floating point; Adam, with warm-up and linear decay
     recovery_ema_decay: float = 0.98
     evaluation_steps: int = 25  # updates between two measurements on the held-out trajectories
     seed: int = 0
@@ -95,7 +101,7 @@ class ProgressiveConfig:
         check_minimum(self, trust=0, perturbation_floor=0, cooldown=0)
         check_minimum(self, rounds_per_stage=1, price_batch_size=1)
         check_minimum(self, reconstruction_samples=MIN_RECONSTRUCTION_SAMPLES)
-        check_minimum(self, recovery_steps=0, recovery_step_rate=0, recovery_batch_size=1, evaluation_steps=1)
+        check_minimum(self, recovery_steps=0, recovery_rate=0, recovery_batch_size=1, evaluation_steps=1)
         if not 0 < self.round_share <= 1:
             raise ValueError(f"round_share: expected a share above 0 and up to 1, got {self.round_share}.")
 
@@ -447,10 +453,13 @@ class ProgressiveQuantizer:
         )
 
     def recover(self, stage: int, path: Path | None, resumed: dict[str, Any] | None, bar: Any) -> None:
-        """Train the whole network on the calibration set; keep the best state by held-out trajectory error."""
+        """Train what is in floating point on the calibration set; keep the best state by held-out trajectory error.
+
+        The rounded weights stay as the reconstruction left them: a few updates of theirs undo more than they bring.
+        """
         settings, model, steps = self.settings, self.model, self.calibration.num_inference_steps
         adam = AveragedAdam(
-            parameter_groups(model, settings.recovery_step_rate),
+            float_groups(model, settings.recovery_rate),
             num_steps=settings.recovery_steps,
             ema_decay=settings.recovery_ema_decay,
         )
@@ -460,21 +469,23 @@ class ProgressiveQuantizer:
             first, log = resumed["step"], resumed["log"]
             adam.load_state_dict(resumed["adam"])
             best.load_state_dict(resumed["best"])
-        for step in range(first, settings.recovery_steps):
-            sample, timestep, target, weight = self.train.draw(settings.recovery_batch_size, self.seed(5, stage, step))
-            loss = weighted_error(model(sample, timestep).sample, target, weight)
-            loss.backward()
-            adam.update(step)
-            bar.update()
-            if (step + 1) % settings.evaluation_steps and step + 1 != settings.recovery_steps:
-                continue
-            with adam.averaged():
-                error = trajectory_error(model, self.held_out, steps)
-                best.offer(model, step + 1, error)
-            log.append({"stage": stage, "step": step + 1, "loss": loss.item(), "trajectory_error": error})
-            bar.set_postfix(held_out=f"{error:.4f}")
-            recovery = {"step": step + 1, "log": log, "adam": adam.state_dict(), "best": best.state_dict()}
-            self.save(path, recovery=recovery)
+        with weights_at_rest(model):
+            for step in range(first, settings.recovery_steps):
+                seed = self.seed(5, stage, step)
+                sample, timestep, target, weight = self.train.draw(settings.recovery_batch_size, seed)
+                loss = weighted_error(model(sample, timestep).sample, target, weight)
+                loss.backward()
+                adam.update(step)
+                bar.update()
+                if (step + 1) % settings.evaluation_steps and step + 1 != settings.recovery_steps:
+                    continue
+                with adam.averaged():
+                    error = trajectory_error(model, self.held_out, steps)
+                    best.offer(model, step + 1, error)
+                log.append({"stage": stage, "step": step + 1, "loss": loss.item(), "trajectory_error": error})
+                bar.set_postfix(held_out=f"{error:.4f}")
+                recovery = {"step": step + 1, "log": log, "adam": adam.state_dict(), "best": best.state_dict()}
+                self.save(path, recovery=recovery)
         best.restore_(model)
         self.history.recovery.extend(log)
 

@@ -1,6 +1,7 @@
 """Specification of the training loop's parts: rates, averaged weights, the best state, and their resume states."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,11 +11,14 @@ from diffusers_pqcad import PQCADConfig
 from diffusers_pqcad.compression.checkpoint import clone_state, load_checkpoint, save_checkpoint
 from diffusers_pqcad.compression.fake_quant import latent_weight, prepare_, weight_quantizer
 from diffusers_pqcad.compression.optimization import (
+    MIN_RMS,
     AveragedAdam,
     BestState,
+    float_groups,
     parameter_groups,
     rate_factor,
     rounding_step,
+    weights_at_rest,
 )
 
 pytestmark = pytest.mark.fast
@@ -28,7 +32,7 @@ def model() -> nn.Module:
 
 
 def adam_of(model: nn.Module, **settings: float) -> AveragedAdam:
-    groups = parameter_groups(model, 0.1, other_rate=1e-2)
+    groups = parameter_groups(model, 0.1, 1e-2)
     return AveragedAdam(groups, **{"num_steps": 10, "ema_decay": 0.9, "warmup_steps": 0} | settings)
 
 
@@ -40,14 +44,51 @@ def train(model: nn.Module, adam: AveragedAdam, steps: range) -> None:
 
 
 def test_a_layer_is_trained_in_units_of_its_own_rounding_step(model: nn.Module) -> None:
-    first, first_scale, second, second_scale, others = parameter_groups(model, 0.3, other_rate=0.2)
+    first, first_scale, second, second_scale, *others = parameter_groups(model, 0.3, 0.2)
     for index, latent, scale, bits in ((0, first, first_scale, 4), (2, second, second_scale, 8)):
         weight = latent_weight(model[index])
         step = (weight.abs().amax(dim=1) / (2 ** (bits - 1) - 1)).mean().item()
         assert latent["params"][0] is weight
         assert scale["params"][0] is weight_quantizer(model[index]).scale
         assert (latent["lr"], scale["lr"]) == (pytest.approx(0.3 * step), pytest.approx(0.03 * step))
-    assert others["lr"] == 0.2
+    assert [group["lr"] for group in others] == [group["lr"] for group in float_groups(model, 0.2)]
+
+
+def test_what_stays_in_floating_point_is_trained_in_units_of_its_own_size(model: nn.Module) -> None:
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([3.0, -3.0, 3.0, 3.0, -3.0]))
+        model[0].bias.copy_(torch.tensor([0.3, 0.4, 0.0, 0.0, 0.0]))
+    groups = float_groups(model, 0.2)
+    expected = {
+        id(model[0].bias): 0.2 * math.sqrt(0.25 / 5),
+        id(model[1].weight): 0.2 * 3,
+        id(model[1].bias): 0.2 * MIN_RMS,  # zeros, which would never move
+        id(model[2].bias): 0.2 * model[2].bias.detach().norm().item() / math.sqrt(2),
+    }
+    assert {id(group["params"][0]): pytest.approx(group["lr"]) for group in groups} == expected
+    assert all(len(group["params"]) == 1 for group in groups)
+
+
+def test_weights_at_rest_are_rounded_once_and_not_trained(model: nn.Module) -> None:
+    adam = AveragedAdam(float_groups(model, 0.1), num_steps=4, ema_decay=0.0, warmup_steps=0)
+    before, x = clone_state(model), torch.randn(4, 6)
+    with weights_at_rest(model):
+        rounded = model[0].weight
+        train(model, adam, range(4))
+        assert model[0].weight is rounded
+        trained = model(x)
+    quantized = [f"{layer}.parametrizations.weight.{name}" for layer in (0, 2) for name in ("original", "0.scale")]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == (name in quantized), name
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model(x), trained)
+    assert model[0].weight is not rounded
+
+
+def test_weights_are_trained_again_after_an_error(model: nn.Module) -> None:
+    with pytest.raises(RuntimeError), weights_at_rest(model):
+        raise RuntimeError
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_the_rounding_step_of_two_bits_is_the_distance_of_its_levels() -> None:
@@ -59,7 +100,7 @@ def test_the_rounding_step_of_two_bits_is_the_distance_of_its_levels() -> None:
 
 
 def test_nothing_is_left_out_and_nothing_is_in_two_groups(model: nn.Module) -> None:
-    together = [id(p) for group in parameter_groups(model, 0.3) for p in group["params"]]
+    together = [id(p) for group in parameter_groups(model, 0.3, 0.1) for p in group["params"]]
     assert sorted(together) == sorted(id(p) for p in model.parameters())
 
 
@@ -77,9 +118,9 @@ def test_the_first_update_of_adam_is_the_rate_against_the_sign_of_the_gradient(m
     adam = adam_of(model)
     before = model[2].bias.detach().clone()
     model(torch.randn(4, 6)).sum().backward()
-    sign = model[2].bias.grad.sign()
+    sign, rate = model[2].bias.grad.sign(), 1e-2 * before.square().mean().sqrt()
     adam.update(0)
-    torch.testing.assert_close(model[2].bias.detach(), before - 1e-2 * sign, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model[2].bias.detach(), before - rate * sign, rtol=0, atol=1e-6)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

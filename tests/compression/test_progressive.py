@@ -282,14 +282,14 @@ def test_recovery_that_makes_it_worse_leaves_the_start(
     tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig
 ) -> None:
     changes = {
-        "recovery_step_rate": 100.0,
+        "recovery_rate": 100.0,
         "reconstruction": ReconstructionConfig(iterations=0),
         "recovery_steps": 1,
     }
     config = PQCADConfig(weight_bits=4, bit_choices=(4,))
     history = quantize(tiny_unet, tiny_calibration_set, quick_progressive, config, **changes)
     assert history.summary["trajectory_error"] < 0.1 < history.recovery[-1]["trajectory_error"]
-    assert max(history.summary["latent_shift"].values()) == 0
+    assert history.summary["trajectory_error"] == pytest.approx(history.recovery[0]["trajectory_error"], rel=1e-5)
     assert {unit["name"] for unit in history.units} <= {"bias correction"}
 
 
@@ -297,12 +297,14 @@ def test_recovery_lowers_the_held_out_error(
     tiny_quantized: UNet2DModel, tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet,
     quick_progressive: ProgressiveConfig,
 ) -> None:  # fmt: skip
-    changes = {"recovery_steps": 16, "recovery_batch_size": 16, "recovery_step_rate": 1e-2, "evaluation_steps": 8}
+    changes = {"recovery_steps": 16, "recovery_batch_size": 16, "recovery_rate": 1e-2, "evaluation_steps": 8}
     changes |= {"reconstruction": ReconstructionConfig(iterations=0)}
     config = PQCADConfig(weight_bits=2, bit_choices=(2,))
     history = quantize(tiny_unet, tiny_calibration_set, quick_progressive, config, **changes)
     assert history.recovery[-1]["trajectory_error"] < history.recovery[0]["trajectory_error"]
     assert history.summary["trajectory_error"] < history.recovery[0]["trajectory_error"]
+    assert max(history.summary["latent_shift"].values()) == 0  # it trains what is in floating point
+    assert all(parameter.requires_grad for parameter in tiny_unet.parameters())
 
 
 def test_one_reachable_width_needs_no_moves(
