@@ -33,10 +33,10 @@ def gains_by_depth(names: Iterable[str], gain_per_level: float = GAIN_PER_LEVEL)
 def shortcuts_at_the_output(names: Iterable[str]) -> list[str]:
     """Return those of `names` that are residual blocks' shortcuts in the last up block of a UNet.
 
-    They hand the first layers' features on to the last ones past all norms, under a half per cent of the weights. In an
-    epsilon model those features are the noise itself, and whatever they lose the sample loses: of the error that 8-bit
-    activations make in all layers, three quarters are theirs, and of the error of 4-bit weights 22 to 65 % (two epsilon
-    models; 37 and 46 %, 11 and 16 % in two that predict v: examples/results/method.md).
+    They hand the first layers' features on to the last ones past all norms, under a half per cent of the weights. In
+    an epsilon model those features are the noise itself, and whatever they lose the sample loses: of the error that
+    8-bit activations make in all layers, three quarters are theirs, and of the error of 4-bit weights 22 to 65 % (two
+    epsilon models; 37 and 46 %, 11 and 16 % in two that predict v: examples/results/method.md).
     """
     names = list(names)
     last = max((int(m[2]) for name in names if (m := LEVEL.match(name)) and m[1] == "up"), default=None)
