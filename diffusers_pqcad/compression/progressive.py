@@ -544,7 +544,7 @@ def progressive_quantize(
     settings = progressive or ProgressiveConfig()
     config = config or PQCADConfig(weight_bits=WEIGHT_BITS)
     request = {
-        "config": config.to_dict(),
+        "config": with_model_exemptions(model, config).to_dict(),  # older versions searched other layers
         "settings": asdict(settings),
         "calibration": calibration.manifest | {"num_trajectories": len(calibration)},
         "num_inference_steps": calibration.num_inference_steps,

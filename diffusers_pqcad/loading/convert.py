@@ -55,7 +55,8 @@ def with_model_exemptions(model: nn.Module, config: PQCADConfig) -> PQCADConfig:
     layers = quantizable_layers(model)
     exempt: set[str] = set()
     if not config.search_all_modules:
-        exempt = set(shortcuts_at_the_output(layers)) - set(config.weight_bits_by_module)
+        shortcuts = set(shortcuts_at_the_output(layers)) - set(config.weight_bits_by_module)
+        exempt = {name for name in shortcuts if not config.is_exempt(name)}
     if is_transformers_model(model):
         from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -248,8 +249,10 @@ def requantize_(model: Any, config: PQCADConfig) -> nn.Module:
         raise ValueError(f"{type(model).__name__} is not quantized; call quantize_().")
     refuse_adapters(model)
     before = quantization_config_of(model)
+    asked = with_model_exemptions(model, config)  # as `quantize_` made `before` of what it was asked
     for setting in ("modules_to_not_convert", "search_all_modules"):
-        if getattr(config, setting) not in (getattr(before, setting), getattr(PQCADConfig(), setting)):
+        allowed = getattr(before, setting), getattr(PQCADConfig(), setting)
+        if getattr(config, setting) not in allowed and getattr(asked, setting) not in allowed:
             raise ValueError(
                 f"{setting}: the layers of a quantized model stay the same; expected {getattr(before, setting)}, got "
                 f"{getattr(config, setting)}. Leave it out, or quantize the float model."

@@ -147,7 +147,8 @@ def model_card(metrics: dict[str, Any], *, repo: str, license_id: str | None) ->
             f"rolled back, {settings['recovery_steps']} recovery updates a stage.\n"
             f"3. CAD: {settings['max_train_steps']} updates, quantized teacher, full-precision calibration, gate; "
             f"{outcome}.\n"
-            "4. First and last convolution and the time embedding stay in floating point."
+            "4. First and last convolution, the time embedding and the shortcuts in the last up block stay in "
+            "floating point."
         ),
         limits=(
             "It was compared with its teacher, not with other methods. The number of steps that it was distilled for "

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from diffusers_pqcad import PQCADConfig
 from diffusers_pqcad.compression.fake_quant import fake_quant_layers, freeze_, prepare_, set_bits_
 from diffusers_pqcad.compression.progressive import Batches, transition_prices
-from diffusers_pqcad.loading.convert import match_modules
+from diffusers_pqcad.loading.convert import match_modules, with_model_exemptions
 from diffusers_pqcad.numerics.allocation import BitController, Momentum, stage_budgets
 from diffusers_pqcad.numerics.qparams import WeightSpec, fake_quantize_weight, min_max_weight_scale
 
@@ -165,7 +165,7 @@ def row(subject: str, seed: int, arm: str, images: int, budget: float, context: 
     """Return what one arm came to: evaluations, bits, SQNR of the images."""
     pipeline, calibration, wanted = context["pipeline"], context["calibration"], context["wanted"]
     kind, settings, one = ARMS[arm]
-    config = PQCADConfig(weight_bits=budget, activation_bits=None)
+    config = with_model_exemptions(pipeline.unet, PQCADConfig(weight_bits=budget, activation_bits=None))
     searched = match_modules(pipeline.unet, config)
     if kind is SensitivityController:
         settings = settings | {"distances": context["distances"]}

@@ -69,7 +69,7 @@ def output_error(model: nn.Module, calibration: CalibrationSet) -> float:
 
 
 def row(subject: str, seed: int) -> dict[str, Any]:
-    """Return the error of each layer of one model, rounded alone."""
+    """Return the error of each layer of one model, rounded alone, shortcuts that stay in floating point included."""
     pipeline = teacher(subject, seed)
     calibration = calibration_set(pipeline, seed)
     model, layers = copy.deepcopy(pipeline.unet), []

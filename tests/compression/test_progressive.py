@@ -38,8 +38,9 @@ from diffusers_pqcad.compression.progressive import (
 )
 from diffusers_pqcad.compression.reconstruction import ReconstructionConfig, UnitResult
 from diffusers_pqcad.kernels import use
-from diffusers_pqcad.loading.convert import match_modules
+from diffusers_pqcad.loading.convert import match_modules, with_model_exemptions
 from diffusers_pqcad.numerics.allocation import BitController
+from diffusers_pqcad.runtime.memory_format import remove_channels_last_
 
 W4 = PQCADConfig(weight_bits=4)
 PQ = tuple[UNet2DModel, History]
@@ -207,7 +208,9 @@ def test_the_budget_is_met_in_two_stages(pq_run: PQ) -> None:
 
 def test_the_model_keeps_its_layers_and_its_static_ranges(pq_run: PQ, tiny_unet: UNet2DModel) -> None:
     model, _ = pq_run
-    assert fake_quant_layers(model).keys() == match_modules(tiny_unet, W4).keys()
+    searched = match_modules(tiny_unet, with_model_exemptions(tiny_unet, W4))
+    assert not any(name.startswith("up_blocks.1.") and name.endswith("conv_shortcut") for name in searched)
+    assert fake_quant_layers(model).keys() == searched.keys()
     assert timestep_boundaries(model) == [374, 624, 874]
     assert all(quantizer.enabled and quantizer.scale is not None for quantizer in input_quantizers(model))
 
@@ -261,11 +264,12 @@ def test_the_packed_copy_makes_the_same_trajectories(
     tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet
 ) -> None:
     packed = convert_(copy.deepcopy(tiny_quantized))
+    # Sums in another memory format are taken in another order, and a code at a tie may fall to its neighbour.
+    remove_channels_last_(packed)
     _, held_out = tiny_calibration_set.split()
     with use("reference"):
         error = trajectory_error(packed, held_out, 4)
-    # Sums in another memory format are taken in another order, and a code at a tie may fall to its neighbour.
-    assert error == pytest.approx(trajectory_error(tiny_quantized, held_out, 4), rel=1e-2)
+    assert error == pytest.approx(trajectory_error(tiny_quantized, held_out, 4), rel=1e-6)
 
 
 def test_recovery_keeps_the_best_state_and_the_start_competes(pq_run: PQ) -> None:
@@ -472,6 +476,23 @@ def test_a_resume_file_of_other_settings_is_refused(
     assert_untouched(tiny_unet, before)
 
 
+def test_a_resume_file_of_other_layers_is_refused(
+    tiny_unet: UNet2DModel,
+    tiny_calibration_set: CalibrationSet,
+    quick_progressive: ProgressiveConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one from before the shortcuts at the output stayed in floating point."""
+    path, before = tmp_path / "pq.safetensors", clone_state(tiny_unet)
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusers_pqcad.loading.convert.shortcuts_at_the_output", lambda names: [])
+        quantize(copy.deepcopy(tiny_unet), tiny_calibration_set, quick_progressive, checkpoint=path)
+    with pytest.raises(ValueError, match="pq.safetensors was begun with other settings.*conv_shortcut"):
+        quantize(tiny_unet, tiny_calibration_set, quick_progressive, checkpoint=path)
+    assert_untouched(tiny_unet, before)
+
+
 def test_a_fixed_width_is_reconstructed_and_recovered_too(
     tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig
 ) -> None:
@@ -540,7 +561,7 @@ def test_a_budget_out_of_reach_is_refused(
         PQCADConfig(weight_bits=3, bit_choices=(8, 4))
     config = PQCADConfig(weight_bits=4, bit_choices=(8, 4))
     config.weight_bits = 2  # after its own checks
-    with pytest.raises(ValueError, match="an average of 2 bits cannot be met"):
+    with pytest.raises(ValueError, match="an average of 2 cannot be met"):
         quantize(tiny_unet, tiny_calibration_set, quick_progressive, config)
     assert_untouched(tiny_unet, before)
 

@@ -28,11 +28,13 @@ from diffusers_pqcad.loading.convert import (
     match_modules,
     quantization_config_of,
     relative_weight_error,
+    with_model_exemptions,
 )
 from diffusers_pqcad.loading.coverage import average_bits
 from diffusers_pqcad.numerics.qparams import WeightSpec
 
 EXEMPT = {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"}
+SHORTCUTS = ["up_blocks.1.resnets.0.conv_shortcut", "up_blocks.1.resnets.1.conv_shortcut"]  # exempt, too
 FLOAT_LAYERS = (nn.Linear, nn.Conv2d)
 
 
@@ -81,12 +83,13 @@ def reference_weight(weight, bits):
 
 @pytest.mark.fast
 @pytest.mark.parametrize("config", [PQCADConfig(), PQCADConfig(method="fixed")], ids=["progressive", "fixed"])
-def test_by_default_the_first_and_last_layers_stay_in_floating_point(tiny_unet, config):
+def test_by_default_the_first_and_last_layers_and_last_shortcuts_stay_in_floating_point(tiny_unet, config):
     names = float_layer_names(tiny_unet)
-    assert EXEMPT < names
+    exempt = EXEMPT.union(SHORTCUTS)
+    assert exempt < names
     quantize_(tiny_unet, config)
-    assert float_layer_names(tiny_unet) == EXEMPT
-    assert set(packed_layers(tiny_unet)) == names - EXEMPT
+    assert float_layer_names(tiny_unet) == exempt
+    assert set(packed_layers(tiny_unet)) == names - exempt
 
 
 @pytest.mark.parametrize("config", [PQCADConfig(), PQCADConfig(method="fixed")], ids=["progressive", "fixed"])
@@ -237,7 +240,8 @@ def test_bits_are_decided_without_touching_the_layers():
 
 
 def test_float_weights_are_dropped_layer_by_layer(tiny_unet, monkeypatch):
-    weights = [weakref.ref(layer.weight) for layer in match_modules(tiny_unet, PQCADConfig()).values()]
+    config = with_model_exemptions(tiny_unet, PQCADConfig())
+    weights = [weakref.ref(layer.weight) for layer in match_modules(tiny_unet, config).values()]
     alive = []
     pack = QuantizedLayer.pack_
 
@@ -406,6 +410,19 @@ def test_requantizing_is_quantizing_the_dequantized_model_without_holding_it(tin
     assert tiny_unet.config.quantization_config == expected.config.quantization_config
 
 
+@pytest.mark.parametrize("setting", ["asked for", "stored"])
+def test_requantizing_takes_the_exemptions_that_the_model_was_quantized_with(tiny_unet, setting):
+    """As the user gave them, and as the model's config has them: with the model's own."""
+    quantize_(tiny_unet, PQCADConfig(modules_to_not_convert=["to_q"]))
+    stored = copy.deepcopy(tiny_unet.config["quantization_config"].modules_to_not_convert)
+    given = {"asked for": ["to_q"], "stored": stored}[setting]
+    layers = packed_layers(tiny_unet).keys()
+    requantize_(tiny_unet, PQCADConfig(weight_bits=4, modules_to_not_convert=given))
+    assert packed_layers(tiny_unet).keys() == layers
+    assert tiny_unet.config["quantization_config"].modules_to_not_convert == stored == ["to_q", *SHORTCUTS]
+    assert average_bits(tiny_unet)[0] <= 4
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -481,7 +498,19 @@ def test_the_users_config_is_neither_changed_nor_kept(tiny_unet):
     quantize_(tiny_unet, config)
     assert config == before
     config.modules_to_not_convert.append("to_k")
-    assert tiny_unet.config["quantization_config"].modules_to_not_convert == ["to_q"]
+    assert tiny_unet.config["quantization_config"].modules_to_not_convert == ["to_q", *SHORTCUTS]
+
+
+@pytest.mark.fast
+def test_the_config_of_a_model_lists_an_exempt_layer_once(tiny_unet):
+    twin = quantize_(copy.deepcopy(tiny_unet), PQCADConfig(modules_to_not_convert=["*.conv_shortcut"]))
+    found = twin.config["quantization_config"]
+    assert found.modules_to_not_convert == ["*.conv_shortcut"]
+    quantize_(tiny_unet, PQCADConfig())
+    found = copy.deepcopy(tiny_unet.config["quantization_config"])
+    assert found.modules_to_not_convert == SHORTCUTS
+    quantize_(tiny_unet.dequantize(), found)
+    assert tiny_unet.config["quantization_config"].modules_to_not_convert == SHORTCUTS
 
 
 def test_ranges_of_timesteps_are_not_promised_without_data(tiny_unet, tmp_path):
@@ -527,7 +556,7 @@ def test_a_model_quantized_in_memory_says_so(tiny_unet):
     assert config.weight_bits_by_module == dict.fromkeys(layers, 8)
     assert 0.9 < config.packed_share < 1
     config.weight_bits_by_module, config.packed_share = {}, None
-    assert config == PQCADConfig(method="fixed")
+    assert config == PQCADConfig(method="fixed", modules_to_not_convert=SHORTCUTS)
     for cast in (tiny_unet.half, tiny_unet.float, lambda: tiny_unet.to(torch.float16)):
         assert cast().is_quantized  # casts are those of a float model, and the mark stays
 

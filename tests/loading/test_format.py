@@ -24,6 +24,7 @@ from diffusers_pqcad.layers.find import packed_layers
 from diffusers_pqcad.layers.quantized import PQCADLinear
 from diffusers_pqcad.layers.timesteps import install_timestep_groups
 from diffusers_pqcad.loading.convert import finish_, mark_quantized_
+from diffusers_pqcad.loading.depth import shortcuts_at_the_output
 from diffusers_pqcad.numerics.qparams import ActivationQParams, WeightSpec, activation_qparams
 
 V1 = Path(__file__).parents[1] / "data" / "format-v1"
@@ -119,6 +120,22 @@ def test_files_of_version_1_have_the_outputs_that_they_had(tmp_path):
     assert {layer.spec.bits for layer in packed_layers(unet).values()} == {8, 6, 4, 3, 2}
     for actual, expected in v1_outputs(unet, text_encoder):
         torch.testing.assert_close(actual, expected)
+
+
+def test_what_stays_in_floating_point_by_default_today_is_packed_where_version_1_packed_it(tmp_path):
+    """Loaded, saved again and requantized: the shortcuts at the output, and nothing else, changed their default."""
+    bits = json.loads((V1 / "unet" / "config.json").read_text())["quantization_config"]["weight_bits_by_module"]
+    shortcuts = shortcuts_at_the_output(bits)
+    assert len(shortcuts) == 2
+    unet = UNet2DModel.from_pretrained(V1 / "unet")
+    unet.save_pretrained(tmp_path)
+    for model in (unet, UNet2DModel.from_pretrained(tmp_path)):
+        assert {name: layer.spec.bits for name, layer in packed_layers(model).items()} == bits
+    requantize_(unet, PQCADConfig(weight_bits=3))
+    assert packed_layers(unet).keys() == bits.keys()
+    assert unet.config["quantization_config"].modules_to_not_convert == []
+    quantize_(unet.dequantize(), PQCADConfig())
+    assert bits.keys() - packed_layers(unet).keys() == set(shortcuts)
 
 
 @pytest.mark.parametrize(("folder", "model_class"), [("unet", UNet2DModel), ("text_encoder", T5EncoderModel)])

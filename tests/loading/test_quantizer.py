@@ -630,7 +630,11 @@ def test_trap_10_the_users_config_is_neither_changed_nor_kept(float_dir, tiny_pi
     for model in models:
         for stored in (model.config["quantization_config"], model.hf_quantizer.quantization_config):
             assert stored is not config
-            assert stored.modules_to_not_convert == ["to_q"]
+            assert stored.modules_to_not_convert == [
+                "to_q",
+                "up_blocks.1.resnets.0.conv_shortcut",
+                "up_blocks.1.resnets.1.conv_shortcut",
+            ]
             assert "x" not in stored.weight_bits_by_module
 
 

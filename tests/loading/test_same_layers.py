@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, quantize_, requantize_
 from diffusers_pqcad.layers.find import packed_layers
+from diffusers_pqcad.loading.convert import quantizable_layers
+from diffusers_pqcad.loading.depth import shortcuts_at_the_output
 
 CONFIGS = {
     "progressive": PQCADConfig(weight_bits=4),
@@ -169,7 +171,7 @@ def test_the_config_that_was_given_stays_as_it_was() -> None:
 
 
 def test_a_saved_model_whose_config_names_no_layers(tmp_path: Path) -> None:
-    """As method "fixed" wrote it when only plain Linear and Conv2d layers were packed."""
+    """As method "fixed" wrote it when only plain Linear and Conv2d layers were packed, shortcuts at the output too."""
 
     def video() -> Any:
         from diffusers import UNetSpatioTemporalConditionModel
@@ -183,9 +185,17 @@ def test_a_saved_model_whose_config_names_no_layers(tmp_path: Path) -> None:
         )  # fmt: skip
 
     plain = {name for name, module in video().named_modules() if type(module) is nn.Conv3d}
+    shortcuts = set(shortcuts_at_the_output(quantizable_layers(video())))
     assert plain
-    config = PQCADConfig(method="fixed", weight_bits=4, modules_to_not_convert=sorted(plain))
+    assert shortcuts
+    config = PQCADConfig(
+        method="fixed",
+        weight_bits=4,
+        modules_to_not_convert=sorted(plain),
+        weight_bits_by_module=dict.fromkeys(shortcuts, 4),
+    )
     model = quantize_(video(), config)
+    assert shortcuts <= packed_layers(model).keys()
     saved = PQCADConfig(method="fixed", weight_bits=4)
     saved.packed_share = model.config.quantization_config.packed_share
     model.register_to_config(quantization_config=saved)

@@ -96,9 +96,26 @@ def test_a_shortcut_in_floating_point_is_added(block: ResnetBlock2D, ranges: str
     assert (changed - expected).abs().mean() <= 1e-3 * expected.abs().mean()
 
 
+def test_what_replaces_a_shortcut_in_floating_point_is_computed(block: ResnetBlock2D) -> None:
+    """As an adapter around it does: nothing is added by a plan that was made for a convolution."""
+    block, x, temb = float_shortcut_block(), image(), torch.randn(2, 12)
+    before, _ = call_both(block, x, temb)
+    block.conv_shortcut = nn.Sequential(block.conv_shortcut, nn.Conv2d(24, 24, 1).requires_grad_(False))
+    with counted("run_block") as calls:
+        actual, expected = call_both(block, x, temb)
+    assert not calls
+    assert torch.equal(actual, expected)
+    assert (actual - before).abs().mean() > 0.01
+
+
 def test_hooks_of_a_shortcut_in_floating_point_are_called(block: ResnetBlock2D) -> None:
     block, seen = float_shortcut_block(), []
-    block.conv_shortcut.register_forward_hook(lambda module, args, output: seen.append(output) or output * 2)
+
+    def double(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen.append(output)
+        return output * 2
+
+    block.conv_shortcut.register_forward_hook(double)
     x, temb = image(), torch.randn(2, 12)
     actual, expected = call_both(block, x, temb)
     assert len(seen) == 2
