@@ -41,7 +41,7 @@ from diffusers_pqcad.compression.optimization import (
     parameter_groups,
     rate_factor,
 )
-from diffusers_pqcad.compression.progressive import trajectory_error, weighted_error
+from diffusers_pqcad.compression.progressive import image_error, trajectory_error, weighted_error
 from diffusers_pqcad.compression.sampling import alpha_sigma, denoise, from_x_and_eps, to_x_and_eps
 
 GATE_TRAJECTORIES = 16  # of the held-out ones: the gate is measured often, and smoothed by its momentum
@@ -217,6 +217,10 @@ class Distillation:
         """Return the student's held-out trajectory error at N / 2 steps: what the best state is chosen by."""
         return trajectory_error(self.student, self.held_out, self.num_steps)
 
+    def image_error(self) -> float:
+        """Return the error of the student's held-out images at N / 2 steps."""
+        return image_error(self.student, self.held_out, self.num_steps)
+
     def calibrate_activations(self) -> None:
         """Set the activation ranges on the student's own trajectories at N / 2 steps."""
         noise = self.train_set.trajectory[:RANGE_TRAJECTORIES, 0]
@@ -374,7 +378,7 @@ def distill(
         pass  # stopped early: the best state so far is the student
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     best.restore_(student)
-    before = copy.deepcopy(fake_quant_state(student))
+    before, error = copy.deepcopy(fake_quant_state(student)), run.image_error()
     run.calibrate_activations()
-    if run.trajectory_error() > best.error:  # new ranges that do not help are not kept
+    if not run.image_error() < error:  # new ranges may help on the way, and not the images
         load_fake_quant_state_(student, before)

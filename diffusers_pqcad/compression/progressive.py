@@ -159,12 +159,10 @@ def output_error(model: nn.Module, batch: Batch, batch_size: int = 64) -> float:
 
 
 @torch.no_grad()
-def trajectory_error(model: nn.Module, calibration: CalibrationSet, num_inference_steps: int) -> float:
-    """Return the error of the held-out trajectories from their recorded noise: what decides which state is kept.
+def sample_errors(model: nn.Module, calibration: CalibrationSet, num_inference_steps: int) -> Tensor:
+    """Return ||z - z_fp||^2 / ||z_fp||^2 of each trajectory from its recorded noise, (steps, trajectories).
 
-    The mean of ||z - z_fp||^2 / ||z_fp||^2 over the steps that both grids share, for each trajectory, then the
-    geometric mean over trajectories: a single one that ends in another image would decide an arithmetic mean alone,
-    and so whether a state is kept that is worse everywhere else.
+    At the ends of those steps of the model's grid that the recorded one shares; the last is the image.
     """
     stride = calibration.num_inference_steps // num_inference_steps
     reference = calibration.trajectory[:, ::stride]
@@ -173,7 +171,26 @@ def trajectory_error(model: nn.Module, calibration: CalibrationSet, num_inferenc
         (step.sample - reference[:, index]).flatten(1).square().sum(1) / reference[:, index].flatten(1).square().sum(1)
         for index, step in enumerate(steps)
     ]
-    return torch.stack(errors[1:]).mean(0).clamp(min=1e-30).log().mean().exp().item()
+    return torch.stack(errors[1:])
+
+
+def geometric_mean(errors: Tensor) -> float:
+    """Return the geometric mean of the `errors` (n,) of trajectories.
+
+    A single one that ends in another image would decide an arithmetic mean alone, and so whether a state is kept that
+    is worse everywhere else.
+    """
+    return errors.clamp(min=1e-30).log().mean().exp().item()
+
+
+def trajectory_error(model: nn.Module, calibration: CalibrationSet, num_inference_steps: int) -> float:
+    """Return the error of the held-out trajectories over all their steps: what decides which state is kept."""
+    return geometric_mean(sample_errors(model, calibration, num_inference_steps).mean(0))
+
+
+def image_error(model: nn.Module, calibration: CalibrationSet, num_inference_steps: int) -> float:
+    """Return the error of the images in which the held-out trajectories end."""
+    return geometric_mean(sample_errors(model, calibration, num_inference_steps)[-1])
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from diffusers_pqcad.compression.distillation import (
 from diffusers_pqcad.compression.fake_quant import (
     bits_by_module,
     fake_quant_layers,
+    input_quantizers,
     latent_weight,
     timestep_boundaries,
 )
@@ -484,6 +485,28 @@ def test_stopped_early_the_student_is_the_best_state_so_far(
     assert entry.best_step == 0
     weights = {name: latent_weight(layer) for name, layer in fake_quant_layers(tiny_quantized).items()}
     assert all(torch.equal(weights[name], latent_weight(layer)) for name, layer in fake_quant_layers(start).items())
+
+
+@pytest.mark.parametrize("after", [0.5, 1.0, float("nan")])
+def test_new_ranges_are_kept_only_if_the_images_come_closer(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet, monkeypatch: pytest.MonkeyPatch, after: float
+) -> None:
+    calibrated: list[dict[str, torch.Tensor]] = []
+    calibrate, errors, falling = Distillation.calibrate_activations, iter([1.0, after]), iter(range(9, 0, -1))
+
+    def watch(run: Distillation) -> None:
+        calibrate(run)
+        calibrated.append({q.name: q.scale.clone() for q in input_quantizers(run.student)})
+
+    monkeypatch.setattr(Distillation, "calibrate_activations", watch)
+    monkeypatch.setattr(Distillation, "image_error", lambda run: next(errors))
+    monkeypatch.setattr(Distillation, "trajectory_error", lambda run: next(falling))
+    train(tiny_quantized, None, tiny_calibration_set, teacher="none", step_rate=1.0, float_rate=0.1)
+    first, last = calibrated
+    found = {q.name: q.scale for q in input_quantizers(tiny_quantized)}
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+    expected = last if after < 1 else first
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_a_resume_file_of_another_student_or_teacher_is_refused(

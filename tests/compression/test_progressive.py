@@ -30,6 +30,7 @@ from diffusers_pqcad.compression.progressive import (
     Batches,
     History,
     ProgressiveQuantizer,
+    image_error,
     output_error,
     trajectory_error,
     transition_prices,
@@ -145,6 +146,7 @@ def test_trajectory_error_compares_the_steps_that_both_grids_share(
         errors.append(((sample - wanted) ** 2).sum((1, 2, 3)) / (wanted**2).sum((1, 2, 3)))
     expected = gmean(torch.stack(errors).mean(0).numpy())
     assert trajectory_error(tiny_unet, tiny_calibration_set, 2) == pytest.approx(expected, rel=1e-4)
+    assert image_error(tiny_unet, tiny_calibration_set, 2) == pytest.approx(gmean(errors[-1].numpy()), rel=1e-4)
 
 
 @pytest.mark.fast
