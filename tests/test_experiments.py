@@ -1,5 +1,6 @@
 """Every script of `examples/experiments` runs, on an untrained model and as little work as it can do."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -91,6 +92,39 @@ def test_rates(scripts, monkeypatch):
     assert all(row["error_after"] <= row["error_before"] for row in rows)
 
 
+def test_parts(scripts, monkeypatch):
+    import parts
+
+    monkeypatch.setattr(parts, "RECONSTRUCTION", {"iterations": 1, "batch_size": 2})
+    little = {"rounds_per_stage": 1, "reconstruction_samples": 8, "price_batch_size": 2}
+    monkeypatch.setattr(parts, "RECOVERY_STEPS", 1)
+    chosen = {
+        name: dataclasses.replace(arm, progressive=arm.progressive | little | {"recovery_steps": 1})
+        for name, arm in parts.ARMS.items()
+        if name in ("PQ", "one width", "one stage", "reconstruction at 3e-4")
+    }
+    monkeypatch.setattr(parts, "ARMS", chosen)
+    rows = {row["arm"]: row for row in scripts("parts", "--subjects", "digits-epsilon", "--seeds", "0")}
+    assert set(rows) == set(chosen)
+    assert {entry["stage"] for entry in rows["PQ"]["recovery"]} == {0, 1}
+    assert {entry["stage"] for entry in rows["one stage"]["recovery"]} == {0}
+    assert set(rows["PQ"]["activations"]) == set(parts.ACTIVATIONS) - {"static"}
+    assert rows["PQ"]["activations"]["float"] != rows["PQ"]["activations"]["of each call"]
+    assert not rows["one width"]["activations"]
+
+
+def test_the_step_in_which_an_image_leaves(scripts):
+    """Image 1 leaves in step 2 for good; image 3 is far off in step 0 and comes back."""
+    import parts
+
+    generator = torch.Generator().manual_seed(0)
+    wanted = torch.randn(4, 5, 1, 8, 8, generator=generator)
+    found = wanted + 1e-3
+    found[2:, 1] += 1
+    found[0, 3] += 1
+    assert parts.steps_of_departure(wanted, found) == [2]
+
+
 def test_a_row_says_how_many_images_ended_elsewhere(scripts):
     scripts("widths", "--subjects", "digits", "--arms", "one width", "--bits", "8")
     import subjects
@@ -135,3 +169,29 @@ def test_intervals_and_pairs(scripts):
         "| momentum | 2 | 10 | 16.0 / 16.0 | +1.00 (+1.00 to +1.00) | +1.00 (+1.00 to +1.00) |"
         in table.controller_table(rows)
     )
+
+
+def test_gains_are_paired_by_seed_and_image(scripts):
+    """Other images, or other seeds, cancel: only what an arm changes counts."""
+    import table
+
+    def rows(arm: str, offset: float, seeds: tuple[int, ...]) -> list[dict]:
+        images = {seed: (20 + 10 * torch.rand(101, generator=torch.Generator().manual_seed(seed))) for seed in seeds}
+        return [
+            {
+                "subject": "digits", "arm": arm, "seed": seed, "images": (values + offset).tolist(), "seconds": 1.0,
+                "mean": 20.0 + offset, "median": 25.0 + offset, "below_15": 0.0,
+            }
+            for seed, values in images.items()
+        ]  # fmt: skip
+
+    base, better = rows("none", 0.0, (0, 1, 2)), rows("good", 2.0, (2, 1, 0))
+    assert table.gains(better, base) == ("+2.0 (+2.0 to +2.0)", "+2.0 (+2.0 to +2.0)")
+    assert table.gains(rows("good", 2.0, (1, 7)), base)[0].startswith("+2.0 ")  # seed 7 has no partner
+    assert table.gains(rows("good", 2.0, (7,)), base) == ("", "")
+    mixed = [row | {"images": [value + 4 * (row["seed"] == 1) for value in row["images"]]} for row in base]
+    low, high = table.gains(mixed, base)[1].split("(")[1].rstrip(")").split(" to ")
+    assert float(low) < 4 / 3 < float(high)
+    text = table.arms_table(base + better, "none")
+    assert "| digits | good | 3 | 22.0 / 27.0 | +2.0 (+2.0 to +2.0) | +2.0 (+2.0 to +2.0) | 0.0 % |  | 1 |" in text
+    assert text.index("| none |") < text.index("| good |")

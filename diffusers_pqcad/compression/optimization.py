@@ -87,14 +87,6 @@ def weights_at_rest(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def flat_groups(module: nn.Module, learning_rate: float, scale_learning_rate: float) -> list[dict[str, Any]]:
-    """Return Adam's groups: quantization scales at their own rate, every other parameter at `learning_rate`."""
-    scales = [weight_quantizer(layer).scale for layer in fake_quant_layers(module).values()]
-    ids = {id(scale) for scale in scales}
-    others = [parameter for parameter in module.parameters() if id(parameter) not in ids]
-    return [{"params": others, "lr": learning_rate}, {"params": scales, "lr": scale_learning_rate}]
-
-
 def rate_factor(step: int, num_steps: int, warmup_steps: int) -> float:
     """Return what a rate is multiplied by in update `step`, counted from 0: a linear warm-up, and a linear decay to 0.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_pqcad.compression.fake_quant import fake_quant_layers
-from diffusers_pqcad.compression.optimization import check_minimum, flat_groups
+from diffusers_pqcad.compression.optimization import check_minimum, parameter_groups
 
 # Whole blocks where diffusers has them; a layer outside all of these is a unit of its own.
 RECONSTRUCTION_UNITS = ("ResnetBlock2D", "BasicTransformerBlock", "Attention", "Downsample2D", "Upsample2D")
@@ -25,13 +25,13 @@ class ReconstructionConfig:
 
     iterations: int = 100
     batch_size: int = 32
-    learning_rate: float = 3e-4  # latent weights and biases, Adam
-    scale_learning_rate: float = 3e-5
+    step_rate: float = 1e-2  # of each layer's rounding step; Adam, with a cosine decay
+    float_rate: float = 1e-3  # of the size of each tensor in floating point: biases and norms
     input_mix: float = 0.5  # share of full-precision inputs mixed in elementwise (QDrop, arXiv:2203.05740)
     held_out_fraction: float = 0.125
 
     def __post_init__(self) -> None:
-        check_minimum(self, iterations=0, batch_size=1)
+        check_minimum(self, iterations=0, batch_size=1, step_rate=0, float_rate=0)
         if not (0 <= self.input_mix <= 1 and 0 < self.held_out_fraction < 1):
             raise ValueError(
                 f"input_mix={self.input_mix}, held_out_fraction={self.held_out_fraction}: expected shares, the second "
@@ -198,7 +198,7 @@ def reconstruct(
 
     loss_before = held_out_loss()
     before = {key: value.clone() for key, value in unit.state_dict().items()}
-    optimizer = torch.optim.Adam(flat_groups(unit, config.learning_rate, config.scale_learning_rate))
+    optimizer = torch.optim.Adam(parameter_groups(unit, config.step_rate, config.float_rate))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(config.iterations, 1))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(config.iterations):

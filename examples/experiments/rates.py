@@ -39,7 +39,6 @@ from diffusers_pqcad.compression.fake_quant import fake_quant_layers, freeze_, w
 from diffusers_pqcad.compression.optimization import (
     AveragedAdam,
     BestState,
-    flat_groups,
     float_groups,
     parameter_groups,
     weights_at_rest,
@@ -49,6 +48,7 @@ from diffusers_pqcad.compression.reconstruction import ReconstructionConfig
 
 NUM_UPDATES, BATCH_SIZE, EVALUATION_STEPS = 160, 32, 20
 RECOVERY_UPDATES, RECOVERY_RATE = 40, 1e-3
+FRESH_SEED, NUM_FRESH = 500_000, 64  # trajectories that neither train nor choose
 HUBER_DELTA = 0.1  # outputs have a variance of about 1
 RATE = 3e-3  # the library's default of CAD, for both units
 
@@ -57,7 +57,10 @@ Groups = list[dict[str, Any]]
 
 def one_rate(model: nn.Module, rate: float) -> Groups:
     """Return Adam's groups at one `rate` for all parameters, and a tenth of it for scales."""
-    return flat_groups(model, rate, rate / 10)
+    scales = [weight_quantizer(layer).scale for layer in fake_quant_layers(model).values()]
+    ids = {id(scale) for scale in scales}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    return [{"params": others, "lr": rate}, {"params": scales, "lr": rate / 10}]
 
 
 def both(model: nn.Module, rate: float) -> Groups:
@@ -266,6 +269,11 @@ def pq_state(subject: str, seed: int, bits: float, pipeline: Any, calibration: C
     return model
 
 
+def fresh_error(model: nn.Module, context: dict[str, Any], num_steps: int) -> float:
+    """Return the trajectory error of `model` from noise that neither trained nor chose it."""
+    return trajectory_error(model, context["fresh"], num_steps)
+
+
 def reference_row(seed: int, context: dict[str, Any]) -> dict[str, Any]:
     """Return what the full-precision model comes to at half the steps: what a student has to beat."""
     pipeline, wanted = context["pipeline"], context["wanted"]
@@ -277,6 +285,8 @@ def reference_row(seed: int, context: dict[str, Any]) -> dict[str, Any]:
         "best_step": 0,
         "error_before": 1.0,
         "error_after": 1.0,
+        "fresh_before": 1.0,
+        "fresh_after": 1.0,
     }
     return about | nothing | fidelity(wanted, found)
 
@@ -285,12 +295,14 @@ def row(task: str, name: str, seed: int, context: dict[str, Any]) -> dict[str, A
     """Return what one arm came to."""
     pipeline, calibration = context["pipeline"], context["calibration"]
     model, arm = copy.deepcopy(context["start"]), ARMS[task][name]
-    started = time.perf_counter()
+    steps = NUM_STEPS if task == "recovery" else NUM_STEPS // 2
+    before, started = fresh_error(model, context, steps), time.perf_counter()
     if task == "recovery":
-        steps, result = NUM_STEPS, recover(model, arm, calibration, seed)
+        result = recover(model, arm, calibration, seed)
     else:
-        steps, result = NUM_STEPS // 2, distil(model, arm, calibration, seed, pipeline.unet)
+        result = distil(model, arm, calibration, seed, pipeline.unet)
     seconds = time.perf_counter() - started
+    result |= {"fresh_before": before, "fresh_after": fresh_error(model, context, steps)}
     found = samples(freeze_(model), pipeline.scheduler, len(context["wanted"]), steps, seed)
     about = {"subject": context["subject"], "bits": context["bits"], "task": task, "arm": name, "seed": seed}
     return about | {"seconds": seconds} | result | fidelity(context["wanted"], found)
@@ -309,6 +321,7 @@ def main(arguments: list[str] | None = None) -> None:
         for seed in args.seeds:
             pipeline = teacher(subject, seed)
             calibration = calibration_set(pipeline, seed)
+            fresh = calibration_set(pipeline, seed + FRESH_SEED).select(slice(0, NUM_FRESH))
             wanted = samples(pipeline.unet, pipeline.scheduler, args.num_images, NUM_STEPS, seed)
             for bits in args.bits:
                 start = pq_state(subject, seed, bits, pipeline, calibration)
@@ -318,6 +331,7 @@ def main(arguments: list[str] | None = None) -> None:
                     "pipeline": pipeline,
                     "calibration": calibration,
                     "wanted": wanted,
+                    "fresh": fresh,
                     "start": start,
                 }
                 cached(

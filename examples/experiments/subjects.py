@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffusers_pqcad.compression.calibration import CalibrationSet, collect_calibration_set
 from diffusers_pqcad.compression.checkpoint import write_text
-from diffusers_pqcad.compression.sampling import generate, initial_noise, sample_shape
+from diffusers_pqcad.compression.sampling import denoise, initial_noise, sample_shape
 from diffusers_pqcad.evaluation.metrics import image_mse, reference_variance
 from diffusers_pqcad.evaluation.speed import environment
 
@@ -74,13 +74,20 @@ def calibration_set(pipeline: DDIMPipeline, seed: int, num_trajectories: int = N
 
 
 @torch.no_grad()
-def samples(model: nn.Module, scheduler: Any, num_images: int, num_steps: int, seed: int) -> Tensor:
-    """Return the final samples (num_images, C, H, W) of `model`."""
+def trajectories(model: nn.Module, scheduler: Any, num_images: int, num_steps: int, seed: int) -> Tensor:
+    """Return the states of `model` after each step, (steps, num_images, C, H, W); the last are `samples`."""
     batches = []
     for start in range(0, num_images, BATCH_SIZE):
         noise = initial_noise(sample_shape(model), seed=seed, start=start, count=min(BATCH_SIZE, num_images - start))
-        batches.append(generate(model, copy.deepcopy(scheduler), noise, num_steps))
-    return torch.cat(batches)
+        states = [step.sample for step in denoise(model, copy.deepcopy(scheduler), noise, num_steps)]
+        batches.append(torch.stack(states[1:]))
+    return torch.cat(batches, dim=1)
+
+
+@torch.no_grad()
+def samples(model: nn.Module, scheduler: Any, num_images: int, num_steps: int, seed: int) -> Tensor:
+    """Return the final samples (num_images, C, H, W) of `model`."""
+    return trajectories(model, scheduler, num_images, num_steps, seed)[-1]
 
 
 def fidelity(wanted: Tensor, found: Tensor) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,19 +120,67 @@ def controller_table(rows: list[Row]) -> str:
     return markdown(header, sorted(lines, key=lambda line: (line[0], line[1], int(line[2]))))
 
 
-def rates_table(rows: list[Row]) -> str:
-    """Return what each way to train came to: fidelity, and the held-out trajectory error against the start's."""
-    subjects, lines = present(rows), []
-    names = {name: None for row in rows for name in [row["arm"]]}
-    groups = grouped(rows, "arm", "subject")
-    for name in names:
-        cells = [name]
-        for subject in subjects:
-            found = groups.get((name, subject), [])
-            ratio = f", x{mean(row['error_after'] / row['error_before'] for row in found):.2f}" if found else ""
-            cells.append(decibels(found) + ratio)
-        lines.append([*cells, f"{mean(row['seconds'] for row in rows if row['arm'] == name):.0f}"])
-    return markdown(["arm", *subjects, "seconds"], lines)
+def errors_of(rows: list[Row]) -> torch.Tensor:
+    """Return the error of each image, as a share of the images' variance, (seeds, images), seeds in order."""
+    images = torch.tensor([row["images"] for row in sorted(rows, key=lambda row: row["seed"])], dtype=torch.float64)
+    return 10 ** (-images / 10)
+
+
+def gains(rows: list[Row], base: list[Row]) -> tuple[str, str]:
+    """Return by how much the mean and the median image of `rows` are closer than those of `base`, in dB.
+
+    Each with its 95 % bootstrap interval over seeds, and over the images of each: both are drawn anew, in pairs. Rows
+    of seeds that the other lacks do not count.
+    """
+    seeds = {row["seed"] for row in rows} & {row["seed"] for row in base}
+    if not seeds:
+        return "", ""
+    ours, theirs = (errors_of([row for row in side if row["seed"] in seeds]) for side in (rows, base))
+    generator = torch.Generator().manual_seed(0)
+    size = (NUM_RESAMPLES // 10, *ours.shape)
+    of_seed = torch.randint(0, size[1], size[:2], generator=generator)[..., None]
+    of_image = torch.randint(0, size[2], size, generator=generator)
+    cells = []
+    for centre in (lambda errors: errors.mean(-1), lambda errors: errors.median(-1).values):
+        decibel = [
+            10 * (centre(b) / centre(a)).log10().mean(-1)
+            for a, b in ((ours, theirs), (ours[of_seed, of_image], theirs[of_seed, of_image]))
+        ]
+        low, high = torch.quantile(decibel[1], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        cells.append(f"{decibel[0].item():+.1f} ({low:+.1f} to {high:+.1f})")
+    return cells[0], cells[1]
+
+
+def arms_table(rows: list[Row], base: str) -> str:
+    """Return what each arm came to on each model: fidelity, gains over the arm `base`, error on fresh noise, time."""
+    groups, lines = grouped(rows, "subject", "arm"), []
+    for subject in present(rows):
+        for name in {row["arm"]: None for row in sorted(rows, key=lambda row: row["arm"] != base)}:
+            found = groups.get((subject, name))
+            if not found:
+                continue
+            differences = ("", "") if name == base else gains(found, groups.get((subject, base), []))
+            fresh = [row["fresh_after"] / row["fresh_before"] for row in found if row.get("fresh_before", 1.0) != 1.0]
+            lines.append(
+                [subject, name, str(len(found)), decibels(found), *differences]
+                + [f"{100 * mean(row['below_15'] for row in found):.1f} %"]
+                + [f"x{mean(fresh):.2f}" if fresh else ""]
+                + [f"{mean(row['seconds'] for row in found):.0f}"]
+            )
+    header = ["model", "arm", "seeds", "mean / median dB", f"mean, against {base!r}", "median", "below 15 dB"]
+    return markdown([*header, "fresh error", "seconds"], lines)
+
+
+def activations_table(rows: list[Row]) -> str:
+    """Return what the activations of the arm "PQ" cost, by the kind of their ranges."""
+    rows = [row for row in rows if row["arm"] == "PQ"]
+    lines = []
+    for subject in present(rows):
+        found = [row for row in rows if row["subject"] == subject]
+        kinds = {kind: [row["activations"][kind] for row in found] for kind in found[0]["activations"]}
+        lines.append([subject, str(len(found)), decibels(found), *map(decibels, kinds.values())])
+    header = ["model", "seeds", "static, 8 groups (default)", *rows[0]["activations"]] if rows else []
+    return markdown(header, lines)
 
 
 INTRODUCTION = """\
@@ -170,12 +219,17 @@ momentum stays the default, as the method's abstract names it and it costs nothi
 nearest, nothing is reconstructed or rolled back, activations stay in floating point; simulated. The last
 columns are paired with "no momentum" at the same number of images, with a 95 % bootstrap interval over seeds.
 """
-RATES = """\
-All arms train one PQ state: 150 updates of 32 images unless said, warm-up over 10 updates, linear decay,
-averaged weights, the best state by the held-out trajectory error (the figure behind "x": what is left of the
-start's). "step r": Adam's rate is r times each layer's rounding step; "flat r": the same rate for all layers.
-Simulated. One seed so far: that rates in rounding steps are better than a flat one is not shown, once both have
-the warm-up and the average.
+PARTS = """\
+TODO
+"""
+ACTIVATIONS = """\
+TODO
+"""
+RECOVERY = """\
+TODO
+"""
+DISTILLATION = """\
+TODO
 """
 
 
@@ -207,18 +261,24 @@ def section(title: str, text: str, table: Callable[[list[Row]], str], rows: list
 
 def document(results: Path) -> str:
     """Return the text of method.md."""
-    rates = rows_of(results / "rates")
-    parts = [
+    rates, parts = rows_of(results / "rates"), rows_of(results / "parts")
+    sections = [
         INTRODUCTION,
         section("Where rounding hurts", SENSITIVITY, sensitivity_table, rows_of(results / "sensitivity")),
         section("Loading without data", WIDTHS, widths_table, rows_of(results / "widths")),
         section("The controller", CONTROLLER, controller_table, rows_of(results / "controller")),
     ]
-    for task in ("recovery", "distillation"):
-        for bits in sorted({row["bits"] for row in rates}):
+    for bits in sorted({row["bits"] for row in parts}, reverse=True):
+        found = [row for row in parts if row["bits"] == bits]
+        sections.append(section(f"PQ, {bits:g} bits", PARTS, partial(arms_table, base="PQ"), found))
+        sections.append(section(f"Activations, {bits:g} bits", ACTIVATIONS, activations_table, found))
+    for task, text, base in (("recovery", RECOVERY, "none"), ("distillation", DISTILLATION, "default")):
+        for bits in sorted({row["bits"] for row in rates}, reverse=True):
             found = [row for row in rates if row["task"] == task and row["bits"] == bits]
-            parts.append(section(f"{task.capitalize()}, {bits:g} bits", RATES, rates_table, found))
-    return "\n".join(part for part in parts if part)
+            sections.append(
+                section(f"{task.capitalize()}, {bits:g} bits", text, partial(arms_table, base=base), found)
+            )
+    return "\n".join(part for part in sections if part)
 
 
 def main() -> None:
