@@ -66,7 +66,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "price_batch_size": 32,
         "reconstruction_iterations": 300,
         "reconstruction_batch_size": 32,
-        "recovery_steps": 600,
         "max_train_steps": 3_000,
         "evaluation_steps": 100,
         "ablations": True,
@@ -79,7 +78,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "price_batch_size": 4,
         "reconstruction_iterations": 2,
         "reconstruction_samples": 16,
-        "recovery_steps": 4,
         "max_train_steps": 4,
         "train_batch_size": 4,
         "evaluation_steps": 2,
@@ -104,7 +102,6 @@ MINIMUM = {
     "reconstruction_iterations": 0,
     "reconstruction_batch_size": 1,
     "reconstruction_samples": 8,
-    "recovery_steps": 0,
     "max_train_steps": 1,
     "train_batch_size": 1,
     "evaluation_steps": 1,
@@ -131,7 +128,6 @@ class Settings:
     reconstruction_iterations: int = 100
     reconstruction_batch_size: int = 16
     reconstruction_samples: int = 256
-    recovery_steps: int = 20  # per stage
     max_train_steps: int = 160  # of the distillation
     train_batch_size: int = 32
     step_rate: float = 3e-3  # of the distillation, in rounding steps of each layer; Adam
@@ -329,9 +325,6 @@ class Run:
                 iterations=settings.reconstruction_iterations, batch_size=settings.reconstruction_batch_size
             ),
             reconstruction_samples=settings.reconstruction_samples,
-            recovery_steps=settings.recovery_steps,
-            recovery_batch_size=settings.train_batch_size,
-            evaluation_steps=settings.evaluation_steps,
             seed=settings.seed,
             beta=overrides.pop("beta", ProgressiveConfig.beta),
         )
@@ -466,13 +459,13 @@ def rows_to_measure(run: Run, teacher: Any, calibration: Any, quantized: Any) ->
         say("PQ without momentum")
         plain, _ = run.progressive(teacher, calibration, "pq_no_momentum", beta=0.0)
         yield "pq_no_momentum", "PQ without momentum", run.pipeline_of(teacher, convert_(plain)), steps
-        say("fixed bits with PQ's reconstruction and recovery")
+        say("fixed bits with PQ's reconstruction")
         overrides = {"weight_bits": fixed_bits, "bit_choices": (fixed_bits,)}
-        recovered, _ = run.progressive(teacher, calibration, "fixed_recovered", **overrides)
+        reconstructed, _ = run.progressive(teacher, calibration, "fixed_reconstructed", **overrides)
         yield (
-            "fixed_recovered",
-            f"fixed-bit ({fixed_bits}) + recovery",
-            run.pipeline_of(teacher, convert_(recovered)),
+            "fixed_reconstructed",
+            f"fixed-bit ({fixed_bits}) + reconstruction",
+            run.pipeline_of(teacher, convert_(reconstructed)),
             steps,
         )
 
@@ -559,7 +552,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     plot_bits(assets / "bits.png", history.rounds)
     logs = sorted(run.state.glob("*-log.json"))
     curves = {path.stem.removesuffix("-log"): json.loads(path.read_text()) for path in logs}
-    plot_curves(assets / "curves.png", history.recovery, curves)
+    plot_curves(assets / "curves.png", curves)
     repo = settings.hub_model_id or run.folder.name  # a local copy is loaded from where the reader put it
     license_id = settings.license or ("mit" if run.is_bundled else None)
     hub.write_card(run.folder, hub.model_card(metrics, repo=repo, license_id=license_id))

@@ -85,10 +85,6 @@ def quick_progressive() -> ProgressiveConfig:
         price_batch_size=4,
         reconstruction=ReconstructionConfig(iterations=1, batch_size=4),
         reconstruction_samples=16,
-        recovery_steps=2,
-        recovery_batch_size=4,
-        recovery_rate=1e-3,
-        evaluation_steps=1,
     )
 
 

@@ -231,6 +231,6 @@ def test_ablations_are_added_to_a_finished_run(teacher, finished):
     assert [rows[row["key"]] for row in metrics["rows"]] == metrics["rows"]  # what was measured stays
     assert set(rows) - {row["key"] for row in metrics["rows"]} == {
         "cad_calibration_only", "cad_float_teacher", "cad_no_gate", "cad_no_calibration",
-        "pq_no_momentum", "fixed_recovered", "load_time",
+        "pq_no_momentum", "fixed_reconstructed", "load_time",
     }  # fmt: skip
     assert all((weights(finished)[name] == before[name]).all() for name in before)

@@ -97,17 +97,16 @@ def test_parts(scripts, monkeypatch):
 
     monkeypatch.setattr(parts, "RECONSTRUCTION", {"iterations": 1, "batch_size": 2})
     little = {"rounds_per_stage": 1, "reconstruction_samples": 8, "price_batch_size": 2}
-    monkeypatch.setattr(parts, "RECOVERY_STEPS", 1)
     chosen = {
-        name: dataclasses.replace(arm, progressive=arm.progressive | little | {"recovery_steps": 1})
+        name: dataclasses.replace(arm, progressive=arm.progressive | little)
         for name, arm in parts.ARMS.items()
         if name in ("PQ", "one width", "one stage", "reconstruction at 3e-4")
     }
     monkeypatch.setattr(parts, "ARMS", chosen)
     rows = {row["arm"]: row for row in scripts("parts", "--subjects", "digits-epsilon", "--seeds", "0")}
     assert set(rows) == set(chosen)
-    assert {entry["stage"] for entry in rows["PQ"]["recovery"]} == {0, 1}
-    assert {entry["stage"] for entry in rows["one stage"]["recovery"]} == {0}
+    assert rows["PQ"]["stages"] == 2
+    assert rows["one stage"]["stages"] == rows["one width"]["stages"] == 1
     assert set(rows["PQ"]["activations"]) == set(parts.ACTIVATIONS) - {"static"}
     assert rows["PQ"]["activations"]["float"] != rows["PQ"]["activations"]["of each call"]
     assert not rows["one width"]["activations"]

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
-from torch.nn.utils import parametrize
 
 from diffusers_pqcad.compression.checkpoint import clone_state, copy_state_
 from diffusers_pqcad.compression.fake_quant import fake_quant_layers, latent_weight, weight_quantizer
@@ -64,27 +63,6 @@ def parameter_groups(module: nn.Module, step_rate: float, float_rate: float) -> 
             {"params": [weight_quantizer(layer).scale], "lr": rate / 10},
         ]
     return [*groups, *float_groups(module, float_rate)]
-
-
-@contextmanager
-def weights_at_rest(module: nn.Module) -> Iterator[None]:
-    """Keep the quantized weights of `module` as they are inside the block: they are rounded once, and not trained.
-
-    Only what `float_groups` returns has gradients then, and an update takes half the time.
-    """
-    resting = [
-        parameter
-        for layer in fake_quant_layers(module).values()
-        for parameter in (latent_weight(layer), weight_quantizer(layer).scale)
-    ]
-    for parameter in resting:
-        parameter.requires_grad_(False)
-    try:
-        with parametrize.cached():
-            yield
-    finally:
-        for parameter in resting:
-            parameter.requires_grad_(True)
 
 
 def rate_factor(step: int, num_steps: int, warmup_steps: int) -> float:

@@ -2,8 +2,7 @@
 
 Inspired by the abstract of PQCAD-DM (arXiv:2506.16776); the design is ours. Per round: measure what each layer's next
 transition does to the model's output (price), let the controller choose the cheap ones, carry them out with
-block reconstruction, and roll back those that disappoint. Each stage ends with a recovery of the whole network on the
-calibration set.
+block reconstruction, and roll back those that disappoint.
 """
 
 import copy
@@ -33,7 +32,6 @@ from diffusers_pqcad.compression.fake_quant import (
     at_bits,
     bits_by_module,
     calibrate_activations_,
-    enable_activations_,
     fake_quant_layers,
     fake_quant_state,
     freeze_,
@@ -43,13 +41,7 @@ from diffusers_pqcad.compression.fake_quant import (
     set_bits_,
     weight_quantizer,
 )
-from diffusers_pqcad.compression.optimization import (
-    AveragedAdam,
-    BestState,
-    check_minimum,
-    float_groups,
-    weights_at_rest,
-)
+from diffusers_pqcad.compression.optimization import check_minimum
 from diffusers_pqcad.compression.reconstruction import (
     ReconstructionConfig,
     UnitResult,
@@ -86,11 +78,6 @@ class ProgressiveConfig:
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     reconstruction_samples: int = 256
     round_share: float = 0.25  # of iterations and samples, where the bits will change again
-    recovery_steps: int = 75  # per stage; 0 switches the whole-network recovery off
-    recovery_batch_size: int = 32
-    recovery_rate: float = 1e-3  # of the size of each tensor in floating point; Adam, with warm-up and linear decay
-    recovery_ema_decay: float = 0.98
-    evaluation_steps: int = 25  # updates between two measurements on the held-out trajectories
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -101,18 +88,16 @@ class ProgressiveConfig:
         check_minimum(self, trust=0, perturbation_floor=0, cooldown=0)
         check_minimum(self, rounds_per_stage=1, price_batch_size=1)
         check_minimum(self, reconstruction_samples=MIN_RECONSTRUCTION_SAMPLES)
-        check_minimum(self, recovery_steps=0, recovery_rate=0, recovery_batch_size=1, evaluation_steps=1)
         if not 0 < self.round_share <= 1:
             raise ValueError(f"round_share: expected a share above 0 and up to 1, got {self.round_share}.")
 
 
 @dataclass
 class History:
-    """What PQ did: `rounds` (bits, prices, momenta, moves, roll-backs of each), `units`, `recovery`, `summary`."""
+    """What PQ did: `rounds` (bits, prices, momenta, moves, roll-backs of each), `units`, `summary`."""
 
     rounds: list[dict[str, Any]] = field(default_factory=list)
     units: list[dict[str, Any]] = field(default_factory=list)
-    recovery: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
@@ -246,7 +231,7 @@ class ProgressiveQuantizer:
         searched = match_modules(model, config)
         if not searched:
             raise ValueError(f"{type(model).__name__} has nothing to quantize.")
-        if config.method == "fixed":  # one width everywhere; reconstruction and recovery as with any other
+        if config.method == "fixed":  # one width everywhere; reconstruction as with any other
             config = replace(config, method="progressive", bit_choices=(int(config.weight_bits),))
         num_weights = {name: layer.weight.numel() for name, layer in searched.items()}
         self.controller = BitController(
@@ -268,7 +253,7 @@ class ProgressiveQuantizer:
         # Of each layer's next transition, as last measured: what it does to the output, and that for each bit saved.
         self.perturbations: dict[str, float] = {}
         self.prices: dict[str, float] = {}
-        self.progress = {"stage": 0, "round": 0, "forced": False}
+        self.progress = {"stage": 0, "round": 0}
         self.request: dict[str, Any] = {}  # what a resume file must have been begun with
         prepare_(model, config, self.controller.bits)
         model.pqcad_source_hash = calibration.manifest["model_hash"]  # distill compares it
@@ -446,7 +431,7 @@ class ProgressiveQuantizer:
         steps = ((int(t), trajectory[:, index]) for index, t in enumerate(self.train_set.timestep))
         calibrate_activations_(self.model, steps)
 
-    def save(self, path: Path | None, **extra: Any) -> None:
+    def save(self, path: Path | None) -> None:
         """Write the resume file."""
         if path is not None:
             state = {
@@ -458,7 +443,7 @@ class ProgressiveQuantizer:
                 "prices": self.prices,
                 "request": json.dumps(self.request),
             }
-            save_checkpoint(path, state | extra)
+            save_checkpoint(path, state)
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from the contents of a resume file."""
@@ -469,71 +454,26 @@ class ProgressiveQuantizer:
             state[key] for key in ("progress", "perturbations", "prices")
         )
 
-    def recover(self, stage: int, path: Path | None, resumed: dict[str, Any] | None, bar: Any) -> None:
-        """Train what is in floating point on the calibration set; keep the best state by held-out trajectory error.
-
-        The rounded weights stay as the reconstruction left them: a few updates of theirs undo more than they bring.
-        """
-        settings, model, steps = self.settings, self.model, self.calibration.num_inference_steps
-        adam = AveragedAdam(
-            float_groups(model, settings.recovery_rate),
-            num_steps=settings.recovery_steps,
-            ema_decay=settings.recovery_ema_decay,
-        )
-        best, first = BestState(model, trajectory_error(model, self.held_out, steps)), 0
-        log = [{"stage": stage, "step": 0, "trajectory_error": best.error}]
-        if resumed is not None:
-            first, log = resumed["step"], resumed["log"]
-            adam.load_state_dict(resumed["adam"])
-            best.load_state_dict(resumed["best"])
-        with weights_at_rest(model):
-            for step in range(first, settings.recovery_steps):
-                seed = self.seed(5, stage, step)
-                sample, timestep, target, weight = self.train.draw(settings.recovery_batch_size, seed)
-                loss = weighted_error(model(sample, timestep).sample, target, weight)
-                loss.backward()
-                adam.update(step)
-                bar.update()
-                if (step + 1) % settings.evaluation_steps and step + 1 != settings.recovery_steps:
-                    continue
-                with adam.averaged():
-                    error = trajectory_error(model, self.held_out, steps)
-                    best.offer(model, step + 1, error)
-                log.append({"stage": stage, "step": step + 1, "loss": loss.item(), "trajectory_error": error})
-                bar.set_postfix(held_out=f"{error:.4f}")
-                recovery = {"step": step + 1, "log": log, "adam": adam.state_dict(), "best": best.state_dict()}
-                self.save(path, recovery=recovery)
-        best.restore_(model)
-        self.history.recovery.extend(log)
-
-    def run(
-        self, path: Path | None = None, *, resumed: dict[str, Any] | None = None, progress: bool = True
-    ) -> History:
-        """Run all stages; `resumed` is the recovery in progress of a resume file, `path` where to write one."""
+    def run(self, path: Path | None = None, *, progress: bool = True) -> History:
+        """Run all stages; `path` is where to write a resume file."""
         settings = self.settings
-        total = len(self.budgets) * (settings.rounds_per_stage + settings.recovery_steps)
+        total = len(self.budgets) * (settings.rounds_per_stage + 1)
         with tqdm(total=total, desc="PQ", disable=not progress) as bar:
             for stage in range(self.progress["stage"], len(self.budgets)):
                 # A round that was rolled back whole changes nothing but the momentum, so rounds are bounded.
                 for round_index in range(self.progress["round"], 2 * settings.rounds_per_stage):
-                    if self.progress["forced"] or not self.round(stage, round_index):
+                    if not self.round(stage, round_index):
                         break
                     bar.update()
                     bar.set_postfix(bits=f"{self.controller.average_bits():.2f}")
                     self.progress["round"] = round_index + 1
                     self.save(path)
-                if not self.progress["forced"]:
-                    self.force(stage)
-                    self.correct_biases(stage)
+                self.force(stage)
+                self.correct_biases(stage)
+                if stage + 1 == len(self.budgets):
                     self.calibrate_activations()
-                    self.progress["forced"] = True
-                    self.save(path)
-                if settings.recovery_steps:
-                    self.recover(stage, path, resumed, bar)
-                    resumed = None
-                if stage + 1 < len(self.budgets):
-                    enable_activations_(self.model, False)
-                self.progress = {"stage": stage + 1, "round": 0, "forced": False}
+                bar.update()
+                self.progress = {"stage": stage + 1, "round": 0}
                 self.save(path)
         return self.history
 
@@ -572,7 +512,7 @@ def progressive_quantize(
     run.request = request
     if state is not None:
         run.load(state)
-    history = run.run(path, resumed=None if state is None else state.get("recovery"), progress=progress)
+    history = run.run(path, progress=progress)
     originals = {name: run.reference.get_parameter(f"{name}.weight") for name in fake_quant_layers(model)}
     history.summary = {
         "average_bits": run.controller.average_bits(),

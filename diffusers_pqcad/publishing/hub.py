@@ -144,7 +144,7 @@ def model_card(metrics: dict[str, Any], *, repo: str, license_id: str | None) ->
             f"1. Calibration set: {settings['num_trajectories']} full-precision trajectories of "
             f"{settings['num_inference_steps']} steps, seed {metrics['calibration_seed']}; an eighth held out.\n"
             f"2. PQ: {pq['num_rounds']} rounds in {pq['num_stages']} stages, {pq['num_roll_backs']} transitions "
-            f"rolled back, {settings['recovery_steps']} recovery updates a stage.\n"
+            "rolled back.\n"
             f"3. CAD: {settings['max_train_steps']} updates, quantized teacher, full-precision calibration, gate; "
             f"{outcome}.\n"
             "4. First and last convolution, the time embedding and the shortcuts in the last up block stay in "

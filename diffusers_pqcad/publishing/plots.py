@@ -63,27 +63,20 @@ def plot_bits(path: str | Path, rounds: list[dict[str, Any]]) -> None:
     plt.close(figure)
 
 
-def plot_curves(
-    path: str | Path, recovery: list[dict[str, Any]], distillation: dict[str, list[dict[str, Any]]]
-) -> None:
-    """Write held-out trajectory errors: of PQ's recovery by stage, and of every distillation arm."""
+def plot_curves(path: str | Path, distillation: dict[str, list[dict[str, Any]]]) -> None:
+    """Write the held-out trajectory errors of every distillation arm."""
     plt = _pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
-    for stage in sorted({entry["stage"] for entry in recovery}):
-        entries = [entry for entry in recovery if entry["stage"] == stage]
-        errors = [entry["trajectory_error"] for entry in entries]
-        left.plot([entry["step"] for entry in entries], errors, ".-", label=f"stage {stage + 1}")
+    figure, axis = plt.subplots(figsize=(5, 3.2))
     for name, stats in distillation.items():
         entries = [entry for entry in stats if entry["held_out_error"] is not None]
         errors = [entry["held_out_error"] for entry in entries]
-        right.plot([entry["step"] for entry in entries], errors, ".-", label=name)
-    for axis, title in ((left, "PQ: recovery"), (right, "CAD")):
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("updates")
-        axis.set_ylabel("held-out trajectory error")
-        axis.set_yscale("log")
-        if axis.lines:
-            axis.legend(fontsize=7)
+        axis.plot([entry["step"] for entry in entries], errors, ".-", label=name)
+    axis.set_title("CAD", fontsize=10)
+    axis.set_xlabel("updates")
+    axis.set_ylabel("held-out trajectory error")
+    axis.set_yscale("log")
+    if axis.lines:
+        axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

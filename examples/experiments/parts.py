@@ -1,4 +1,4 @@
-"""What each part of PQ is worth: stages, momentum, signal, reconstruction, recovery, activations, arm by arm.
+"""What each part of PQ is worth: stages, momentum, signal, reconstruction, activations, arm by arm.
 
     python examples/experiments/parts.py --subjects digits digits-epsilon --seeds 0 1 2
 
@@ -68,28 +68,21 @@ class Arm:
     context: Callable[[], Any] = as_it_is
 
 
-def arms(recovery_steps: int) -> dict[str, Arm]:
-    """Return the arms, for that many updates of each stage's recovery."""
-    rounds = ProgressiveConfig.rounds_per_stage
-    return {
-        "PQ": Arm(),
-        "one width": Arm(method="fixed"),
-        "one stage": Arm({"rounds_per_stage": 2 * rounds, "recovery_steps": 2 * recovery_steps}, context=one_stage),
-        "no momentum": Arm({"beta": 0.0}),
-        "weight signal": Arm({"signal": "weight"}),
-        "no roll-back": Arm({"roll_back_tolerance": 1e9}),
-        "no recovery": Arm({"recovery_steps": 0}),
-        "no reconstruction": Arm({"recovery_steps": 0}, {"iterations": 0}),
-        "reconstruction at 3e-4": Arm(context=one_learning_rate),
-        "reconstruction at 3e-2": Arm(reconstruction={"step_rate": 3e-2}),
-        "reconstruction at 3e-3": Arm(reconstruction={"step_rate": 3e-3}),
-        "300 iterations": Arm(reconstruction={"iterations": 300}),
-        "no mixed inputs": Arm(reconstruction={"input_mix": 0.0}),
-    }
-
-
-RECOVERY_STEPS = 20
-ARMS = arms(RECOVERY_STEPS)
+ROUNDS = ProgressiveConfig.rounds_per_stage
+ARMS = {
+    "PQ": Arm(),
+    "one width": Arm(method="fixed"),
+    "one stage": Arm({"rounds_per_stage": 2 * ROUNDS}, context=one_stage),
+    "no momentum": Arm({"beta": 0.0}),
+    "weight signal": Arm({"signal": "weight"}),
+    "no roll-back": Arm({"roll_back_tolerance": 1e9}),
+    "no reconstruction": Arm(reconstruction={"iterations": 0}),
+    "reconstruction at 3e-4": Arm(context=one_learning_rate),
+    "reconstruction at 3e-2": Arm(reconstruction={"step_rate": 3e-2}),
+    "reconstruction at 3e-3": Arm(reconstruction={"step_rate": 3e-3}),
+    "300 iterations": Arm(reconstruction={"iterations": 300}),
+    "no mixed inputs": Arm(reconstruction={"input_mix": 0.0}),
+}
 # What is done to the activations of the state that the arm "PQ" leaves.
 ACTIVATIONS = {"static": None, "float": 0, "of each call": -1, "static, 1 group": 1, "static, 20 groups": NUM_STEPS}
 
@@ -97,7 +90,7 @@ ACTIVATIONS = {"static": None, "float": 0, "of each call": -1, "static, 1 group"
 def quantized(subject_arm: Arm, bits: float, seed: int, pipeline: Any, calibration: CalibrationSet) -> tuple[Any, ...]:
     """Return the fake-quantized model of one arm, its history, and the seconds that it took."""
     model, started = copy.deepcopy(pipeline.unet), time.perf_counter()
-    settings = {"recovery_steps": RECOVERY_STEPS, "evaluation_steps": 10, "seed": seed} | subject_arm.progressive
+    settings = {"seed": seed} | subject_arm.progressive
     with subject_arm.context():
         history = progressive_quantize(
             model,
@@ -156,12 +149,9 @@ def row(name: str, seed: int, bits: float, context: dict[str, Any]) -> dict[str,
             kind: measured(with_activations(model, kind, calibration)) for kind in ACTIVATIONS if kind != "static"
         }
         kinds = {kind: {key: found[key] for key in ("mean", "median")} for kind, found in kinds.items()}
-    recovery = [
-        {"stage": entry["stage"], "step": entry["step"], "error": entry["trajectory_error"]}
-        for entry in history.recovery
-    ]
     about = {"subject": context["subject"], "arm": name, "bits": bits, "seed": seed, "seconds": seconds}
-    about |= {"recovery": recovery, "activations": kinds, "trajectory_error": history.summary["trajectory_error"]}
+    about |= {"activations": kinds, "trajectory_error": history.summary["trajectory_error"]}
+    about |= {"stages": len({entry["stage"] for entry in history.rounds})}
     about |= {"departures": departures, "roll_backs": sum(len(entry["rolled_back"]) for entry in history.rounds)}
     return about | measured(model)
 

@@ -2,15 +2,16 @@
 
     python examples/experiments/rates.py --subjects digits digits-epsilon --seeds 0 1 2
 
-Every arm trains the same PQ state: the recovery of the second stage at N steps, or the distillation to N / 2. Arms
-differ from the library's defaults in what their name says. Simulated: weights and activations are fake-quantized, as
-in training. Every row is a JSON of its own in --output_dir; a killed run goes on from there.
+Every arm trains the same PQ state: a recovery of the whole network at N steps, which the library does not have, or the
+distillation to N / 2. Arms differ from the library's defaults in what their name says. Simulated: weights and
+activations are fake-quantized, as in training. Every row is a JSON of its own in --output_dir; a killed run goes on
+from there.
 """
 
 import copy
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -29,19 +30,19 @@ from subjects import (
     teacher,
 )
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from diffusers_pqcad import DistillConfig, PQCADConfig, ProgressiveConfig, progressive_quantize
 from diffusers_pqcad.compression import distillation
 from diffusers_pqcad.compression.calibration import CalibrationSet
 from diffusers_pqcad.compression.distillation import Distillation, Gate
-from diffusers_pqcad.compression.fake_quant import fake_quant_layers, freeze_, weight_quantizer
+from diffusers_pqcad.compression.fake_quant import fake_quant_layers, freeze_, latent_weight, weight_quantizer
 from diffusers_pqcad.compression.optimization import (
     AveragedAdam,
     BestState,
     float_groups,
     parameter_groups,
-    weights_at_rest,
 )
 from diffusers_pqcad.compression.progressive import Batches, trajectory_error, weighted_error
 from diffusers_pqcad.compression.reconstruction import ReconstructionConfig
@@ -151,6 +152,27 @@ DISTILLATION = {
 ARMS = {"recovery": RECOVERY, "distillation": DISTILLATION}
 
 
+@contextmanager
+def weights_at_rest(module: nn.Module) -> Iterator[None]:
+    """Keep the quantized weights of `module` as they are inside the block: they are rounded once, and not trained.
+
+    Only what `float_groups` returns has gradients then.
+    """
+    resting = [
+        parameter
+        for layer in fake_quant_layers(module).values()
+        for parameter in (latent_weight(layer), weight_quantizer(layer).scale)
+    ]
+    for parameter in resting:
+        parameter.requires_grad_(False)
+    try:
+        with parametrize.cached():
+            yield
+    finally:
+        for parameter in resting:
+            parameter.requires_grad_(True)
+
+
 def train(
     model: nn.Module,
     arm: Arm,
@@ -244,7 +266,7 @@ def distil(
         return train(model, arm, loss_of, run.trajectory_error)
 
 
-# The defaults of `distill.py`, without a recovery, which is what is tried here.
+# The defaults of `distill.py`.
 PQ: dict[str, Any] = {"reconstruction": ReconstructionConfig(iterations=100, batch_size=16)}
 
 
@@ -255,7 +277,7 @@ def pq_state(subject: str, seed: int, bits: float, pipeline: Any, calibration: C
         model,
         calibration,
         PQCADConfig(weight_bits=bits, activation_bits=8),
-        ProgressiveConfig(recovery_steps=0, seed=seed, **PQ),
+        ProgressiveConfig(seed=seed, **PQ),
         checkpoint=TEACHERS / f"pq-{subject}-{seed}-{bits:g}.safetensors",
         progress=False,
     )

@@ -18,7 +18,6 @@ from diffusers_pqcad.compression.optimization import (
     parameter_groups,
     rate_factor,
     rounding_step,
-    weights_at_rest,
 )
 
 pytestmark = pytest.mark.fast
@@ -67,28 +66,6 @@ def test_what_stays_in_floating_point_is_trained_in_units_of_its_own_size(model:
     }
     assert {id(group["params"][0]): pytest.approx(group["lr"]) for group in groups} == expected
     assert all(len(group["params"]) == 1 for group in groups)
-
-
-def test_weights_at_rest_are_rounded_once_and_not_trained(model: nn.Module) -> None:
-    adam = AveragedAdam(float_groups(model, 0.1), num_steps=4, ema_decay=0.0, warmup_steps=0)
-    before, x = clone_state(model), torch.randn(4, 6)
-    with weights_at_rest(model):
-        rounded = model[0].weight
-        train(model, adam, range(4))
-        assert model[0].weight is rounded
-        trained = model(x)
-    quantized = [f"{layer}.parametrizations.weight.{name}" for layer in (0, 2) for name in ("original", "0.scale")]
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]) == (name in quantized), name
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    assert torch.equal(model(x), trained)
-    assert model[0].weight is not rounded
-
-
-def test_weights_are_trained_again_after_an_error(model: nn.Module) -> None:
-    with pytest.raises(RuntimeError), weights_at_rest(model):
-        raise RuntimeError
-    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_the_rounding_step_of_two_bits_is_the_distance_of_its_levels() -> None:

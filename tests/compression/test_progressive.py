@@ -274,50 +274,11 @@ def test_the_packed_copy_makes_the_same_trajectories(
     assert error == pytest.approx(trajectory_error(tiny_quantized, held_out, 4), rel=1e-6)
 
 
-def test_recovery_keeps_the_best_state_and_the_start_competes(pq_run: PQ) -> None:
-    model, history = pq_run
-    for stage in (0, 1):
-        log = [entry for entry in history.recovery if entry["stage"] == stage]
-        assert [entry["step"] for entry in log] == [0, 1, 2]
-    assert history.summary["trajectory_error"] == pytest.approx(
-        min(entry["trajectory_error"] for entry in log), rel=1e-5
-    )
-
-
-def test_recovery_that_makes_it_worse_leaves_the_start(
-    tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig
-) -> None:
-    changes = {
-        "recovery_rate": 100.0,
-        "reconstruction": ReconstructionConfig(iterations=0),
-        "recovery_steps": 1,
-    }
-    config = PQCADConfig(weight_bits=4, bit_choices=(4,))
-    history = quantize(tiny_unet, tiny_calibration_set, quick_progressive, config, **changes)
-    assert history.summary["trajectory_error"] < 0.1 < history.recovery[-1]["trajectory_error"]
-    assert history.summary["trajectory_error"] == pytest.approx(history.recovery[0]["trajectory_error"], rel=1e-5)
-    assert {unit["name"] for unit in history.units} <= {"bias correction"}
-
-
-def test_recovery_lowers_the_held_out_error(
-    tiny_quantized: UNet2DModel, tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet,
-    quick_progressive: ProgressiveConfig,
-) -> None:  # fmt: skip
-    changes = {"recovery_steps": 16, "recovery_batch_size": 16, "recovery_rate": 1e-2, "evaluation_steps": 8}
-    changes |= {"reconstruction": ReconstructionConfig(iterations=0)}
-    config = PQCADConfig(weight_bits=2, bit_choices=(2,))
-    history = quantize(tiny_unet, tiny_calibration_set, quick_progressive, config, **changes)
-    assert history.recovery[-1]["trajectory_error"] < history.recovery[0]["trajectory_error"]
-    assert history.summary["trajectory_error"] < history.recovery[0]["trajectory_error"]
-    assert max(history.summary["latent_shift"].values()) == 0  # it trains what is in floating point
-    assert all(parameter.requires_grad for parameter in tiny_unet.parameters())
-
-
 def test_one_reachable_width_needs_no_moves(
     tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig
 ) -> None:
     config = PQCADConfig(weight_bits=8)
-    history = quantize(tiny_unet, tiny_calibration_set, quick_progressive, config, recovery_steps=0)
+    history = quantize(tiny_unet, tiny_calibration_set, quick_progressive, config)
     assert set(history.summary["bits"].values()) == {8}
     assert [entry["moves"] for entry in history.rounds] == [[]]
 
@@ -401,7 +362,7 @@ def test_a_bias_correction_that_does_not_help_is_undone(
 def test_the_budget_is_met_even_if_every_round_is_rolled_back(
     tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig
 ) -> None:
-    changes = {"roll_back_tolerance": -1e9, "reconstruction": ReconstructionConfig(iterations=0), "recovery_steps": 0}
+    changes = {"roll_back_tolerance": -1e9, "reconstruction": ReconstructionConfig(iterations=0)}
     config = PQCADConfig(weight_bits=4, bit_choices=(8, 4))
     history = quantize(tiny_unet, tiny_calibration_set, quick_progressive, config, **changes)
     rounds = [entry for entry in history.rounds if entry["kind"] == "round"]
@@ -419,7 +380,7 @@ def test_ablations_meet_the_budget_on_other_ways(
     pq_run: PQ, tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig,
     changes: dict[str, object],
 ) -> None:  # fmt: skip
-    light = {"reconstruction": ReconstructionConfig(iterations=0), "recovery_steps": 0}
+    light = {"reconstruction": ReconstructionConfig(iterations=0)}
     history = quantize(tiny_unet, tiny_calibration_set, quick_progressive, **light, **changes)
     assert 3.8 < average(tiny_unet) <= 4
     if "beta" in changes:  # a layer that has not moved yet has the price of this round as its momentum
@@ -461,7 +422,7 @@ def test_a_run_that_is_killed_at_every_save_ends_in_the_same_bits(
             break
         except Killed:
             continue
-    assert kills >= 8  # rounds, forced phases, recovery, ends of stages
+    assert kills >= 4  # rounds, ends of stages
     assert same_state(model, pq_run[0])
     assert bits_by_module(model) == bits_by_module(pq_run[0])
     assert timestep_boundaries(model) == timestep_boundaries(pq_run[0])
@@ -495,14 +456,14 @@ def test_a_resume_file_of_other_layers_is_refused(
     assert_untouched(tiny_unet, before)
 
 
-def test_a_fixed_width_is_reconstructed_and_recovered_too(
+def test_a_fixed_width_is_reconstructed_too(
     tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig
 ) -> None:
     config = PQCADConfig(method="fixed", weight_bits=3)
     history = quantize(tiny_unet, tiny_calibration_set, quick_progressive, config)
     assert set(bits_by_module(tiny_unet).values()) == {3}
     assert any(unit["name"] != "bias correction" for unit in history.units)
-    assert [entry["step"] for entry in history.recovery] == [0, 1, 2]  # one stage: there is nothing to move
+    assert {entry["stage"] for entry in history.rounds} == {0}  # there is nothing to move
     assert set(convert_(tiny_unet).config.quantization_config.weight_bits_by_module.values()) == {3}
 
 
@@ -576,8 +537,6 @@ def test_a_budget_out_of_reach_is_refused(
         ({"beta": 1.0}, "beta: expected 0"),
         ({"rounds_per_stage": 0}, "rounds_per_stage: expected at least 1, got 0"),
         ({"reconstruction_samples": 3}, "reconstruction_samples: expected at least 8, got 3"),
-        ({"evaluation_steps": 0}, "evaluation_steps: expected at least 1, got 0"),
-        ({"recovery_steps": -1}, "recovery_steps: expected at least 0, got -1"),
         ({"trust": float("nan")}, "trust: expected at least 0, got nan"),
     ],
 )
@@ -663,7 +622,7 @@ def test_the_resume_file_holds_no_pickle(
 ) -> None:
     config = PQCADConfig(weight_bits=8)
     path = tmp_path / "pq.safetensors"
-    quantize(tiny_unet, tiny_calibration_set, quick_progressive, config, recovery_steps=0, checkpoint=path)
+    quantize(tiny_unet, tiny_calibration_set, quick_progressive, config, checkpoint=path)
     state = load_checkpoint(path)
     assert {"model", "controller", "history", "progress"} <= state.keys()
     assert [file.name for file in tmp_path.iterdir()] == ["pq.safetensors"]
@@ -683,7 +642,6 @@ def test_a_round_before_the_last_takes_its_share_of_the_reconstruction(
     settings = dataclasses.replace(
         quick_progressive,
         reconstruction=ReconstructionConfig(iterations=6), reconstruction_samples=64, round_share=0.25,
-        recovery_steps=0,
     )  # fmt: skip
     run = runner(tiny_unet, tiny_calibration_set, settings)
     run.run(progress=False)
@@ -696,6 +654,6 @@ def test_a_round_before_the_last_takes_its_share_of_the_reconstruction(
 def test_pq_has_a_default_of_fewer_bits_than_loading(
     tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig
 ) -> None:
-    light = dataclasses.replace(quick_progressive, reconstruction=ReconstructionConfig(iterations=0), recovery_steps=0)
+    light = dataclasses.replace(quick_progressive, reconstruction=ReconstructionConfig(iterations=0))
     progressive_quantize(tiny_unet, tiny_calibration_set, progressive=light, progress=False)
     assert 3.8 < average(tiny_unet) <= WEIGHT_BITS == 4 < PQCADConfig().weight_bits

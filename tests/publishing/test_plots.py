@@ -41,22 +41,17 @@ def test_bits(tmp_path: Path) -> None:
 
 
 def test_curves(tmp_path: Path) -> None:
-    recovery = [
-        {"stage": stage, "step": step, "trajectory_error": 1 / (step + 1)} for stage in (0, 1) for step in (0, 5)
-    ]
     stats = [{"step": step, "held_out_error": None if step % 2 else 0.1 * step} for step in range(6)]
-    plot_curves(tmp_path / "curves.png", recovery, {"pq_cad": stats, "fp": stats})
+    plot_curves(tmp_path / "curves.png", {"pq_cad": stats, "fp": stats})
     assert_picture(tmp_path / "curves.png")
 
 
-def test_curves_without_recovery_or_distillation(tmp_path: Path) -> None:
-    plot_curves(tmp_path / "empty.png", [], {})
+def test_curves_without_distillation(tmp_path: Path) -> None:
+    plot_curves(tmp_path / "empty.png", {})
     assert_picture(tmp_path / "empty.png")
 
 
 def test_pictures_of_a_real_run(tmp_path: Path, pq_run) -> None:
     history = pq_run[1]
     plot_bits(tmp_path / "bits.png", history.rounds)
-    plot_curves(tmp_path / "curves.png", history.recovery, {})
     assert_picture(tmp_path / "bits.png")
-    assert_picture(tmp_path / "curves.png")
