@@ -128,11 +128,11 @@ class Settings:
     reconstruction_iterations: int = 100
     reconstruction_batch_size: int = 16
     reconstruction_samples: int = 256
-    max_train_steps: int = 160  # of the distillation
+    max_train_steps: int = 320  # of the distillation
     train_batch_size: int = 32
     step_rate: float = 3e-3  # of the distillation, in rounding steps of each layer; Adam
     float_rate: float = 3e-3  # of the distillation, in sizes of each tensor in floating point
-    evaluation_steps: int = 20  # updates between two measurements on the held-out trajectories
+    evaluation_steps: int = 40  # updates between two measurements on the held-out trajectories
     num_images: int = 1_000  # per row of the table
     num_latency_rounds: int = 3
     ablations: bool = False

@@ -55,7 +55,7 @@ class DistillConfig:
     teacher: Literal["quantized", "fp", "none"] = "quantized"  # which model speaks: for labels and checks only
     calibration: bool = True  # the full-precision calibration term
     gate: bool = True  # let the teacher speak only while it is better than the student
-    max_train_steps: int = 200
+    max_train_steps: int = 320
     train_batch_size: int = 32  # per term and process
     step_rate: float = 3e-3  # of each layer's rounding step; Adam, with warm-up and linear decay
     float_rate: float = 3e-3  # of the size of each tensor in floating point: biases, norms, layers not quantized
@@ -64,7 +64,7 @@ class DistillConfig:
     gate_momentum: float = 0.7
     gate_steps: int = 10  # updates between two measurements of the gate
     ema_decay: float = 0.99
-    evaluation_steps: int = 50  # updates between two measurements on the held-out trajectories
+    evaluation_steps: int = 40  # updates between two measurements on the held-out trajectories
     seed: int = 0
 
     def __post_init__(self) -> None:
