@@ -47,10 +47,13 @@ def scripts(monkeypatch, tmp_path, tiny_unet):
 
 def test_widths(scripts):
     rows = scripts("widths", "--subjects", "digits-epsilon", "--arms", "one width", "gain 16", "--bits", "4")
-    assert [(row["subject"], row["arm"], row["bits"]) for row in rows] == [
-        ("digits-epsilon", "gain 16", 4.0),
-        ("digits-epsilon", "one width", 4.0),
+    assert [(row["subject"], row["arm"], row["bits"], row["shortcuts"]) for row in rows] == [
+        ("digits-epsilon", "gain 16", 4.0, "float"),
+        ("digits-epsilon", "gain 16", 4.0, "rounded"),
+        ("digits-epsilon", "one width", 4.0, "float"),
+        ("digits-epsilon", "one width", 4.0, "rounded"),
     ]
+    assert len({row["mean"] for row in rows}) == 4
     assert all(len(row["images"]) == 2 for row in rows)
 
 

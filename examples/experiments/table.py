@@ -66,15 +66,16 @@ def present(rows: list[Row]) -> list[str]:
 
 def widths_table(rows: list[Row]) -> str:
     """Return the fidelity of loading without data, by allocation and average bits."""
-    subjects, groups = present(rows), grouped(rows, "arm", "bits", "activation_bits", "subject")
+    keys = ("arm", "bits", "activation_bits", "shortcuts")
+    subjects, groups = present(rows), grouped(rows, *keys, "subject")
     lines = [
-        [arm, f"{bits:g}", str(activation_bits or "float")]
-        + [decibels(groups.get((arm, bits, activation_bits, subject), [])) for subject in subjects]
-        for arm, bits, activation_bits in sorted(
-            {(row["arm"], row["bits"], row["activation_bits"]) for row in rows}, key=lambda key: (key[1], key[0])
+        [arm, shortcuts, f"{bits:g}", str(activation_bits or "float")]
+        + [decibels(groups.get((arm, bits, activation_bits, shortcuts, subject), [])) for subject in subjects]
+        for arm, bits, activation_bits, shortcuts in sorted(
+            {tuple(row[key] for key in keys) for row in rows}, key=lambda key: (key[1], key[3], key[0])
         )
     ]
-    return markdown(["allocation", "average bits", "activations", *subjects], lines)
+    return markdown(["allocation", "shortcuts", "average bits", "activations", *subjects], lines)
 
 
 def controller_table(rows: list[Row]) -> str:
