@@ -29,8 +29,10 @@ SHORTCUTS = ("float", "rounded")
 
 def decided(model: Any, arm: str, bits: float, activation_bits: int, shortcuts: str) -> PQCADConfig:
     """Return a config that says the bits of each layer for an average of `bits`."""
-    gain, settings = ARMS[arm], {"weight_bits": bits, "activation_bits": activation_bits or None}
-    config = PQCADConfig(**settings) if gain is not None else PQCADConfig(**settings, method="fixed")
+    gain = ARMS[arm]
+    config = PQCADConfig(
+        weight_bits=bits, activation_bits=activation_bits or None, method="fixed" if gain is None else "progressive"
+    )
     searched = match_modules(model, with_model_exemptions(model, config) if shortcuts == "float" else config)
     by_module = dict.fromkeys(searched, int(bits)) if gain is None else decide_bits(searched, config, gain)
     return dataclasses.replace(config, weight_bits_by_module=by_module)
