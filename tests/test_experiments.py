@@ -59,11 +59,36 @@ def test_widths(scripts):
 
 def test_controller(scripts):
     arms = ["no momentum", "momentum", "momentum of logarithms", "sensitivity, momentum of logarithms"]
+    arms += ["average of all rounds", "momentum, relative dispersion", "solver"]
     rows = scripts("controller", "--subjects", "digits", "--seeds", "0", "--images", "1", "--arms", *arms)
     assert sorted(row["arm"] for row in rows) == sorted(arms)
     for row in rows:
         assert row["average_bits"] <= 4
         assert row["evaluations"] > 0
+
+
+def test_the_solver_finds_the_smallest_sum_of_errors(scripts):
+    import itertools
+
+    import controller
+
+    generator = torch.Generator().manual_seed(0)
+    num_weights, widths = {"a": 30, "b": 20, "c": 50, "d": 7}, (8, 4, 2)
+    for budget in (2.0, 3.1, 5.0, 8.0):
+        errors = {
+            (name, bits): torch.rand(1, generator=generator).item() * 1e-6 * 4.0**-bits
+            for name in num_weights
+            for bits in widths
+        }
+        solver = controller.Solver(num_weights, widths)
+        solver.solve(errors, budget)
+        allowed = [
+            sum(errors[key] for key in zip(num_weights, bits, strict=True))
+            for bits in itertools.product(widths, repeat=4)
+            if sum(n * b for n, b in zip(num_weights.values(), bits, strict=True)) <= budget * 107 + 1e-9
+        ]
+        assert solver.average_bits() <= budget + 1e-9
+        assert sum(errors[key] for key in solver.bits.items()) == pytest.approx(min(allowed))
 
 
 def test_rates(scripts, monkeypatch):

@@ -13,13 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
 from subjects import NUM_STEPS, TRAINED, cached, calibration_set, fidelity, file_name, parser_of, samples, teacher
 from tqdm.auto import tqdm
 
 from diffusers_pqcad import PQCADConfig
-from diffusers_pqcad.compression.fake_quant import fake_quant_layers, freeze_, prepare_, set_bits_
-from diffusers_pqcad.compression.progressive import Batches, transition_prices
+from diffusers_pqcad.compression.fake_quant import at_bits, fake_quant_layers, freeze_, prepare_, set_bits_
+from diffusers_pqcad.compression.progressive import Batches, transition_prices, weighted_error
 from diffusers_pqcad.loading.convert import match_modules, with_model_exemptions
 from diffusers_pqcad.numerics.allocation import BitController, Momentum, stage_budgets
 from diffusers_pqcad.numerics.qparams import WeightSpec, fake_quantize_weight, min_max_weight_scale
@@ -102,6 +104,7 @@ class DispersionController(BitController):
     """A layer's priority is its average price plus `kappa` standard deviations of it: a noisy layer waits."""
 
     kappa: float = 1.0
+    relative: bool = False  # the deviation as a share of the price: what a noisy layer's price is multiplied by
     deviations: dict[tuple[str, int], Momentum] = field(default_factory=dict)
 
     def observe(self, perturbations: Mapping[str, float]) -> None:
@@ -116,7 +119,38 @@ class DispersionController(BitController):
     def priority(self, layer: str) -> float:
         key = layer, self.bits[layer]
         deviation = math.sqrt(self.deviations[key].mean(self.beta)) if key in self.deviations else 0.0
-        return super().priority(layer) + self.kappa * deviation
+        price = super().priority(layer)
+        return (
+            price * (1 + self.kappa * min(deviation / max(price, 1e-30), 1))
+            if self.relative
+            else (price + self.kappa * deviation)
+        )
+
+
+@dataclass
+class Solver(BitController):
+    """No rounds: the error of each layer at each width is measured alone, and an integer program shares out the bits.
+
+    The smallest sum of errors under the budget, an upper bound for any order of moves as long as errors add up.
+    """
+
+    def solve(self, errors: Mapping[tuple[str, int], float], budget: float) -> None:
+        """Set the bits that `errors` (by layer and width) and the `budget` of average bits ask for."""
+        keys = list(errors)
+        sizes = np.array([self.num_weights[layer] * bits for layer, bits in keys], dtype=float)
+        once = np.array([[float(layer == name) for layer, _ in keys] for name in self.num_weights])
+        total = sum(self.num_weights.values())
+        # In units of the largest error and of all weights: the solver's tolerances are absolute.
+        cost = np.array([errors[key] for key in keys])
+        found = milp(
+            cost / cost.max(),
+            constraints=[LinearConstraint(once, 1, 1), LinearConstraint(sizes / total, ub=budget)],
+            integrality=np.ones(len(keys)),
+            bounds=Bounds(0, 1),
+        )
+        if found.x is None:
+            raise ValueError(f"no allocation meets an average of {budget} bits: {found.message}")
+        self.bits = {layer: bits for (layer, bits), chosen in zip(keys, found.x, strict=True) if chosen > 0.5}
 
 
 # Arms: the class, its settings, and whether a round's batches are one price (no memory) or an observation each.
@@ -129,7 +163,29 @@ ARMS: dict[str, tuple[type[BitController], dict[str, Any], bool]] = {
     "sensitivity, no momentum": (SensitivityController, {"beta": 0.0}, True),
     "sensitivity, momentum": (SensitivityController, {"beta": 0.9, "logarithmic": False}, False),
     "sensitivity, momentum of logarithms": (SensitivityController, {"beta": 0.9}, False),
+    "average of all rounds": (BitController, {"beta": 0.999}, False),
+    "momentum, relative dispersion": (DispersionController, {"beta": 0.9, "relative": True}, False),
+    "solver": (Solver, {}, True),
 }
+
+
+def solve(model: torch.nn.Module, train: Batches, controller: Solver, budget: float, images: int, seed: int) -> int:
+    """Share out the bits of a prepared `model` by `Solver`, in place; return the model evaluations (images)."""
+    layers = fake_quant_layers(model)
+    sample, timestep, target, weight = train.draw(PRICE_BATCHES * images, seed * 1_000)
+    frozen, errors = freeze_(copy.deepcopy(model)), {}
+    for name, layer in layers.items():
+        rounded = frozen.get_parameter(f"{name}.weight")
+        kept = rounded.clone()
+        for bits in controller.bit_choices:
+            with at_bits(layer, bits):
+                rounded.copy_(layer.weight)
+            errors[name, bits] = weighted_error(frozen(sample, timestep).sample, target, weight).item()
+        rounded.copy_(kept)
+    controller.solve(errors, budget)
+    for name, bits in controller.bits.items():
+        set_bits_(layers[name], bits)
+    return len(sample) * len(errors)
 
 
 def allocation(
@@ -172,7 +228,10 @@ def row(subject: str, seed: int, arm: str, images: int, budget: float, context: 
     controller = kind({name: layer.weight.numel() for name, layer in searched.items()}, config.bit_choices, **settings)
     model = prepare_(copy.deepcopy(pipeline.unet), config, controller.bits).eval()
     with torch.no_grad():
-        cost = allocation(model, Batches(calibration), controller, budget, images, seed, one)
+        if isinstance(controller, Solver):
+            cost = solve(model, Batches(calibration), controller, budget, images, seed)
+        else:
+            cost = allocation(model, Batches(calibration), controller, budget, images, seed, one)
     found = samples(freeze_(model), pipeline.scheduler, len(wanted), NUM_STEPS, seed)
     quality = fidelity(wanted, found)
     quality.pop("images")
