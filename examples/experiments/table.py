@@ -188,13 +188,14 @@ INTRODUCTION = """\
 # What each part of the method is worth
 
 Written by `examples/experiments/table.py` from the JSON rows in `examples/results/method`, which the scripts in
-`examples/experiments` wrote; each row says by which commit, versions and computer. SQNR to the full-precision images
-at 20 steps from the same noise, in dB: of all images / of the median image, means over seeds; 256 images. A few images
-end in another picture, and decide the first figure. Four models: the two bundled ones, and digits (8x8, trained by
-`train_teacher.py`, one for each seed), each with v and with epsilon prediction.
+`examples/experiments` wrote; each row says by which commit, versions and computer. SQNR to the full-precision
+images at 20 steps from the same noise, in dB: of all images / of the median image, means over seeds; 256 images. A
+few images end in another picture, and decide the first figure. Four models: the two bundled ones, and digits (8x8,
+trained by `train_teacher.py`, one for each seed), each with v and with epsilon prediction.
 
-Not measured yet: recovery and CAD on the bundled models with several seeds, the worth of two stages, more than four
-seeds of the controller, and any of it after reconstruction.
+Not measured yet: the bundled models in most arms of PQ and CAD, digits with more than one or two seeds there, more
+than four seeds of the controller, and the controller's variants after reconstruction. The controller's rows are of
+a commit that rounded the shortcuts at the output, too.
 """
 SENSITIVITY = """\
 The error of the model's output where one layer alone is rounded: its weights to 4 or 8 bits, or its input to 8.
@@ -203,10 +204,12 @@ Shares of the sum over all layers, in one step, weighted by the squared gain of 
 WIDTHS = """\
 `PQCADConfig()` takes an average of 5 bits: the fewest at which the median image has 20 dB on all four models.
 "Gain 16": a layer's error counts 16 times as much for each level further out in the UNet; "weight error": all
-layers count the same. On the epsilon model of Fashion-MNIST the gain is worth 15 dB in the median image at 5
-bits. On its v model it is worth nothing at 4 and 6 bits, where the mean is behind; a gain of 4 is better there,
-and fails on the epsilon model below 6 bits. With 8-bit activations, more than 5 bits bring that epsilon model
-nothing: activations are its limit. Packed layers, not simulated; activation ranges of each call; one seed.
+layers count the same. On the epsilon model of Fashion-MNIST the gain is worth 15 dB in the median image at 5 bits.
+On its v model it is worth nothing at 4 and 6 bits, where the mean is behind; a gain of 4 is better there, and
+fails on the epsilon model below 6 bits. "Shortcuts": those of the last up block, in floating point, as by default,
+or rounded like any layer. At 8 bits floating point is worth 3.6 and 2.3 dB in the median image of the two epsilon
+models, and more bits are never worse then; with rounded ones, 6 and 8 bits were behind 5. Packed layers, not
+simulated; activation ranges of each call; one seed.
 """
 CONTROLLER = """\
 The momentum of prices is worth nothing that could be measured. In each arm without dispersion or sensitivity
@@ -221,16 +224,32 @@ nearest, nothing is reconstructed or rolled back, activations stay in floating p
 columns are paired with "no momentum" at the same number of images, with a 95 % bootstrap interval over seeds.
 """
 PARTS = """\
-TODO
+Each arm is a whole run of PQ with the settings of `distill.py`, but for what its name says. "One width": the same
+reconstruction without any transitions. "One stage": straight to the budget, in as many rounds. "Weight signal":
+prices are changes of the weights, as the method's abstract words it, and not of the model's output.
+"Reconstruction at 3e-4": one rate for all tensors, the default before; other rates are in rounding steps of each
+layer. Intervals: 95 %, over seeds and images, both drawn anew in pairs. Seconds of one core beside another job.
+Simulated.
 """
 ACTIVATIONS = """\
-TODO
+The state that the arm "PQ" leaves, with the ranges of its 8-bit activations chosen in other ways, or none rounded.
+Simulated.
 """
 RECOVERY = """\
-TODO
+All arms train the whole network at N steps, from the PQ state that the library leaves. "Floats r": everything but
+the quantized weights and their scales, Adam's rate being r times the size of each tensor; "all r": those as well,
+at r times each layer's rounding step. 40 updates of 32 images unless said; the best state by the held-out
+trajectory error. "Fresh error": what is left of the trajectory error on noise that neither trained nor chose the
+state. A recovery of 20 updates ended each of PQ's stages before; what is left to gain after the reconstruction is
+too little for it, and it left the code. Simulated.
 """
 DISTILLATION = """\
-TODO
+All arms train one PQ state to take half the steps: 160 updates of 32 images unless said (the library takes 320),
+warm-up over 10 updates, linear decay, averaged weights, the best state by the held-out trajectory error. "1e-3":
+Adam's rate is 1e-3 times each layer's rounding step for quantized weights, and 1e-3 times the size of each other
+tensor. "Floats at 1e-5": everything that is not quantized at one rate, as before. "Flat": one rate for all
+tensors. "Fresh error": what is left of the trajectory error on noise that neither trained nor chose the state. "16
+trajectories": so many in the place of 128, 14 of them to train on. Simulated.
 """
 
 
