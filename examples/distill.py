@@ -44,10 +44,11 @@ from diffusers_pqcad import (
 from diffusers_pqcad.compression.calibration import check_unconditional
 from diffusers_pqcad.compression.checkpoint import load_checkpoint, save_checkpoint, write_text
 from diffusers_pqcad.compression.fake_quant import fake_quant_state, freeze_, load_fake_quant_state_
+from diffusers_pqcad.compression.grid import ddim_grid
 from diffusers_pqcad.compression.optimization import check_minimum
 from diffusers_pqcad.compression.progressive import WEIGHT_BITS
 from diffusers_pqcad.compression.reconstruction import ReconstructionConfig
-from diffusers_pqcad.compression.sampling import generate, initial_noise, sample_shape, timestep_grid
+from diffusers_pqcad.compression.sampling import generate, initial_noise, sample_shape
 from diffusers_pqcad.evaluation import generate_samples, load_extractor, to_uint8
 from diffusers_pqcad.evaluation.extras import MissingExtraError, require
 from diffusers_pqcad.evaluation.speed import environment
@@ -225,12 +226,12 @@ class Run:
         settings = self.settings
         check_minimum(settings, **MINIMUM)
         self.quantization_config()
-        timestep_grid(scheduler, settings.num_inference_steps)
+        ddim_grid(scheduler, settings.num_inference_steps)
         if settings.num_inference_steps % 2:
             raise ValueError(
                 f"num_inference_steps={settings.num_inference_steps} is odd; a student takes half the steps."
             )
-        timestep_grid(scheduler, settings.num_inference_steps // 2)
+        ddim_grid(scheduler, settings.num_inference_steps // 2)
 
     def note_training(self, name: str) -> None:
         """Keep that the training `name` runs here: the table names its places, as the folder may go on elsewhere."""

@@ -1,6 +1,6 @@
 """Calibration sets: full-precision trajectories, the only unbiased targets that a quantized model will see."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,8 @@ from tqdm.auto import tqdm
 
 from diffusers_pqcad.compression.checkpoint import load_checkpoint, model_hash, save_checkpoint
 from diffusers_pqcad.compression.fake_quant import fake_quant_layers
-from diffusers_pqcad.compression.sampling import (
-    denoise,
-    initial_noise,
-    previous_timesteps,
-    sample_shape,
-    step_gain,
-    timestep_grid,
-)
+from diffusers_pqcad.compression.grid import Grid, ddim_grid
+from diffusers_pqcad.compression.sampling import denoise, initial_noise, sample_shape
 
 HELD_OUT_FRACTION = 0.125
 GAIN_LIMITS = (0.1, 10.0)
@@ -68,6 +62,10 @@ class CalibrationSet:
         """Return a scheduler with the settings of the recording."""
         return DDIMScheduler(**self.manifest["scheduler"])
 
+    def grid(self) -> Grid:
+        """Return the recorded steps; their timesteps are on the device of the set."""
+        return replace(ddim_grid(self.scheduler(), self.num_inference_steps), timestep=self.timestep)
+
     def save(self, path: str | Path) -> None:
         """Write the set as one safetensors file."""
         save_checkpoint(path, {name: getattr(self, name) for name in self.__dataclass_fields__})
@@ -112,11 +110,8 @@ class CalibrationSet:
 
         The weight of a step's error throughout PQ and CAD. `num_inference_steps` defaults to the recorded N.
         """
-        steps = num_inference_steps or self.num_inference_steps
-        scheduler = self.scheduler()
-        timesteps = timestep_grid(scheduler, steps)
-        gain = step_gain(scheduler, timesteps, previous_timesteps(scheduler, timesteps, steps))
-        return (gain / gain.mean()).clamp(*GAIN_LIMITS).to(self.timestep.device)
+        gain = ddim_grid(self.scheduler(), num_inference_steps or self.num_inference_steps).gain()
+        return (gain / gain.mean()).clamp(*GAIN_LIMITS).float().to(self.timestep.device)
 
     def check(self, model: nn.Module, scheduler: Any | None = None) -> None:
         """Raise ValueError unless the set was recorded with the weights of `model` and the settings of `scheduler`."""
@@ -147,7 +142,7 @@ class CalibrationSet:
             raise ValueError(
                 f"num_inference_steps={steps} is odd; a student takes half the steps, so record an even number."
             )
-        timestep_grid(self.scheduler(), steps // 2)
+        ddim_grid(self.scheduler(), steps // 2)
         clipping = [key for key in ("clip_sample", "thresholding") if self.manifest["scheduler"].get(key)]
         if clipping:
             raise ValueError(
@@ -182,7 +177,7 @@ def collect_calibration_set(
         raise ValueError("the calibration set must come from the full-precision model, but this one is quantized.")
     check_unconditional(model)
     check_float32(model)
-    timesteps = timestep_grid(scheduler, num_inference_steps)
+    timesteps = ddim_grid(scheduler, num_inference_steps).timestep
     if num_trajectories < 4:
         raise ValueError(f"num_trajectories: expected at least 4 (2 are held out), got {num_trajectories}.")
     shape = sample_shape(model)

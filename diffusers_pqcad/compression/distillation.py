@@ -34,6 +34,7 @@ from diffusers_pqcad.compression.fake_quant import (
     fake_quant_state,
     load_fake_quant_state_,
 )
+from diffusers_pqcad.compression.grid import Grid
 from diffusers_pqcad.compression.optimization import (
     AveragedAdam,
     BestState,
@@ -42,7 +43,7 @@ from diffusers_pqcad.compression.optimization import (
     rate_factor,
 )
 from diffusers_pqcad.compression.progressive import image_error, trajectory_error, weighted_error
-from diffusers_pqcad.compression.sampling import alpha_sigma, denoise, from_x_and_eps, to_x_and_eps
+from diffusers_pqcad.compression.sampling import denoise
 
 GATE_TRAJECTORIES = 16  # of the held-out ones: the gate is measured often, and smoothed by its momentum
 START_RATIO = 2.0  # the student's error counts as twice the teacher's until it has been measured
@@ -92,51 +93,11 @@ class StepStats:
     best_error: float = field(default=float("nan"))
 
 
-@dataclass(frozen=True)
-class Jumps:
-    """The student's steps: from `start` over the teacher's `middle` to `end` (timesteps, (K,); -1 is data)."""
-
-    start: Tensor
-    middle: Tensor
-    end: Tensor
-
-    @classmethod
-    def of(cls, timestep: Tensor) -> "Jumps":
-        """Return the jumps of a student on the teacher's grid `timestep` (N,)."""
-        following = torch.cat([timestep, timestep.new_tensor([-1])])
-        return cls(timestep[0::2], timestep[1::2], following[2::2])
-
-
-def _column(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)
-
-
-def ddim_landing(output: Tensor, sample: Tensor, start: Tensor, end: Tensor, scheduler: Any) -> Tensor:
-    """Return where a DDIM step (eta = 0) with `output` takes `sample` (B, C, H, W), from `start` to `end` (B,)."""
-    (alpha, sigma), (alpha_end, sigma_end) = (tuple(map(_column, alpha_sigma(scheduler, t))) for t in (start, end))
-    x, eps = to_x_and_eps(output, sample, alpha, sigma, scheduler.config.prediction_type)
-    return alpha_end * x + sigma_end * eps
-
-
-def target_output(sample: Tensor, landing: Tensor, start: Tensor, end: Tensor, scheduler: Any) -> Tensor:
-    """Return the model output whose single DDIM step takes `sample` at `start` to `landing` at `end`.
-
-    Solves for the data x* = (z_u - r z_t) / (alpha_u - r alpha_t), r = sigma_u / sigma_t (Salimans & Ho 2022, appendix
-    G); the last step (to data) has r = 0 and x* = z_u. All (B, C, H, W); timesteps (B,).
-    """
-    (alpha, sigma), (alpha_end, sigma_end) = (tuple(map(_column, alpha_sigma(scheduler, t))) for t in (start, end))
-    ratio = sigma_end / sigma
-    x = (landing - ratio * sample) / (alpha_end - ratio * alpha)
-    eps = (sample - alpha * x) / sigma
-    return from_x_and_eps(x, eps, alpha, sigma, scheduler.config.prediction_type)
-
-
 @torch.no_grad()
-def two_step_landing(teacher: nn.Module, sample: Tensor, jumps: Jumps, rows: Tensor, scheduler: Any) -> Tensor:
-    """Return where two DDIM steps of `teacher` take `sample`, each on its own jump `rows` (B,)."""
-    start, middle, end = jumps.start[rows], jumps.middle[rows], jumps.end[rows]
-    half_way = ddim_landing(teacher(sample, start).sample, sample, start, middle, scheduler)
-    return ddim_landing(teacher(half_way, middle).sample, half_way, middle, end, scheduler)
+def two_step_landing(teacher: nn.Module, grid: Grid, k: Tensor, sample: Tensor) -> Tensor:
+    """Return where two steps of `teacher` take `sample` (B, C, H, W), from the steps `k` (B,) of its `grid`."""
+    half_way = grid.step(k, sample, teacher(sample, grid.timestep[k]).sample)
+    return grid.step(k + 1, half_way, teacher(half_way, grid.timestep[k + 1]).sample)
 
 
 class Gate:
@@ -181,35 +142,39 @@ class Distillation:
         self.student, self.teacher = student.eval(), teacher
         self.train_set, self.held_out = calibration.split()
         self.scheduler = calibration.scheduler()
-        self.jumps = Jumps.of(calibration.timestep)
+        self.grid = calibration.grid()
+        self.student_grid = self.grid.every(2)  # a jump is a step of the student: two of the teacher
         self.weight = calibration.gains(self.num_steps).square()
 
     def calibration_batch(self, data: CalibrationSet, trajectories: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return full-precision states before the jumps `rows` and the outputs that land on the recorded states."""
         sample, landing = data.trajectory[trajectories, 2 * rows], data.trajectory[trajectories, 2 * rows + 2]
-        return sample, target_output(sample, landing, self.jumps.start[rows], self.jumps.end[rows], self.scheduler)
+        return sample, self.student_grid.output_to(rows, sample, landing)
 
     def fresh_batch(self, rows: Tensor, generator: torch.Generator, data: Tensor) -> Tensor:
         """Return re-noised data at the start of the jumps `rows`: no data set needed, end points are the data."""
         clean = data[torch.randint(0, len(data), (len(rows),), generator=generator)]
-        alpha, sigma = map(_column, alpha_sigma(self.scheduler, self.jumps.start[rows]))
-        return alpha * clean + sigma * torch.randn(clean.shape, generator=generator).to(clean.device)
+        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+        return self.student_grid.state(rows, clean, noise)
 
     def teacher_target(self, sample: Tensor, rows: Tensor) -> Tensor:
         """Return the output that lands where two steps of the teacher do."""
         assert self.teacher is not None
-        landing = two_step_landing(self.teacher, sample, self.jumps, rows, self.scheduler)
-        return target_output(sample, landing, self.jumps.start[rows], self.jumps.end[rows], self.scheduler)
+        landing = two_step_landing(self.teacher, self.grid, 2 * rows, sample)
+        return self.student_grid.output_to(rows, sample, landing)
 
     @torch.no_grad()
     def held_out_error_per_jump(self, model: nn.Module, *, two_steps: bool) -> Tensor:
         """Return the mean squared output error on the held-out trajectories for each jump, (K,)."""
         trajectories = torch.arange(min(len(self.held_out), GATE_TRAJECTORIES))
         errors = []
-        for jump in range(len(self.jumps.start)):
+        for jump in range(len(self.student_grid)):
             rows = torch.full_like(trajectories, jump)
             sample, target = self.calibration_batch(self.held_out, trajectories, rows)
-            output = self.teacher_target(sample, rows) if two_steps else model(sample, self.jumps.start[rows]).sample
+            if two_steps:
+                output = self.teacher_target(sample, rows)
+            else:
+                output = model(sample, self.student_grid.timestep[rows]).sample
             errors.append((output - target).square().mean())
         return torch.stack(errors)
 
@@ -233,7 +198,7 @@ class Distillation:
         """Return the loss of one update and its two terms; the draws are a function of (seed, step, rank)."""
         config = self.config
         generator = torch.Generator().manual_seed(((config.seed * 1_000_003 + step) * 8191 + rank) % 2**63)
-        num_jumps, size = len(self.jumps.start), config.train_batch_size
+        num_jumps, size = len(self.student_grid), config.train_batch_size
         batches: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}  # rows, samples, targets, weights
         if self.teacher is not None:
             rows = torch.randint(0, num_jumps, (size,), generator=generator)
@@ -255,7 +220,7 @@ class Distillation:
             return self.weight.new_zeros(()), None, None
         # One call for both terms: a larger batch costs less than two, and the weights are rounded once.
         rows, sample, target, weight = map(torch.cat, zip(*batches.values(), strict=True))
-        output = model(sample, self.jumps.start[rows]).sample
+        output = model(sample, self.student_grid.timestep[rows]).sample
         sizes = [len(batch[0]) for batch in batches.values()]
         errors = map(weighted_error, output.split(sizes), target.split(sizes), weight.split(sizes))
         terms = dict(zip(batches, errors, strict=True))

@@ -1,19 +1,10 @@
-"""DDIM arithmetic and seeded sampling: the one place that knows how a model's output moves a sample.
-
-Notation (Song et al. 2021, arXiv:2010.02502; Salimans & Ho 2022, arXiv:2202.00512): a sample at timestep t is
-`z_t = alpha_t x + sigma_t eps` with `alpha_t = sqrt(alphas_cumprod[t])`, `sigma_t = sqrt(1 - alphas_cumprod[t])`.
-A deterministic DDIM step from t to u keeps (x, eps) and changes the coefficients.
-"""
+"""Seeded sampling: noise that depends on the seed and the image alone, and the steps of a scheduler from there."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
-
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-MAX_STEP_GAIN = 50.0  # a linear schedule starts at 2 to 3, a cosine one (no signal at t = T - 1) at 1500 and more
 
 
 class SamplingStep(NamedTuple):
@@ -22,97 +13,6 @@ class SamplingStep(NamedTuple):
     timestep: int
     sample: Tensor
     model_output: Tensor
-
-
-def alpha_sigma(scheduler: Any, timestep: Tensor) -> tuple[Tensor, Tensor]:
-    """Return alpha_t and sigma_t, fp32, shaped like `timestep`; a negative timestep means data (the final step)."""
-    table = scheduler.alphas_cumprod.to(timestep.device, torch.float64)
-    final = torch.as_tensor(scheduler.final_alpha_cumprod, dtype=torch.float64, device=timestep.device)
-    alphas_cumprod = torch.where(timestep >= 0, table[timestep.clamp(min=0)], final)
-    return alphas_cumprod.sqrt().float(), (1 - alphas_cumprod).sqrt().float()
-
-
-def to_x_and_eps(
-    model_output: Tensor, sample: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
-) -> tuple[Tensor, Tensor]:
-    """Return the predicted data x and noise eps of `model_output`; all broadcast against `sample` (B, C, H, W)."""
-    if prediction_type == "epsilon":
-        return (sample - sigma * model_output) / alpha, model_output
-    if prediction_type == "v_prediction":
-        return alpha * sample - sigma * model_output, sigma * sample + alpha * model_output
-    if prediction_type == "sample":
-        return model_output, (sample - alpha * model_output) / sigma
-    raise ValueError(f"prediction_type: expected one of {PREDICTION_TYPES}, got {prediction_type!r}.")
-
-
-def from_x_and_eps(x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
-    """Return the model output that stands for data `x` and noise `eps`: the inverse of `to_x_and_eps`."""
-    if prediction_type == "epsilon":
-        return eps
-    if prediction_type == "v_prediction":
-        return alpha * eps - sigma * x
-    if prediction_type == "sample":
-        return x
-    raise ValueError(f"prediction_type: expected one of {PREDICTION_TYPES}, got {prediction_type!r}.")
-
-
-def step_gain(scheduler: Any, timestep: Tensor, previous_timestep: Tensor) -> Tensor:
-    """Return |d z_u / d model_output| of the DDIM step from t to u: how much an output error moves the sample.
-
-    epsilon: |sigma_u - alpha_u sigma_t / alpha_t|; v: |alpha_t sigma_u - alpha_u sigma_t|;
-    sample: |alpha_u - sigma_u alpha_t / sigma_t|. Same shape as `timestep`, fp32.
-    """
-    alpha_t, sigma_t = alpha_sigma(scheduler, timestep)
-    alpha_u, sigma_u = alpha_sigma(scheduler, previous_timestep)
-    prediction_type = scheduler.config.prediction_type
-    if prediction_type == "epsilon":
-        return (sigma_u - alpha_u * sigma_t / alpha_t).abs()
-    if prediction_type == "v_prediction":
-        return (alpha_t * sigma_u - alpha_u * sigma_t).abs()
-    return (alpha_u - sigma_u * alpha_t / sigma_t).abs()
-
-
-def previous_timesteps(scheduler: Any, timesteps: Tensor, num_inference_steps: int) -> Tensor:
-    """Return the timestep that a step from each of `timesteps` lands on; -1 stands for data."""
-    return (timesteps - scheduler.config.num_train_timesteps // num_inference_steps).clamp(min=-1)
-
-
-def timestep_grid(scheduler: Any, num_inference_steps: int) -> Tensor:
-    """Return the (N,) int64 timesteps of a trailing DDIM grid, largest first, after checking that it is usable.
-
-    Raises ValueError where N does not divide `num_train_timesteps` (DDIM's own step would leave the grid), where the
-    spacing is not "trailing" (the grids of N and N/2 would not nest), or where the first step would amplify an
-    epsilon model's error without bound because the start has no signal.
-    """
-    config = scheduler.config
-    if not isinstance(scheduler, DDIMScheduler):
-        raise ValueError(
-            f"scheduler: expected a DDIMScheduler, got {type(scheduler).__name__}. Use "
-            "DDIMScheduler.from_config(scheduler.config, timestep_spacing='trailing')."
-        )
-    if config.prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type: expected one of {PREDICTION_TYPES}, got {config.prediction_type!r}.")
-    if num_inference_steps < 1 or config.num_train_timesteps % num_inference_steps:
-        raise ValueError(
-            f"num_inference_steps={num_inference_steps} must divide num_train_timesteps={config.num_train_timesteps}; "
-            "take a divisor such as 10, 20, 40 or 50 of 1000."
-        )
-    if config.timestep_spacing != "trailing":
-        raise ValueError(
-            f"timestep_spacing: expected 'trailing', got {config.timestep_spacing!r}, whose grids of N and N/2 steps "
-            "do not nest. Use DDIMScheduler.from_config(scheduler.config, timestep_spacing='trailing')."
-        )
-    stride = config.num_train_timesteps // num_inference_steps
-    timesteps = torch.arange(config.num_train_timesteps - 1, -1, -stride)
-    first = timesteps[:1]
-    gain = step_gain(scheduler, first, previous_timesteps(scheduler, first, num_inference_steps)).item()
-    if config.prediction_type == "epsilon" and not gain <= MAX_STEP_GAIN:
-        raise ValueError(
-            f"an epsilon-prediction model cannot start at timestep {first.item()}: there is no signal left there, and "
-            f"the first DDIM step multiplies the model's error by {gain:.0f} (limit {MAX_STEP_GAIN:.0f}). Use a v- or "
-            "sample-prediction model, or a schedule that ends with some signal (linear betas)."
-        )
-    return timesteps
 
 
 def initial_noise(shape: tuple[int, ...], *, seed: int, start: int, count: int) -> Tensor:

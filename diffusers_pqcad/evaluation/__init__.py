@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffusers_pqcad.compression.fake_quant import fake_quant_layers
-from diffusers_pqcad.compression.sampling import denoise, generate, initial_noise, sample_shape, timestep_grid
+from diffusers_pqcad.compression.grid import ddim_grid
+from diffusers_pqcad.compression.sampling import denoise, generate, initial_noise, sample_shape
 from diffusers_pqcad.evaluation.extras import require
 from diffusers_pqcad.evaluation.features import FeatureExtractor, extract_features, load_extractor
 from diffusers_pqcad.evaluation.metrics import (
@@ -117,10 +118,10 @@ def generate_samples(
     depends on `seed` and i alone: not on `batch_size`, beyond float rounding, and not on `num_images`.
 
     Raises ValueError if `num_images` or `batch_size` is not positive, or where the scheduler cannot run
-    `num_inference_steps` (see `diffusers_pqcad.compression.sampling.timestep_grid`).
+    `num_inference_steps` (see `diffusers_pqcad.compression.grid.ddim_grid`).
     """
     _check_positive(num_images=num_images, batch_size=batch_size)
-    timestep_grid(pipeline.scheduler, num_inference_steps)
+    ddim_grid(pipeline.scheduler, num_inference_steps)
     samples = []
     bar = tqdm(total=num_images, desc=description, unit="image", disable=not progress)
     with _eval_mode(pipeline.unet), bar:
@@ -246,8 +247,8 @@ def _common_timesteps(
     scheduler: Any, num_inference_steps: int, reference_scheduler: Any, reference_steps: int
 ) -> tuple[int, ...] | None:
     """Return the timesteps of both grids, largest first and -1 last; None where neither grid holds the other."""
-    grid = set(timestep_grid(scheduler, num_inference_steps).tolist())
-    reference_grid = set(timestep_grid(reference_scheduler, reference_steps).tolist())
+    grid = set(ddim_grid(scheduler, num_inference_steps).timestep.tolist())
+    reference_grid = set(ddim_grid(reference_scheduler, reference_steps).timestep.tolist())
     if not (grid <= reference_grid or reference_grid <= grid):
         return None
     return (*sorted(grid & reference_grid, reverse=True), -1)

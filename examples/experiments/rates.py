@@ -225,12 +225,11 @@ def jump_weights(run: Distillation, kind: str) -> Tensor:
     if kind == "early":
         return run.weight * torch.linspace(2, 1, len(run.weight))
     # SNR-truncated x-space loss (Salimans & Ho 2022, section 4) in output space, up to a factor
-    alphas = run.scheduler.alphas_cumprod[run.jumps.start].to(run.weight)
+    signal, noise = run.student_grid.alpha[:-1].square(), run.student_grid.sigma[:-1].square()
+    weight = torch.maximum(signal, noise)
     if run.scheduler.config.prediction_type == "epsilon":
-        weight = torch.maximum((1 - alphas) / alphas, torch.ones_like(alphas))
-    else:
-        weight = torch.maximum(1 - alphas, alphas)
-    return (weight / weight.mean()).clamp(0.01, 100)
+        weight = weight / signal
+    return (weight / weight.mean()).clamp(0.01, 100).to(run.weight)
 
 
 def distil(

@@ -131,6 +131,18 @@ def test_the_last_eighth_and_at_least_two_are_held_out(tiny_calibration_set: Cal
         tiled(3).split()
 
 
+def test_the_grid_is_that_of_the_recorded_steps(tiny_calibration_set: CalibrationSet) -> None:
+    grid, rows = tiny_calibration_set.grid(), torch.arange(16)
+    assert grid.timestep is tiny_calibration_set.timestep
+    for step in range(4):
+        k = torch.full((16,), step)
+        outputs = tiny_calibration_set.model_output[rows, k]
+        landing = grid.step(k, tiny_calibration_set.trajectory[rows, k], outputs)
+        torch.testing.assert_close(landing, tiny_calibration_set.trajectory[rows, k + 1], rtol=1e-6, atol=1e-6)
+    moved = tiny_calibration_set.to("meta").grid()
+    assert (moved.timestep.device.type, moved.alpha.device.type) == ("meta", "cpu")
+
+
 @pytest.mark.parametrize("steps", [4, 2])
 def test_gains_are_the_derivative_of_the_step_with_mean_one(tiny_calibration_set: CalibrationSet, steps: int) -> None:
     alphas_cumprod = tiny_calibration_set.scheduler().alphas_cumprod.double()
@@ -142,7 +154,9 @@ def test_gains_are_the_derivative_of_the_step_with_mean_one(tiny_calibration_set
         expected.append(abs(alpha_t * sigma_u - alpha_u * sigma_t))
     wanted = torch.stack(expected) / torch.stack(expected).mean()
     assert 0.1 < wanted.min() < wanted.max() < 10  # no clipping here
-    torch.testing.assert_close(tiny_calibration_set.gains(steps).double(), wanted, rtol=1e-4, atol=1e-6)
+    gains = tiny_calibration_set.gains(steps)
+    assert gains.dtype == torch.float32
+    torch.testing.assert_close(gains.double(), wanted, rtol=1e-6, atol=0)
 
 
 def test_gains_are_clipped(tiny_calibration_set: CalibrationSet) -> None:
@@ -173,6 +187,13 @@ def test_an_odd_number_of_steps_records_but_has_no_student(tiny_pipeline: DDIMPi
     with pytest.raises(ValueError, match="num_inference_steps=5 is odd"):
         collect(tiny_pipeline, num_inference_steps=5).check_student_steps()
     assert collect(tiny_pipeline, num_inference_steps=2).check_student_steps() == 1
+
+
+def test_a_students_first_step_must_not_amplify_errors(tiny_pipeline: DDIMPipeline) -> None:
+    """An epsilon model can start with a step to t = 499, but not with one to the data."""
+    recorded = collect(with_scheduler(tiny_pipeline, prediction_type="epsilon"), num_inference_steps=2)
+    with pytest.raises(ValueError, match="no signal left"):
+        recorded.check_student_steps()
 
 
 @pytest.mark.parametrize("setting", ["clip_sample", "thresholding"])

@@ -18,10 +18,7 @@ from diffusers_pqcad.compression.checkpoint import save_checkpoint
 from diffusers_pqcad.compression.distillation import (
     Distillation,
     Gate,
-    Jumps,
     StepStats,
-    ddim_landing,
-    target_output,
     two_step_landing,
 )
 from diffusers_pqcad.compression.fake_quant import (
@@ -31,6 +28,7 @@ from diffusers_pqcad.compression.fake_quant import (
     latent_weight,
     timestep_boundaries,
 )
+from diffusers_pqcad.compression.grid import grid_of
 from diffusers_pqcad.compression.progressive import trajectory_error, weighted_error
 
 PREDICTIONS = ["sample", "epsilon", "v_prediction"]
@@ -99,33 +97,34 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
 # Targets
 
 
-@pytest.mark.fast
-def test_a_student_jumps_over_every_second_step_of_the_teacher() -> None:
-    jumps = Jumps.of(torch.tensor([999, 749, 499, 249]))
-    assert jumps.start.tolist() == [999, 499]
-    assert jumps.middle.tolist() == [749, 249]
-    assert jumps.end.tolist() == [499, -1]
-    assert [value.tolist() for value in (jumps.start, jumps.end)] == [[999, 499], [499, -1]]
-    single = Jumps.of(torch.tensor([999, 499]))
-    assert (single.start.tolist(), single.middle.tolist(), single.end.tolist()) == ([999], [499], [-1])
+def test_a_student_jumps_over_every_second_step_of_the_teacher(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet
+) -> None:
+    run = run_of(tiny_quantized, None, tiny_calibration_set, teacher="none")
+    assert run.grid.timestep.tolist() == [999, 749, 499, 249]
+    assert run.student_grid.timestep.tolist() == [999, 499]
+    expected = grid_of(tiny_calibration_set.scheduler(), 2)
+    assert torch.equal(run.student_grid.alpha, expected.alpha)
+    assert torch.equal(run.student_grid.sigma, expected.sigma)
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_targets_agree_with_the_formula_in_float64(prediction: str) -> None:
-    scheduler = scheduler_of(prediction)
-    start, end = torch.tensor([999, 799, 499, 199]), torch.tensor([799, 599, 299, -1])
-    sample, landing = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3)
-    (alpha, sigma), (alpha_end, sigma_end) = coefficients(scheduler, start), coefficients(scheduler, end)
+@pytest.mark.parametrize("settings", [{}, {"set_alpha_to_one": False}], ids=["data", "alpha_0"])
+def test_targets_agree_with_the_formula_in_float64(prediction: str, settings: dict[str, bool]) -> None:
+    """x* = (z_u - r z_t) / (alpha_u - r alpha_t), r = sigma_u / sigma_t (Salimans & Ho 2022, appendix G)."""
+    scheduler = scheduler_of(prediction, **settings)
+    sample, landing = torch.randn(5, 2, 3, 3), torch.randn(5, 2, 3, 3)
+    alpha, sigma = coefficients(scheduler, torch.tensor([999, 799, 599, 399, 199]))
+    last = torch.tensor([-1 if scheduler.config.set_alpha_to_one else 0])
+    alpha_end, sigma_end = coefficients(scheduler, torch.cat([torch.tensor([799, 599, 399, 199]), last]))
     ratio = sigma_end / sigma
     x = (landing.double() - ratio * sample) / (alpha_end - ratio * alpha)
     eps = (sample - alpha * x) / sigma
     expected = {"sample": x, "epsilon": eps, "v_prediction": alpha * eps - sigma * x}[prediction]
-    target = target_output(sample, landing, start, end, scheduler)
+    target = grid_of(scheduler, 5).output_to(torch.arange(5), sample, landing)
     assert target.dtype == torch.float32
-    torch.testing.assert_close(target.double(), expected, rtol=1e-4, atol=1e-5)
-    if prediction == "sample":
-        torch.testing.assert_close(target[3], landing[3])  # the last step: the output is the landing
+    torch.testing.assert_close(target.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.fast
@@ -134,14 +133,12 @@ def test_targets_agree_with_the_formula_in_float64(prediction: str) -> None:
 def test_a_scheduler_step_with_the_target_lands_on_the_landing(prediction: str, settings: dict[str, bool]) -> None:
     scheduler = scheduler_of(prediction, **settings)
     scheduler.set_timesteps(5)
-    grid = [*scheduler.timesteps.tolist(), -1]
-    for start, end in zip(grid[:-1], grid[1:], strict=True):
-        sample, landing = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
-        times = torch.full((3,), start), torch.full((3,), end)
-        output = target_output(sample, landing, *times, scheduler)
-        stepped = scheduler.step(output, start, sample, eta=0.0).prev_sample
+    grid = grid_of(scheduler, 5)
+    for step, timestep in enumerate(scheduler.timesteps):
+        k, sample, landing = torch.full((3,), step), torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
+        output = grid.output_to(k, sample, landing)
+        stepped = scheduler.step(output, timestep, sample, eta=0.0).prev_sample
         torch.testing.assert_close(stepped, landing, rtol=0, atol=1e-5)
-        torch.testing.assert_close(ddim_landing(output, sample, *times, scheduler), landing, rtol=0, atol=1e-5)
 
 
 @pytest.mark.fast
@@ -149,16 +146,15 @@ def test_a_scheduler_step_with_the_target_lands_on_the_landing(prediction: str, 
 def test_two_steps_are_two_steps_of_the_scheduler(tiny_unet: UNet2DModel, prediction: str) -> None:
     scheduler = scheduler_of(prediction)
     scheduler.set_timesteps(4)
-    jumps, rows = Jumps.of(scheduler.timesteps), torch.tensor([0, 1, 0])
-    sample = torch.randn(3, 1, 8, 8)
-    landing = two_step_landing(tiny_unet, sample, jumps, rows, scheduler)
+    sample, k = torch.randn(3, 1, 8, 8), torch.tensor([0, 2, 1])
+    landing = two_step_landing(tiny_unet, grid_of(scheduler, 4), k, sample)
     assert not landing.requires_grad
-    for i, row in enumerate(rows.tolist()):
+    for i, first in enumerate(k.tolist()):
         state = sample[i : i + 1]
-        for timestep in (int(jumps.start[row]), int(jumps.middle[row])):
+        for timestep in scheduler.timesteps[first : first + 2]:
             with torch.no_grad():
                 state = scheduler.step(tiny_unet(state, timestep).sample, timestep, state, eta=0.0).prev_sample
-        # fp32 on both sides, and an epsilon model's x is divided by alpha = 0.006 at t = 999.
+        # fp32 on both sides, and the scheduler divides an epsilon model's x by alpha = 0.006 at t = 999.
         torch.testing.assert_close(landing[i : i + 1], state, rtol=0, atol=5e-5)
 
 
@@ -167,14 +163,28 @@ def test_two_steps_are_two_steps_of_the_scheduler(tiny_unet: UNet2DModel, predic
 def test_for_a_perfect_model_two_steps_are_one(prediction: str) -> None:
     scheduler = scheduler_of(prediction)
     model = Perfect(scheduler, torch.randn(1, 1, 4, 4))
-    jumps, rows = Jumps.of(torch.tensor([999, 749, 499, 249])), torch.tensor([0, 1, 1])
-    sample = torch.randn(3, 1, 4, 4)
-    start, end = jumps.start[rows], jumps.end[rows]
-    landing = two_step_landing(model, sample, jumps, rows, scheduler)
-    output = model(sample, start).sample
-    torch.testing.assert_close(landing, ddim_landing(output, sample, start, end, scheduler), rtol=0, atol=1e-5)
-    target = target_output(sample, landing, start, end, scheduler)
-    torch.testing.assert_close(target, output, rtol=1e-4, atol=1e-4)
+    grid, rows, sample = grid_of(scheduler, 4), torch.tensor([0, 1, 1]), torch.randn(3, 1, 4, 4)
+    student = grid.every(2)
+    landing = two_step_landing(model, grid, 2 * rows, sample)
+    output = model(sample, student.timestep[rows]).sample
+    torch.testing.assert_close(landing, student.step(rows, sample, output), rtol=0, atol=1e-5)
+    torch.testing.assert_close(student.output_to(rows, sample, landing), output, rtol=1e-4, atol=1e-4)
+
+
+def test_teacher_targets_land_where_two_steps_of_the_teacher_do(
+    tiny_quantized: UNet2DModel, tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet
+) -> None:
+    run = run_of(tiny_quantized, tiny_unet, tiny_calibration_set, teacher="fp")
+    few, many = run.scheduler, tiny_calibration_set.scheduler()
+    few.set_timesteps(2)
+    many.set_timesteps(4)
+    for row in range(2):
+        sample = torch.randn(1, 1, 8, 8)
+        found = few.step(run.teacher_target(sample, torch.tensor([row])), few.timesteps[row], sample).prev_sample
+        for timestep in many.timesteps[2 * row : 2 * row + 2]:
+            with torch.no_grad():
+                sample = many.step(tiny_unet(sample, timestep).sample, timestep, sample).prev_sample
+        torch.testing.assert_close(found, sample, rtol=0, atol=1e-5)
 
 
 def test_calibration_targets_lead_along_the_recorded_trajectories(
@@ -198,7 +208,13 @@ def test_the_recorded_model_has_no_held_out_error_as_a_teacher(
     errors = run.held_out_error_per_jump(tiny_unet, two_steps=True)
     assert errors.shape == (2,)
     assert errors.max() < 1e-9
-    assert (run.held_out_error_per_jump(tiny_quantized, two_steps=False) > 1e-4).all()
+    errors = run.held_out_error_per_jump(tiny_quantized, two_steps=False)
+    assert (errors > 1e-4).all()
+    for row, timestep in enumerate((999, 499)):
+        sample, target = run.calibration_batch(run.held_out, torch.arange(2), torch.tensor([row, row]))
+        with torch.no_grad():
+            expected = (tiny_quantized(sample, timestep).sample - target).square().mean()
+        torch.testing.assert_close(errors[row], expected)
 
 
 def test_fresh_inputs_are_renoised_end_points_or_data(
@@ -210,7 +226,7 @@ def test_fresh_inputs_are_renoised_end_points_or_data(
     generator = torch.Generator().manual_seed(4)
     torch.randint(0, 9, (4,), generator=generator)
     noise = torch.randn(4, 1, 8, 8, generator=generator)
-    alpha, sigma = coefficients(run.scheduler, run.jumps.start[rows])
+    alpha, sigma = coefficients(run.scheduler, run.student_grid.timestep[rows])
     torch.testing.assert_close(sample, (alpha * 3 + sigma * noise).float())
 
 
@@ -269,12 +285,12 @@ def test_the_loss_is_the_sum_of_its_terms(
     sample = run.fresh_batch(rows, generator, data)
     with torch.no_grad():
         target = run.teacher_target(sample, rows)
-        output = tiny_quantized(sample, run.jumps.start[rows]).sample
+        output = tiny_quantized(sample, run.student_grid.timestep[rows]).sample
         expected = weighted_error(output, target, run.weight[rows]).item()
         rows = torch.randint(0, 2, (4,), generator=generator)
         trajectories = torch.randint(0, 14, (4,), generator=generator)  # never a held-out one
         sample, target = run.calibration_batch(tiny_calibration_set, trajectories, rows)
-        output = tiny_quantized(sample, run.jumps.start[rows]).sample
+        output = tiny_quantized(sample, run.student_grid.timestep[rows]).sample
     assert teacher_loss.item() == pytest.approx(expected, rel=1e-5)
     assert calibration_loss.item() == pytest.approx(weighted_error(output, target, run.weight[rows]).item(), rel=1e-5)
 
