@@ -1,8 +1,8 @@
 """PQ, progressive quantization: two stages of bit transitions, chosen by a momentum of their prices.
 
 Inspired by the abstract of PQCAD-DM (arXiv:2506.16776); the design is ours. Per round: measure what each layer's next
-transition does to the model's output (price), let the controller choose the cheap ones, carry them out with
-block reconstruction, and roll back those that disappoint.
+transition does to the model's output (price), let the controller choose the cheap ones, and carry them out with
+block reconstruction.
 """
 
 import copy
@@ -71,7 +71,9 @@ class ProgressiveConfig:
     beta: float = 0.9  # momentum of the prices
     trust: float = 1.0  # a round may at most double the perturbation (plus the floor)
     perturbation_floor: float = 1e-4  # of the output's power: what 8 bits cost anyway
-    roll_back_tolerance: float = 0.5  # a move may cost up to 1.5 times its prediction
+    # A round's move may cost up to 1 + this times its prediction, or is rolled back; finite values did harm everywhere
+    # (examples/results/method.md), as others have to move in its place. With infinity only a NaN is rolled back.
+    roll_back_tolerance: float = math.inf
     cooldown: int = 2
     rounds_per_stage: int = 2  # planned; the trust region and roll-backs may take as many again
     price_batch_size: int = 16  # images of a round's prices
@@ -90,6 +92,12 @@ class ProgressiveConfig:
         check_minimum(self, reconstruction_samples=MIN_RECONSTRUCTION_SAMPLES)
         if not 0 < self.round_share <= 1:
             raise ValueError(f"round_share: expected a share above 0 and up to 1, got {self.round_share}.")
+
+    def allowed(self, moves: Iterable[Move]) -> float:
+        """Return how much the output's error may grow by `moves` before they are rolled back."""
+        if math.isinf(self.roll_back_tolerance):  # also where a prediction is 0
+            return self.roll_back_tolerance
+        return (1 + self.roll_back_tolerance) * sum(move.predicted for move in moves)
 
 
 @dataclass
@@ -337,9 +345,8 @@ class ProgressiveQuantizer:
             if not unit_moves:
                 continue
             after = output_error(self.model, held_out)
-            predicted = sum(move.predicted for move in unit_moves)
             # "not <=": a NaN is rolled back too.
-            if may_roll_back and not after - error <= (1 + self.settings.roll_back_tolerance) * predicted:
+            if may_roll_back and not after - error <= self.settings.allowed(unit_moves):
                 for move in unit_moves:
                     quantizer = weight_quantizer(layers[move.layer])
                     quantizer.spec = WeightSpec(before_bits[move.layer], quantizer.spec.group_size)

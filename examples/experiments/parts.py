@@ -75,7 +75,7 @@ ARMS = {
     "one stage": Arm({"rounds_per_stage": 2 * ROUNDS}, context=one_stage),
     "no momentum": Arm({"beta": 0.0}),
     "weight signal": Arm({"signal": "weight"}),
-    "no roll-back": Arm({"roll_back_tolerance": 1e9}),
+    "roll-back beyond 1.5": Arm({"roll_back_tolerance": 0.5}),
     "no reconstruction": Arm(reconstruction={"iterations": 0}),
     "reconstruction at 3e-4": Arm(context=one_learning_rate),
     "reconstruction at 3e-2": Arm(reconstruction={"step_rate": 3e-2}),

@@ -40,7 +40,7 @@ from diffusers_pqcad.compression.progressive import (
 from diffusers_pqcad.compression.reconstruction import ReconstructionConfig, UnitResult
 from diffusers_pqcad.kernels import use
 from diffusers_pqcad.loading.convert import match_modules, with_model_exemptions
-from diffusers_pqcad.numerics.allocation import BitController
+from diffusers_pqcad.numerics.allocation import BitController, Move
 from diffusers_pqcad.runtime.memory_format import remove_channels_last_
 
 W4 = PQCADConfig(weight_bits=4)
@@ -357,6 +357,17 @@ def test_a_bias_correction_that_does_not_help_is_undone(
     run.correct_biases(0)
     assert all(torch.equal(value, before[name]) for name, value in tiny_unet.state_dict().items())
     assert not run.history.units[-1]["accepted"]
+
+
+@pytest.mark.fast
+def test_what_a_move_may_cost() -> None:
+    """By default anything, also where nothing was predicted; a NaN is above every limit."""
+    moves = [Move("a", 8, 6, 20, 0.25), Move("b", 8, 6, 20, 0.5)]
+    assert ProgressiveConfig(roll_back_tolerance=0.5).allowed(moves) == pytest.approx(1.125)
+    free = [Move("a", 8, 6, 20, 0.0)]
+    for some in (moves, free):
+        assert 1e30 <= ProgressiveConfig().allowed(some)
+        assert not float("nan") <= ProgressiveConfig().allowed(some)
 
 
 def test_the_budget_is_met_even_if_every_round_is_rolled_back(
