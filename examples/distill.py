@@ -131,8 +131,8 @@ class Settings:
     reconstruction_samples: int = 256
     max_train_steps: int = 320  # of the distillation
     train_batch_size: int = 32
-    step_rate: float = 3e-3  # of the distillation, in rounding steps of each layer; Adam
-    float_rate: float = 3e-3  # of the distillation, in sizes of each tensor in floating point
+    step_rate: float = 1e-3  # of the distillation, in rounding steps of each layer; Adam
+    float_rate: float = 1e-3  # of the distillation, in sizes of each tensor in floating point
     evaluation_steps: int = 40  # updates between two measurements on the held-out trajectories
     num_images: int = 1_000  # per row of the table
     num_latency_rounds: int = 3

@@ -58,8 +58,8 @@ class DistillConfig:
     gate: bool = True  # let the teacher speak only while it is better than the student
     max_train_steps: int = 320
     train_batch_size: int = 32  # per term and process
-    step_rate: float = 3e-3  # of each layer's rounding step; Adam, with warm-up and linear decay
-    float_rate: float = 3e-3  # of the size of each tensor in floating point: biases, norms, layers not quantized
+    step_rate: float = 1e-3  # of each layer's rounding step; Adam, with warm-up and linear decay
+    float_rate: float = 1e-3  # of the size of each tensor in floating point: biases, norms, layers not quantized
     max_grad_norm: float = 1.0
     calibration_weight: float = 1.0
     gate_momentum: float = 0.7
