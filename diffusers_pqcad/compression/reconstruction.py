@@ -4,19 +4,28 @@ Inspired by BRECQ (Li et al. 2021, arXiv:2102.05426) and Q-Diffusion (arXiv:2302
 weights in the place of AdaRound: latents carry over when the bits change, which a rounding of the original cannot.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from diffusers_pqcad.compression.fake_quant import fake_quant_layers
 from diffusers_pqcad.compression.optimization import check_minimum, parameter_groups
 
-# Whole blocks where diffusers has them; a layer outside all of these is a unit of its own.
-RECONSTRUCTION_UNITS = ("ResnetBlock2D", "BasicTransformerBlock", "Attention", "Downsample2D", "Upsample2D")
+# Whole blocks where diffusers has them, and below those the parts that also stand alone; a layer outside all of these
+# is a unit of its own.
+BLOCKS = (
+    "ResnetBlock2D",
+    "BasicTransformerBlock",
+    "JointTransformerBlock",
+    "FluxTransformerBlock",
+    "FluxSingleTransformerBlock",
+)
+RECONSTRUCTION_UNITS = (*BLOCKS, "Attention", "Downsample2D", "Upsample2D")
 
 
 @dataclass(frozen=True)
@@ -43,15 +52,18 @@ class ReconstructionConfig:
 class UnitIO:
     """What one unit saw: `inputs` of the quantized model and of the full-precision one, and the latter's `target`.
 
-    Arguments as tuples, the last ones by the names `keywords`; tensors (n, ...). `weight` (n,) is each sample's
-    squared gain.
+    Arguments as tuples, the last ones by the names `keywords`; they may be nested, with tensors (n, ...). `shared` are
+    the positions of those leaves that have no batch axis: all samples see the same. `target` is nested as the unit's
+    output: tensors (n, ...) to compare, None in the place of anything else. `weight` (n,) is each sample's squared
+    gain.
     """
 
     inputs: tuple[Any, ...]
     float_inputs: tuple[Any, ...]
     keywords: tuple[str, ...]
-    target: Tensor
+    target: Any
     weight: Tensor
+    shared: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -68,14 +80,27 @@ class _Captured(Exception):
     """Ends a forward pass early, once the unit has been seen."""
 
 
+def _is_unit(module: nn.Module, named_blocks: Collection[str]) -> bool:
+    """Return whether `module` is of a known kind, or a block of `named_blocks` that holds no known block."""
+    kind = type(module).__name__
+    if kind in RECONSTRUCTION_UNITS:
+        return True
+    # UNets also name whole stages, CrossAttnUpBlock2D: too large to reconstruct at once.
+    return kind in named_blocks and not any(type(part).__name__ in BLOCKS for part in module.modules())
+
+
 def find_units(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the units of a fake-quantized `model` that hold quantized layers, by name, outermost first."""
+    """Return the units of a fake-quantized `model` that hold quantized layers, by name, outermost first.
+
+    Blocks that are not known here are those that the model's class wants on one device: `_no_split_modules`.
+    """
     units: dict[str, nn.Module] = {}
     layers = fake_quant_layers(model)
+    named_blocks = getattr(type(model), "_no_split_modules", None) or ()
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{unit}.") for unit in units)
         holds = name in layers or (
-            type(module).__name__ in RECONSTRUCTION_UNITS and any(layer.startswith(f"{name}.") for layer in layers)
+            _is_unit(module, named_blocks) and any(layer.startswith(f"{name}.") for layer in layers)
         )
         if holds and not inside:
             units[name] = module
@@ -113,6 +138,74 @@ def recording(unit: nn.Module, record: dict[str, Any]) -> Iterator[None]:
         hook.remove()
 
 
+def _batches(count: int, batch_size: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the rows of each batch of `count` samples, and those of a probe where all batches are of one size.
+
+    Two sizes of a call tell a tensor with a batch axis from one that has as many rows by accident.
+    """
+    batches = list(torch.arange(count).split(batch_size))
+    sizes = {len(rows) for rows in batches}
+    return batches, [torch.zeros(2 if sizes == {1} else 1, dtype=torch.long)] if len(sizes) == 1 else []
+
+
+def _is_batched(value: Any, size: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return one is other or (type(one) is type(other) and bool(one == other))
+
+
+def _labels(arguments: tuple[Any, ...], keywords: tuple[str, ...]) -> list[str]:
+    """Return what to call each of `arguments` in a message: `args[1]`, `image_rotary_emb`."""
+    return [*(f"args[{index}]" for index in range(len(arguments) - len(keywords))), *keywords]
+
+
+def _join_arguments(
+    calls: list[tuple[Any, ...]], sizes: list[int], keywords: tuple[str, ...], num_batches: int
+) -> tuple[tuple[Any, ...], frozenset[int]]:
+    """Return the first `num_batches` of the `calls` as one, and the positions of the leaves without a batch axis.
+
+    A leaf has a batch axis if its first dimension is the call's number of samples in all calls, of whatever `sizes`:
+    it is joined to (n, ...). Any other must be the same in all calls: ValueError with its name, `args[1][0]`.
+    """
+    names = []
+    for label, values in zip(_labels(calls[0], keywords), zip(*calls, strict=True), strict=True):
+        paths, spec = tree_flatten_with_path(values[0])
+        if any(tree_flatten(value)[1] != spec for value in values):
+            raise ValueError(f"{label} is nested differently from one call to another.")
+        names += [label + keystr(path) for path, _ in paths]
+    leaves: list[Any] = []
+    shared = set()
+    for index, values in enumerate(zip(*(tree_leaves(call) for call in calls), strict=True)):
+        if all(map(_is_batched, values, sizes)):
+            leaves.append(torch.cat(values[:num_batches]))
+            continue
+        if not all(_is_same(values[0], value) for value in values):
+            raise ValueError(f"{names[index]} has no batch axis, and differs from one call to another.")
+        leaves.append(values[0])
+        shared.add(index)
+    return tree_unflatten(leaves, tree_flatten(calls[0])[1]), frozenset(shared)
+
+
+def _join_outputs(outputs: list[Any], sizes: list[int], num_batches: int) -> Any:
+    """Return the first `num_batches` of the `outputs` as one, with None in the place of what is not compared.
+
+    Compared are floating-point tensors with a batch axis, (n, ...).
+    """
+    leaves = [
+        torch.cat(values[:num_batches])
+        if all(map(_is_batched, values, sizes)) and values[0].is_floating_point()
+        else None
+        for values in zip(*map(tree_leaves, outputs), strict=True)
+    ]
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise ValueError("it returns no tensor with a batch axis.")
+    return tree_unflatten(leaves, tree_flatten(outputs[0])[1])
+
+
 @torch.no_grad()
 def capture_io(
     model: nn.Module,
@@ -124,32 +217,33 @@ def capture_io(
     *,
     batch_size: int = 64,
 ) -> UnitIO:
-    """Return what the unit `name` sees and should give, for samples (n, C, H, W) at timesteps (n,)."""
-    pieces: list[tuple[tuple[Any, ...], tuple[Any, ...], Tensor]] = []
-    for start in range(0, len(sample), batch_size):
-        rows = slice(start, start + batch_size)
-        records = []
-        for network in (model, reference):
+    """Return what the unit `name` sees and should give, for samples (n, C, H, W) at timesteps (n,).
+
+    Raises ValueError, with the unit's name, for an argument that is neither cut along the batch nor the same in all
+    calls, and for a unit that returns nothing to compare.
+    """
+    batches, probe = _batches(len(sample), batch_size)
+    sizes = [len(rows) for rows in (*batches, *probe)]
+    own: list[dict[str, Any]] = []
+    full: list[dict[str, Any]] = []
+    for rows in (*batches, *probe):
+        for network, records in ((model, own), (reference, full)):
             record: dict[str, Any] = {}
             with recording(network.get_submodule(name), record), suppress(_Captured):
                 network(sample[rows], timestep[rows])
             records.append(record)
-        seen, wanted = records
-        names = list(seen["kwargs"])
-        pieces.append(
-            (
-                (*seen["args"], *(seen["kwargs"][key] for key in names)),
-                (*wanted["args"], *(wanted["kwargs"][key] for key in names)),
-                wanted["output"][0] if isinstance(wanted["output"], tuple) else wanted["output"],
-            )
-        )
-    return UnitIO(
-        _concatenate([piece[0] for piece in pieces]),
-        _concatenate([piece[1] for piece in pieces]),
-        tuple(names),
-        torch.cat([piece[2] for piece in pieces]),
-        weight,
-    )
+    keywords = tuple(own[0]["kwargs"])
+
+    def arguments_of(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+        return [(*record["args"], *(record["kwargs"][key] for key in keywords)) for record in records]
+
+    try:
+        inputs, shared = _join_arguments(arguments_of(own), sizes, keywords, len(batches))
+        float_inputs, _ = _join_arguments(arguments_of(full), sizes, keywords, len(batches))
+        target = _join_outputs([record["output"] for record in full], sizes, len(batches))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return UnitIO(inputs, float_inputs, keywords, target, weight, shared)
 
 
 def random_mask(shape: torch.Size, share: float, generator: torch.Generator) -> Tensor:
@@ -165,36 +259,64 @@ def random_mask(shape: torch.Size, share: float, generator: torch.Generator) -> 
     return (draws[: shape.numel()] < threshold).view(shape)
 
 
-def _concatenate(calls: list[tuple[Any, ...]]) -> tuple[Any, ...]:
-    return tuple(
-        torch.cat(values) if isinstance(values[0], Tensor) else values[0] for values in zip(*calls, strict=True)
+def take_rows(tree: Any, rows: Any, shared: Collection[int] = ()) -> Any:
+    """Return `tree` with the tensors (n, ...) cut to `rows`; the leaves at the positions `shared` stay whole."""
+    leaves, spec = tree_flatten(tree)
+    return tree_unflatten(
+        [
+            leaf[rows] if isinstance(leaf, Tensor) and index not in shared else leaf
+            for index, leaf in enumerate(leaves)
+        ],
+        spec,
     )
 
 
+def mix_inputs(own: Any, full: Any, share: float, generator: torch.Generator, shared: Collection[int] = ()) -> Any:
+    """Return `own` with a random `share` of each tensor's elements from `full`; `shared` leaves are those of `own`."""
+    leaves, spec = tree_flatten(own)
+    mixed = [
+        torch.where(random_mask(leaf.shape, share, generator).to(leaf.device), other, leaf)
+        if isinstance(leaf, Tensor) and index not in shared
+        else leaf
+        for index, (leaf, other) in enumerate(zip(leaves, tree_leaves(full), strict=True))
+    ]
+    return tree_unflatten(mixed, spec)
+
+
+def output_loss(output: Any, target: Any, weight: Tensor) -> Tensor:
+    """Return the gain-weighted squared error of `output`, nested as `target`: tensors (n, ...), weight (n,).
+
+    The mean over each tensor's elements, summed over the tensors: a stream of many tokens does not drown one of few.
+    """
+    errors = [
+        (own - wanted).square().reshape(len(weight), -1).mean(dim=1)
+        for own, wanted in zip(tree_leaves(output), tree_leaves(target), strict=True)
+        if isinstance(wanted, Tensor)
+    ]
+    return (torch.stack(errors).sum(dim=0) * weight).mean()
+
+
 def unit_loss(
-    unit: nn.Module, arguments: tuple[Any, ...], keywords: tuple[str, ...], target: Tensor, weight: Tensor
+    unit: nn.Module, arguments: tuple[Any, ...], keywords: tuple[str, ...], target: Any, weight: Tensor
 ) -> Tensor:
-    """Return the gain-weighted mean squared error of the unit's output; the last arguments go by name."""
+    """Return the gain-weighted mean squared error of the unit's outputs; the last arguments go by name."""
     num_positional = len(arguments) - len(keywords)
     output = unit(*arguments[:num_positional], **dict(zip(keywords, arguments[num_positional:], strict=True)))
-    output = output[0] if isinstance(output, tuple) else output
-    return ((output - target).square().flatten(1).mean(dim=1) * weight).mean()
+    return output_loss(output, target, weight)
 
 
 def reconstruct(
     unit: nn.Module, io: UnitIO, config: ReconstructionConfig, *, name: str = "", seed: int = 0
 ) -> UnitResult:
     """Train `unit` (a block or a single layer) in place on `io`; kept only if the held-out loss improves."""
-    num_held_out = max(1, int(len(io.target) * config.held_out_fraction))
-    train, held_out = slice(0, len(io.target) - num_held_out), slice(len(io.target) - num_held_out, None)
-
-    def rows_of(values: tuple[Any, ...], rows: Any) -> tuple[Any, ...]:
-        return tuple(value[rows] if isinstance(value, Tensor) else value for value in values)
+    num_samples = len(io.weight)
+    num_train = num_samples - max(1, int(num_samples * config.held_out_fraction))
 
     @torch.no_grad()
     def held_out_loss() -> float:
-        inputs = rows_of(io.inputs, held_out)
-        return unit_loss(unit, inputs, io.keywords, io.target[held_out], io.weight[held_out]).item()
+        rows = slice(num_train, None)
+        inputs, target = take_rows(io.inputs, rows, io.shared), take_rows(io.target, rows)
+        return unit_loss(unit, inputs, io.keywords, target, io.weight[rows]).item()
 
     loss_before = held_out_loss()
     before = {key: value.clone() for key, value in unit.state_dict().items()}
@@ -202,15 +324,10 @@ def reconstruct(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(config.iterations, 1))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(config.iterations):
-        rows = torch.randint(0, train.stop, (config.batch_size,), generator=generator)
-        inputs, float_inputs = rows_of(io.inputs, rows), rows_of(io.float_inputs, rows)
-        mixed = tuple(
-            torch.where(random_mask(own.shape, config.input_mix, generator).to(own.device), full, own)
-            if isinstance(own, Tensor)
-            else own
-            for own, full in zip(inputs, float_inputs, strict=True)
-        )
-        loss = unit_loss(unit, mixed, io.keywords, io.target[rows], io.weight[rows])
+        rows = torch.randint(0, num_train, (config.batch_size,), generator=generator)
+        inputs, float_inputs = (take_rows(values, rows, io.shared) for values in (io.inputs, io.float_inputs))
+        mixed = mix_inputs(inputs, float_inputs, config.input_mix, generator, io.shared)
+        loss = unit_loss(unit, mixed, io.keywords, take_rows(io.target, rows), io.weight[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

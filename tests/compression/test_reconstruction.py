@@ -2,10 +2,13 @@
 
 import copy
 import dataclasses
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from families import build
 from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig
@@ -18,8 +21,10 @@ from diffusers_pqcad.compression.reconstruction import (
     correct_biases_,
     execution_order,
     find_units,
+    output_loss,
     random_mask,
     reconstruct,
+    take_rows,
     unit_loss,
 )
 from diffusers_pqcad.loading.convert import match_modules
@@ -262,3 +267,289 @@ def test_corrected_biases_make_the_mean_outputs_those_of_full_precision(
     assert without_bias.bias is None
     assert all(torch.equal(layer.weight, weights[name]) for name, layer in layers.items())
     assert not any(module._forward_hooks for network in (model, reference) for module in network.modules())
+
+
+def quantized(model: Any, bits: int = 3) -> Any:
+    config = PQCADConfig()
+    return prepare_(model, config, dict.fromkeys(match_modules(model, config), bits))
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    return {name: type(unit).__name__ for name, unit in find_units(model).items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        (
+            "SD3",
+            {
+                "transformer_blocks.0": "JointTransformerBlock",
+                "transformer_blocks.1": "JointTransformerBlock",
+            },
+        ),
+        (
+            "Flux",
+            {
+                "transformer_blocks.0": "FluxTransformerBlock",
+                "single_transformer_blocks.0": "FluxSingleTransformerBlock",
+            },
+        ),
+        ("DiT", {f"transformer_blocks.{index}": "BasicTransformerBlock" for index in range(2)}),
+        ("PixArt", {f"transformer_blocks.{index}": "BasicTransformerBlock" for index in range(2)}),
+    ],
+)
+def test_the_units_of_a_transformer_are_its_blocks(family: str, expected: dict[str, str]) -> None:
+    assert kinds(quantized(build(family))) == expected
+
+
+def units_of_a_stage(
+    resnets: int, *, attentions: int = 0, project: bool = False, resample: str = ""
+) -> dict[str, str]:
+    units = {f"resnets.{index}": "ResnetBlock2D" for index in range(resnets)}
+    for index in range(attentions):
+        if project:
+            units |= {f"attentions.{index}.{layer}": "ParametrizedConv2d" for layer in ("proj_in", "proj_out")}
+            units[f"attentions.{index}.transformer_blocks.0"] = "BasicTransformerBlock"
+        else:
+            units[f"attentions.{index}"] = "Attention"
+    return units | ({f"{resample}samplers.0": f"{resample.title()}sample2D"} if resample else {})
+
+
+@pytest.mark.parametrize(("family", "project"), [("UNet2DModel", False), ("SD-1.5 UNet", True)])
+def test_the_units_of_a_unet_are_not_its_stages(family: str, project: bool) -> None:
+    stages = {
+        "down_blocks.0": units_of_a_stage(1, resample="down"),
+        "down_blocks.1": units_of_a_stage(1, attentions=1, project=project),
+        "mid_block": units_of_a_stage(2, attentions=1, project=project),
+        "up_blocks.0": units_of_a_stage(2, attentions=2, project=project, resample="up"),
+        "up_blocks.1": units_of_a_stage(2),
+    }
+    expected = {f"{stage}.{name}": kind for stage, units in stages.items() for name, kind in units.items()}
+    assert kinds(quantized(build(family))) == expected
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.block = nn.Linear(4, 4), nn.Linear(4, 4)
+
+
+class Named(nn.Module):
+    _no_split_modules = ("Inner",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(4, 4), Inner()
+
+
+def test_a_model_names_blocks_of_its_own() -> None:
+    model = prepare_(Named(), PQCADConfig(), dict.fromkeys(("first", "inner.layer", "inner.block"), 4))
+    assert kinds(model) == {"first": "ParametrizedLinear", "inner": "Inner"}
+    model = prepare_(Named(), PQCADConfig(modules_to_not_convert=["inner"]), {"first": 4})
+    assert list(find_units(model)) == ["first"]
+
+
+class Denoiser(nn.Module):
+    """A transformer called as the reconstruction does; its text is part of the `sample`, so that rows go together."""
+
+    def __init__(self, family: str) -> None:
+        super().__init__()
+        self.net = build(family).requires_grad_(False)
+        self.is_flux = family == "Flux"
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Any:
+        text, size = sample.flatten(1)[:, :24].unflatten(1, (3, 8)), sample.shape[-1]
+        ids = torch.cartesian_prod(torch.arange(1), torch.arange(size), torch.arange(size)).float()
+        flux = {"img_ids": ids, "txt_ids": torch.zeros(3, 3)} if self.is_flux else {}
+        return self.net(
+            hidden_states=sample.flatten(2).mT if self.is_flux else sample,
+            encoder_hidden_states=text,
+            pooled_projections=sample.flatten(1)[:, :8],
+            timestep=timestep,
+            **flux,
+        )
+
+
+def transformers(family: str, bits: int = 3) -> tuple[nn.Module, nn.Module]:
+    """Return a fake-quantized transformer and its full-precision reference."""
+    reference, model = Denoiser(family), Denoiser(family)
+    model.load_state_dict(reference.state_dict())
+    quantized(model.requires_grad_(True).net, bits)
+    return model, reference
+
+
+def states(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    _, timestep, weight = batch(count)
+    return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(7)), timestep, weight
+
+
+def call_with(unit: nn.Module, io: UnitIO, rows: slice) -> Any:
+    arguments = take_rows(io.inputs, rows, io.shared)
+    num_positional = len(arguments) - len(io.keywords)
+    keywords = dict(zip(io.keywords, arguments[num_positional:], strict=True))
+    with torch.no_grad():
+        return unit(*arguments[:num_positional], **keywords)
+
+
+@pytest.mark.parametrize(
+    ("family", "block"),
+    [("SD3", "transformer_blocks.0"), ("Flux", "transformer_blocks.0"), ("Flux", "single_transformer_blocks.0")],
+)
+def test_both_streams_of_a_block_are_reconstructed(family: str, block: str) -> None:
+    model, reference = transformers(family)
+    name = f"net.{block}"
+    assert name in find_units(model)
+    io = capture_io(model, reference, name, *states(64))
+    unit, held_out = model.get_submodule(name), slice(56, 64)
+
+    def errors() -> list[float]:
+        outputs = call_with(unit, io, held_out)
+        return [
+            (output - target[held_out]).square().mean().item()
+            for output, target in zip(outputs, io.target, strict=True)
+        ]
+
+    before = errors()
+    result = reconstruct(unit, io, dataclasses.replace(CONFIG, iterations=60), name=name)
+    assert result.accepted
+    assert len(before) == 2
+    for now, then in zip(errors(), before, strict=True):
+        assert now < 0.8 * then
+
+
+def test_a_block_without_a_second_stream_is_compared_on_the_other() -> None:
+    model, reference = transformers("SD3")
+    name = "net.transformer_blocks.1"  # the last: its text goes nowhere
+    io = capture_io(model, reference, name, *states(32))
+    assert io.target[0] is None
+    assert io.target[1].shape == (32, 16, 16)
+    assert reconstruct(model.get_submodule(name), io, CONFIG).accepted
+
+
+# Flux's 64 image tokens and 3 of the text: the rotary embeddings have 67 rows, none of them a sample.
+@pytest.mark.parametrize(("count", "batch_size"), [(67, 67), (134, 67), (70, 67), (7, 3), (3, 1)])
+def test_tensors_without_a_batch_axis_are_not_cut(count: int, batch_size: int) -> None:
+    model, reference = transformers("Flux")
+    name, arguments = "net.transformer_blocks.0", states(count)
+    seen: dict[str, Any] = {}
+    hook = model.get_submodule(name).register_forward_hook(
+        lambda _, args, kwargs, output: seen.update(kwargs), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(*arguments[:2])
+    hook.remove()
+    io = capture_io(model, reference, name, *arguments, batch_size=batch_size)
+    captured = dict(zip(io.keywords, io.inputs, strict=True))
+    for key in ("hidden_states", "encoder_hidden_states", "temb"):
+        torch.testing.assert_close(captured[key], seen[key], rtol=1e-4, atol=1e-5)
+    for value, expected in zip(captured["image_rotary_emb"], seen["image_rotary_emb"], strict=True):
+        assert expected.shape == (67, 8)
+        assert torch.equal(value, expected)
+    cut = dict(zip(io.keywords, take_rows(io.inputs, slice(0, 2), io.shared), strict=True))
+    assert len(cut["hidden_states"]) == len(cut["temb"]) == 2
+    assert all(len(value) == 67 for value in cut["image_rotary_emb"])
+    assert [tuple(target.shape) for target in io.target] == [(count, 3, 16), (count, 64, 16)]
+
+
+class Options(nn.Module):
+    """A unit with nested arguments and outputs of all kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, options: dict[str, Any], *, scale: float = 1.0) -> dict[str, Any]:
+        x = self.layer(options["x"]) * scale
+        pair = (x.sum(dim=-1), [options["more"][0] * options["more"][1]["table"]])
+        return {"pair": pair, "none": None, "word": "text", "index": torch.arange(len(x)), "table": torch.ones(5)}
+
+
+class Caller(nn.Module):
+    """Calls its unit with what `shared` makes of the samples."""
+
+    def __init__(self, shared: Any = lambda sample: torch.arange(4.0), scale: Any = lambda sample: 2.0) -> None:
+        super().__init__()
+        self.unit, self.shared, self.scale = Options(), shared, scale
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Any:
+        nested = (sample * timestep[:, None], {"table": self.shared(sample), "names": ["one", None]})
+        return self.unit({"x": sample, "more": nested}, scale=self.scale(sample))
+
+
+def vectors(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(count, 4, generator=generator), torch.arange(count), torch.ones(count)
+
+
+def test_nested_arguments_and_outputs() -> None:
+    reference, (sample, timestep, weight) = Caller(), vectors(10)
+    model = copy.deepcopy(reference)
+    prepare_(model, PQCADConfig(activation_bits=None), {"unit.layer": 3})
+    io = capture_io(model, reference, "unit", sample, timestep, weight, batch_size=4)
+    options, scale = io.inputs
+    assert (io.keywords, scale) == (("scale",), 2.0)
+    assert torch.equal(options["x"], sample)
+    assert torch.equal(options["more"][0], sample * timestep[:, None])
+    assert torch.equal(options["more"][1]["table"], torch.arange(4.0))
+    assert options["more"][1]["names"] == ["one", None]
+    assert (io.target["none"], io.target["word"], io.target["index"], io.target["table"]) == (None,) * 4
+    with torch.no_grad():
+        torch.testing.assert_close(io.target["pair"][0], (reference.unit.layer(sample) * 2).sum(dim=-1))
+    assert torch.equal(io.target["pair"][1][0], sample * timestep[:, None] * torch.arange(4.0))
+    assert reconstruct(model.unit, io, CONFIG, name="unit").accepted
+
+
+@pytest.mark.parametrize("batch_size", [4, 5, 10])
+@pytest.mark.parametrize(
+    ("caller", "where"),
+    [
+        (Caller(shared=lambda sample: sample.sum(dim=0)), r"unit: args\[0\]\['more'\]\[1\]\['table'\]"),
+        (
+            Caller(shared=lambda sample: torch.ones(2 * len(sample), 1, 4)),
+            r"unit: args\[0\]\['more'\]\[1\]\['table'\]",
+        ),
+        (Caller(shared=lambda sample: [0] * len(sample)), r"unit: args\[0\] is nested differently"),
+        (Caller(scale=len), "unit: scale has no batch axis"),
+    ],
+)
+def test_what_has_no_batch_axis_must_not_depend_on_the_batch(caller: Caller, where: str, batch_size: int) -> None:
+    caller.unit.forward = lambda options, *, scale=1.0: options["x"]  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=where):
+        capture_io(caller, caller, "unit", *vectors(10), batch_size=batch_size)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10])
+def test_a_tensor_of_one_row_has_no_batch_axis(batch_size: int) -> None:
+    caller = Caller(shared=lambda sample: torch.arange(4.0)[None])
+    io = capture_io(caller, caller, "unit", *vectors(10), batch_size=batch_size)
+    assert torch.equal(io.inputs[0]["more"][1]["table"], torch.arange(4.0)[None])
+
+
+def test_a_unit_that_returns_nothing_to_compare_is_refused() -> None:
+    caller = Caller()
+    caller.unit.forward = lambda options, *, scale=1.0: {"none": None}  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="unit: it returns no tensor"):
+        capture_io(caller, caller, "unit", *vectors(10))
+
+
+def test_the_loss_of_two_outputs_is_the_sum_of_theirs() -> None:
+    rng = np.random.default_rng(0)
+    shapes = [(5, 3, 4), (5, 2, 50)]
+    outputs, targets = ([rng.normal(size=shape) for shape in shapes] for _ in range(2))
+    weight = rng.uniform(0.5, 1.5, size=5)
+    expected = 0.0
+    for row in range(5):
+        for output, target in zip(outputs, targets, strict=True):
+            deviations = [(a - b) ** 2 for a, b in zip(output[row].flat, target[row].flat, strict=True)]
+            expected += weight[row] * sum(deviations) / len(deviations) / 5
+    text, image = (torch.from_numpy(output) for output in outputs)
+    wanted_text, wanted_image = (torch.from_numpy(target) for target in targets)
+    loss = output_loss(
+        (text, None, {"image": image}), (wanted_text, None, {"image": wanted_image}), torch.tensor(weight)
+    )
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    single = [
+        output_loss(own, wanted, torch.tensor(weight)) for own, wanted in ((text, wanted_text), (image, wanted_image))
+    ]
+    assert sum(single).item() == pytest.approx(expected, rel=1e-12)
