@@ -71,8 +71,9 @@ class ProgressiveConfig:
     beta: float = 0.9  # momentum of the prices
     trust: float = 1.0  # a round may at most double the perturbation (plus the floor)
     perturbation_floor: float = 1e-4  # of the output's power: what 8 bits cost anyway
-    # A round's move may cost up to 1 + this times its prediction, or is rolled back. Finite values did harm where they
-    # were tried (examples/results/method.md): other layers have to move in its place. With infinity only a NaN is.
+    # A round's move may cost up to 1 + this times its prediction, or is rolled back, and other layers move in its
+    # place. On digits with epsilon prediction 0.5 cost 1 dB (one seed, simulated: examples/results/method.md). With
+    # infinity only a NaN is rolled back.
     roll_back_tolerance: float = math.inf
     cooldown: int = 2
     rounds_per_stage: int = 2  # planned; the trust region and roll-backs may take as many again

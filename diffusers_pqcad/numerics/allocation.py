@@ -7,7 +7,7 @@ the weights, or of the model's output) and saves n_l (b - b') bits; its price is
 moving average of the price is the layer's priority: cheap layers move first. What that momentum is worth was measured
 (examples/results/method.md): at 2, 8 and 32 images a price, the median image of two small models differs by less than
 1 dB from that without it, in either direction. The noise of prices is no bottleneck there.
-A trust region bounds the perturbation of one round, a transition that disappoints is rolled back and frozen for some
+A trust region bounds the perturbation of one round, a transition that the caller rolls back is frozen for some
 rounds, and a forced phase makes sure that the budget is met.
 """
 

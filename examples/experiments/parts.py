@@ -84,7 +84,14 @@ ARMS = {
     "no mixed inputs": Arm(reconstruction={"input_mix": 0.0}),
 }
 # What is done to the activations of the state that the arm "PQ" leaves.
-ACTIVATIONS = {"static": None, "float": 0, "of each call": -1, "static, 1 group": 1, "static, 20 groups": NUM_STEPS}
+# A number is that of the timestep groups of new static ranges.
+ACTIVATIONS: dict[str, int | Literal["as left", "off", "of each call"]] = {
+    "static": "as left",
+    "float": "off",
+    "of each call": "of each call",
+    "static, 1 group": 1,
+    "static, 20 groups": NUM_STEPS,
+}
 
 
 def quantized(subject_arm: Arm, bits: float, seed: int, pipeline: Any, calibration: CalibrationSet) -> tuple[Any, ...]:
@@ -107,12 +114,12 @@ def quantized(subject_arm: Arm, bits: float, seed: int, pipeline: Any, calibrati
 def with_activations(model: nn.Module, kind: str, calibration: CalibrationSet) -> nn.Module:
     """Return a copy of a fake-quantized `model` with other activation ranges."""
     model, groups = copy.deepcopy(model), ACTIVATIONS[kind]
-    if groups == 0:
+    if groups == "off":
         enable_activations_(model, False)
-    elif groups == -1:
+    elif groups == "of each call":
         for quantizer in input_quantizers(model):
             quantizer.scale = quantizer.zero_point = quantizer.groups = None
-    elif groups is not None:
+    elif isinstance(groups, int):
         train = calibration.split()[0]
         steps = ((int(t), train.trajectory[:RANGE_TRAJECTORIES, i]) for i, t in enumerate(train.timestep))
         calibrate_activations_(model, steps, num_groups=groups)

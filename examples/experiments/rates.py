@@ -48,7 +48,7 @@ from diffusers_pqcad.compression.progressive import Batches, trajectory_error, w
 from diffusers_pqcad.compression.reconstruction import ReconstructionConfig
 
 NUM_UPDATES, BATCH_SIZE, EVALUATION_STEPS = 160, 32, 20
-RECOVERY_UPDATES, RECOVERY_RATE = 40, 1e-3
+RECOVERY_UPDATES = 40
 FRESH_SEED, NUM_FRESH = 500_000, 64  # trajectories that neither train nor choose
 HUBER_DELTA = 0.1  # outputs have a variance of about 1
 RATE = 3e-3  # of the distillation in most arms, for both units; the library takes 1e-3
