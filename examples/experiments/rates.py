@@ -105,6 +105,7 @@ class Arm:
     gate: bool = True
     weight: str = "gain"
     num_trajectories: int = NUM_TRAJECTORIES
+    evaluation_steps: int = EVALUATION_STEPS
 
 
 def recovery_arm(rate: float, groups: Callable[[nn.Module, float], Groups] = float_groups, **changes: Any) -> Arm:
@@ -149,7 +150,26 @@ DISTILLATION = {
     "16 trajectories": Arm(RATE, num_trajectories=16),
     "16 trajectories, calibration alone": Arm(RATE, teacher="none", num_trajectories=16),
 }
-ARMS = {"recovery": RECOVERY, "distillation": DISTILLATION}
+
+
+def cad_arm(**changes: Any) -> Arm:
+    """Return CAD at the library's defaults, but for `changes`."""
+    steps = DistillConfig.evaluation_steps
+    return Arm(DistillConfig.step_rate, updates=DistillConfig.max_train_steps, evaluation_steps=steps, **changes)
+
+
+CAD = {
+    "none": Arm(0.0, updates=0),
+    "CAD": cad_arm(),
+    "calibration alone": cad_arm(teacher="none"),
+    "full-precision teacher": cad_arm(teacher="fp"),
+    "gate off": cad_arm(gate=False),
+    "no calibration": cad_arm(gate=False, calibration=False),
+    "16 trajectories": cad_arm(num_trajectories=16),
+    "16 trajectories, calibration alone": cad_arm(teacher="none", num_trajectories=16),
+}
+# "distillation" looks for the settings, "cad" says what CAD is worth at those that became the defaults.
+ARMS = {"recovery": RECOVERY, "distillation": DISTILLATION, "cad": CAD}
 
 
 @contextmanager
@@ -190,7 +210,7 @@ def train(
                 if loss.requires_grad:
                     loss.backward()
                     adam.update(step)
-                if (step + 1) % EVALUATION_STEPS == 0 or step + 1 == arm.updates:
+                if (step + 1) % arm.evaluation_steps == 0 or step + 1 == arm.updates:
                     with adam.averaged():
                         errors.append(error_of())
                         best.offer(model, step + 1, errors[-1])
@@ -288,11 +308,11 @@ def fresh_error(model: nn.Module, context: dict[str, Any], num_steps: int) -> fl
     return trajectory_error(model, context["fresh"], num_steps)
 
 
-def reference_row(seed: int, context: dict[str, Any]) -> dict[str, Any]:
+def reference_row(task: str, seed: int, context: dict[str, Any]) -> dict[str, Any]:
     """Return what the full-precision model comes to at half the steps: what a student has to beat."""
     pipeline, wanted = context["pipeline"], context["wanted"]
     found = samples(pipeline.unet, pipeline.scheduler, len(wanted), NUM_STEPS // 2, seed)
-    about = {"subject": context["subject"], "bits": context["bits"], "task": "distillation", "seed": seed}
+    about = {"subject": context["subject"], "bits": context["bits"], "task": task, "seed": seed}
     nothing = {
         "arm": "full precision, half the steps",
         "seconds": 0.0,
@@ -348,13 +368,10 @@ def main(arguments: list[str] | None = None) -> None:
                     "fresh": fresh,
                     "start": start,
                 }
-                cached(
-                    args.output_dir / file_name(subject, seed, f"{bits:g}", "full-precision"),
-                    reference_row,
-                    seed,
-                    context,
-                )
                 for task in args.tasks:
+                    if task != "recovery":
+                        path = args.output_dir / file_name(subject, seed, f"{bits:g}", task, "full-precision")
+                        cached(path, reference_row, task, seed, context)
                     names = [name for name in ARMS[task] if args.arms is None or name in args.arms]
                     for name in tqdm(names, desc=f"{subject}, seed {seed}, {task}", unit="arm"):
                         path = args.output_dir / file_name(subject, seed, f"{bits:g}", task, name)

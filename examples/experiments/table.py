@@ -235,6 +235,12 @@ ACTIVATIONS = """\
 The state that the arm "PQ" leaves, with the ranges of its 8-bit activations chosen in other ways, or none rounded.
 Simulated.
 """
+CAD = """\
+All arms train one PQ state to take half the steps, with the library's defaults but for what their name says: 320
+updates of 32 images. The teacher is that PQ state at N steps, or the full-precision model; "calibration alone" has
+none, and takes half the time. "16 trajectories": so many in the place of 128, 14 of them to train on. "Fresh error":
+what is left of the trajectory error on noise that neither trained nor chose the state. Simulated.
+"""
 RECOVERY = """\
 All arms train the whole network at N steps, from the PQ state that the library leaves. "Floats r": everything but
 the quantized weights and their scales, Adam's rate being r times the size of each tensor; "all r": those as well,
@@ -252,6 +258,8 @@ everything that is not quantized at one rate, the others at 1e-3, as before. "Fl
 "Fresh error": what is left of the trajectory error on noise that neither trained nor chose the state. "16
 trajectories": so many in the place of 128, 14 of them to train on. Simulated.
 """
+
+TITLES = {"cad": "CAD", "recovery": "Recovery", "distillation": "Settings of the distillation"}
 
 
 def sensitivity_table(rows: list[Row]) -> str:
@@ -293,12 +301,14 @@ def document(results: Path) -> str:
         found = [row for row in parts if row["bits"] == bits]
         sections.append(section(f"PQ, {bits:g} bits", PARTS, partial(arms_table, base="PQ"), found))
         sections.append(section(f"Activations, {bits:g} bits", ACTIVATIONS, activations_table, found))
-    for task, text, base in (("recovery", RECOVERY, "none"), ("distillation", DISTILLATION, "3e-3")):
+    for task, text, base in (
+        ("cad", CAD, "none"),
+        ("recovery", RECOVERY, "none"),
+        ("distillation", DISTILLATION, "3e-3"),
+    ):
         for bits in sorted({row["bits"] for row in rates}, reverse=True):
             found = [row for row in rates if row["task"] == task and row["bits"] == bits]
-            sections.append(
-                section(f"{task.capitalize()}, {bits:g} bits", text, partial(arms_table, base=base), found)
-            )
+            sections.append(section(f"{TITLES[task]}, {bits:g} bits", text, partial(arms_table, base=base), found))
     return "\n".join(part for part in sections if part)
 
 
