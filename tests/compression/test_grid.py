@@ -1,7 +1,10 @@
 """Specification of sampling as arithmetic, against the steps of diffusers' own schedulers."""
 
 import copy
+import functools
+import inspect
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     LCMScheduler,
     PNDMScheduler,
 )
@@ -18,7 +22,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffusers_pqcad.compression.grid import PREDICTION_TYPES, Grid, ddim_grid, grid_of
+from diffusers_pqcad.compression.grid import PREDICTION_TYPES, Grid, ddim_grid, grid_in_use, grid_of, sigmas_for
 
 pytestmark = pytest.mark.fast
 
@@ -261,6 +265,145 @@ def test_a_start_without_signal_is_all_noise(prediction_type: str) -> None:
         assert values.isfinite().all()
 
 
+# Steps that a pipeline took, and those that it is asked to take
+
+
+def run(scheduler, timesteps: Tensor, state: Tensor, outputs: Tensor) -> Tensor:
+    """The state (1, 3) after the scheduler's own steps at `timesteps` with `outputs` (N, 3)."""
+    for timestep, output in zip(timesteps, outputs, strict=True):
+        state = scheduler.step(output[None], timestep, state).prev_sample
+    return state
+
+
+def walked(grid: Grid, state: Tensor, outputs: Tensor) -> Tensor:
+    for k, output in enumerate(outputs):
+        state = grid.step(torch.tensor([k]), state, output[None])
+    return state
+
+
+FLUX_SIGMAS = np.linspace(1.0, 1 / 8, 8).tolist()  # what FluxPipeline hands over for 8 steps
+IN_USE = {
+    "ddim": (lambda: ddim(), {"num_inference_steps": 8}),
+    "ddim, epsilon": (lambda: ddim("epsilon", set_alpha_to_one=False), {"num_inference_steps": 8}),
+    "flow": (lambda: flow(shift=3.0), {"num_inference_steps": 8}),
+    "flow, sigmas": (lambda: flow(shift=3.0), {"sigmas": FLUX_SIGMAS}),
+    "flow, sigmas and mu": (lambda: flow(**DYNAMIC), {"sigmas": FLUX_SIGMAS, "mu": 0.9}),
+    "flow, mu": (lambda: flow(**DYNAMIC, shift_terminal=0.1), {"num_inference_steps": 8, "mu": 0.9}),
+}
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.125])
+@pytest.mark.parametrize("name", IN_USE)
+def test_the_grid_in_use_takes_the_steps_that_the_pipeline_took(name: str, strength: float, as_list: bool) -> None:
+    make, arguments = IN_USE[name]
+    scheduler = make()
+    scheduler.set_timesteps(**arguments)
+    timesteps = scheduler.timesteps[-int(8 * strength) :]
+    state, outputs = double_noise(1, 3), double_noise(len(timesteps), 3)
+    expected = run(scheduler, timesteps, state, outputs)
+    grid = grid_in_use(scheduler, timesteps.tolist() if as_list else timesteps)
+    assert len(grid) == len(timesteps)
+    assert torch.equal(grid.timestep, timesteps)
+    # The steps of flow matching are in fp32, those of DDIM in float64.
+    tolerance = {"rtol": 1e-6, "atol": 1e-6} if "flow" in name else {"rtol": 1e-9, "atol": 1e-11}
+    torch.testing.assert_close(walked(grid, state, outputs), expected.double(), **tolerance)
+
+
+@pytest.mark.parametrize("name", IN_USE)
+def test_the_grid_in_use_of_all_steps_is_the_grid(name: str) -> None:
+    make, arguments = IN_USE[name]
+    scheduler = make()
+    scheduler.set_timesteps(**arguments)
+    expected = grid_of(make(), 8, **{k: v for k, v in arguments.items() if k != "num_inference_steps"})
+    found = grid_in_use(scheduler, scheduler.timesteps)
+    for values, expected_values in zip(vars(found).values(), vars(expected).values(), strict=True):
+        assert torch.equal(values, expected_values)
+
+
+def recorded(monkeypatch, scheduler, name: str) -> list[dict]:
+    """The arguments of each call of a method, by name; a pipeline reads the method's signature."""
+    calls, method = [], getattr(scheduler, name)
+
+    @functools.wraps(method)
+    def recording(*args, **named):
+        calls.append(inspect.signature(method).bind(*args, **named).arguments)
+        return method(*args, **named)
+
+    monkeypatch.setattr(scheduler, name, recording)
+    return calls
+
+
+def test_a_flux_pipeline_takes_every_second_step(monkeypatch) -> None:
+    """It hands sigmas of its own to its scheduler, and a mu that it computes from the size of the image."""
+    scheduler = flow(shift=3.0, **DYNAMIC)
+    pipeline = FluxPipeline(scheduler, families.vae(), None, None, None, None, families.flux())
+    pipeline.set_progress_bar_config(disable=True)
+    steps, settings = (recorded(monkeypatch, scheduler, method) for method in ("step", "set_timesteps"))
+    inputs = {"prompt_embeds": torch.randn(1, 5, 8), "pooled_prompt_embeds": torch.randn(1, 8)}
+    inputs |= {"height": 32, "width": 32, "output_type": "latent"}
+    pipeline(num_inference_steps=6, **inputs)
+    grid = grid_in_use(scheduler, [call["timestep"] for call in steps])
+    assert grid.timestep.tolist() == [call["timestep"].item() for call in steps]
+    assert len(grid) == 6
+    steps.clear()
+    pipeline(num_inference_steps=3, sigmas=sigmas_for(scheduler, grid.every(2).sigma, mu=settings[0]["mu"]), **inputs)
+    found = grid_in_use(scheduler, [call["timestep"] for call in steps])
+    torch.testing.assert_close(found.sigma, grid.every(2).sigma, rtol=0, atol=1e-6)
+
+
+def test_a_grid_of_sigmas_by_hand() -> None:
+    """Shift 3 takes sigma 1/2 to 3/4: 3 / 2 / (1 + 2 / 2)."""
+    grid = grid_of(flow(shift=3.0), 2, sigmas=[1.0, 0.5])
+    assert grid.sigma.tolist() == [1.0, 0.75, 0.0]
+    assert grid.timestep.tolist() == [1000.0, 750.0]
+
+
+def test_a_model_without_signal_at_the_start_may_start_in_the_middle() -> None:
+    scheduler = ddim("epsilon", beta_schedule="squaredcos_cap_v2")
+    scheduler.set_timesteps(10)
+    assert len(grid_in_use(scheduler, scheduler.timesteps[5:])) == 5
+    with pytest.raises(ValueError, match="an epsilon-prediction model cannot start at timestep 999"):
+        grid_in_use(scheduler, scheduler.timesteps)
+
+
+SHIFTS = {
+    "shift 1": ({}, None),
+    "shift 3": ({"shift": 3.0}, None),
+    "exponential": (DYNAMIC, 1.15),
+    "exponential, mu 0": (DYNAMIC | {"shift": 3.0}, 0.0),
+    "linear": (DYNAMIC | {"time_shift_type": "linear"}, 2.5),
+}
+
+
+@pytest.mark.parametrize("name", SHIFTS)
+@pytest.mark.parametrize("num_steps", [2, 8, 50])
+def test_a_scheduler_ends_up_with_the_sigmas_of_a_student(name: str, num_steps: int) -> None:
+    settings, mu = SHIFTS[name]
+    wanted = grid_of(flow(**settings), num_steps, mu=mu).every(2)
+    sigmas = sigmas_for(flow(**settings), wanted.sigma, mu=mu)
+    assert len(sigmas) == num_steps // 2
+    scheduler = flow(**settings)
+    scheduler.set_timesteps(sigmas=sigmas, mu=mu)
+    torch.testing.assert_close(scheduler.sigmas.double(), wanted.sigma, rtol=0, atol=1e-6)
+    torch.testing.assert_close(scheduler.timesteps, wanted.timestep, rtol=0, atol=1e-3)
+    found = grid_of(flow(**settings), num_steps // 2, sigmas=sigmas, mu=mu)
+    torch.testing.assert_close(found.sigma, wanted.sigma, rtol=0, atol=1e-6)
+
+
+@given(st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=5), st.floats(0.3, 12.0))
+def test_sigmas_for_takes_back_any_shift(values: list[float], shift: float) -> None:
+    sigma = torch.tensor([*values, 0.0], dtype=torch.float64)
+    scheduler = flow()
+    scheduler.set_shift(shift)
+    scheduler.set_timesteps(sigmas=sigmas_for(scheduler, sigma))
+    torch.testing.assert_close(scheduler.sigmas.double(), sigma, rtol=0, atol=1e-6)
+
+
+def test_sigmas_of_a_shift_of_one_are_the_sigmas() -> None:
+    assert sigmas_for(flow(), torch.tensor([1.0, 0.5, 0.25, 0.0])) == [1.0, 0.5, 0.25]
+
+
 # Dtypes, devices, the caller's scheduler
 
 
@@ -398,3 +541,77 @@ def test_one_step_cannot_be_stretched_to_a_terminal_sigma() -> None:
 def test_no_steps_of_flow_matching_are_refused(num_steps: int) -> None:
     with pytest.raises(ValueError, match=f"num_inference_steps={num_steps}: expected at least 1"):
         grid_of(flow(), num_steps)
+
+
+@pytest.mark.parametrize("name", IN_USE)
+def test_steps_that_do_not_end_the_grid_are_refused(name: str) -> None:
+    make, arguments = IN_USE[name]
+    scheduler = make()
+    with pytest.raises(ValueError, match="expected one after set_timesteps"):
+        grid_in_use(scheduler, [999])
+    scheduler.set_timesteps(**arguments)
+    timesteps = scheduler.timesteps.tolist()
+    for taken in ([], timesteps[:-1], timesteps[::2], timesteps[::-1], [*timesteps, 0], [timesteps[-1] + 1e-3]):
+        with pytest.raises(ValueError, match="timesteps: expected the last of the scheduler's 8 timesteps in order"):
+            grid_in_use(scheduler, taken)
+
+
+@pytest.mark.parametrize("setting", ["stochastic_sampling", "invert_sigmas"])
+def test_other_steps_of_flow_matching_are_refused_in_use(setting: str) -> None:
+    scheduler = flow(**{setting: True})
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match=f"{setting}: expected False"):
+        grid_in_use(scheduler, scheduler.timesteps)
+    with pytest.raises(ValueError, match=f"{setting}: expected False"):
+        sigmas_for(scheduler, torch.tensor([1.0, 0.0]))
+
+
+def test_other_samplers_and_spacings_are_refused_in_use() -> None:
+    scheduler = PNDMScheduler(skip_prk_steps=True)
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match=r"got PNDMScheduler.*deterministic_scheduler"):
+        grid_in_use(scheduler, scheduler.timesteps)
+    scheduler = ddim(timestep_spacing="leading")
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="timestep_spacing: expected 'trailing'"):
+        grid_in_use(scheduler, scheduler.timesteps)
+
+
+def test_sigmas_are_refused_where_there_are_none() -> None:
+    with pytest.raises(ValueError, match="sigmas: a DDIMScheduler"):
+        grid_of(ddim(), 2, sigmas=[1.0, 0.5])
+    with pytest.raises(ValueError, match="sigmas: expected one for each of the 3 steps, got 2"):
+        grid_of(flow(), 3, sigmas=[1.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"shift_terminal": 0.1},
+        {"use_karras_sigmas": True},
+        {"use_exponential_sigmas": True},
+        {"use_beta_sigmas": True},
+    ],
+    ids=str,
+)
+def test_schedules_that_cannot_be_taken_back_are_refused(settings: dict) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(settings))}=.*Use a scheduler without"):
+        sigmas_for(flow(**settings), torch.tensor([1.0, 0.5, 0.0]))
+
+
+@pytest.mark.parametrize(
+    "sigma", [[1.0, 0.5], [0.0], [], [1.5, 0.0], [0.5, 0.0, 0.0], [-0.1, 0.0], [float("nan"), 0.0]]
+)
+def test_sigmas_of_no_grid_are_refused(sigma: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"sigma: expected those of a flow-matching grid, in \(0, 1\]"):
+        sigmas_for(flow(), torch.tensor(sigma))
+
+
+def test_sigmas_for_asks_for_mu_as_grid_of_does() -> None:
+    sigma = torch.tensor([1.0, 0.0])
+    with pytest.raises(ValueError, match="mu: this scheduler shifts its steps by the size"):
+        sigmas_for(flow(**DYNAMIC), sigma)
+    with pytest.raises(ValueError, match=r"mu=0.5: .*leave it out"):
+        sigmas_for(flow(), sigma, mu=0.5)
+    with pytest.raises(ValueError, match="shift: expected a positive one, got 0"):
+        sigmas_for(flow(**DYNAMIC, time_shift_type="linear"), sigma, mu=0.0)
