@@ -18,13 +18,15 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "CalibrationSet": "compression.calibration",
+    "CompressConfig": "publishing.settings",
     "DistillConfig": "compression.distillation",
     "PQCADConv1d": "layers.quantized",
     "PQCADConv2d": "layers.quantized",
     "PQCADConv3d": "layers.quantized",
     "PQCADLinear": "layers.quantized",
     "ProgressiveConfig": "compression.progressive",
-    "collect_calibration_set": "compression.calibration",
+    "collect_calibration_set": "compression.recording",
+    "compress": "publishing.compress",
     "convert_": "compression.fake_quant",
     "distill": "compression.distillation",
     "evaluate": "evaluation",

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import load_dataset
 from torch import Tensor
-
-from diffusers_pqcad.evaluation.extras import require
 
 HUB_ID = "zalando-datasets/fashion_mnist"
 DEBIAN_DIR = "/usr/share/datasets/fashion-mnist"  # apt-get install dataset-fashion-mnist
@@ -43,15 +42,8 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def idx_folder(data_dir: str | None = None) -> str | None:
-    """Return the folder of IDX files: `data_dir`, or the Debian package's; `None` where the Hub has to be asked.
-
-    Raises MissingExtraError where the Hub has to be asked and `datasets`, which asks it, is not installed.
-    """
-    if data_dir is None and Path(DEBIAN_DIR).is_dir():
-        return DEBIAN_DIR
-    if data_dir is None:
-        require("eval", "datasets")
-    return data_dir
+    """Return the folder of IDX files: `data_dir`, or the Debian package's; `None` where the Hub has to be asked."""
+    return DEBIAN_DIR if data_dir is None and Path(DEBIAN_DIR).is_dir() else data_dir
 
 
 def load_split(split: str, data_dir: str | None = None) -> tuple[Tensor, Tensor]:
@@ -66,8 +58,6 @@ def load_split(split: str, data_dir: str | None = None) -> tuple[Tensor, Tensor]
         images = read_idx(prefix.with_name(f"{prefix.name}-images-idx3-ubyte.gz"))
         labels = read_idx(prefix.with_name(f"{prefix.name}-labels-idx1-ubyte.gz"))
     else:
-        from datasets import load_dataset
-
         rows = load_dataset(HUB_ID, split=split).with_format("numpy")
         images, labels = np.asarray(rows["image"]), np.asarray(rows["label"])
     return torch.from_numpy(images.copy()).unsqueeze(1), torch.from_numpy(labels.astype(np.int64))

@@ -8,9 +8,10 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from hypothesis import settings
 
 from diffusers_pqcad import PQCADConfig
-from diffusers_pqcad.compression.calibration import CalibrationSet, collect_calibration_set
+from diffusers_pqcad.compression.calibration import CalibrationSet
 from diffusers_pqcad.compression.progressive import History, ProgressiveConfig, progressive_quantize
 from diffusers_pqcad.compression.reconstruction import ReconstructionConfig
+from diffusers_pqcad.compression.recording import collect_calibration_set
 
 # No deadline: a busy computer is not a failing test. Derandomized: a run in CI can be repeated anywhere.
 settings.register_profile("pqcad", deadline=None, derandomize=True, database=None, max_examples=50)

@@ -1,4 +1,4 @@
-"""A small Hugging Face Hub on the loopback, for the real client to push models to and to load them from.
+"""A small Hugging Face Hub on the loopback, for the real client to push models and data sets to and to load them from.
 
 It proves that the protocol is used well and that what was pushed comes back. It does not prove what the Hub itself
 makes of our cards, nor anything about Xet: clients need HF_HUB_DISABLE_XET=1.
@@ -13,12 +13,14 @@ import traceback
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 import yaml
 
 MAX_REGULAR_BYTES = 10 * 2**20
-NAME, REVISION = r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)", r"(?P<revision>[^/?]+)"
+# A data set's name begins with "datasets/", as in the address of its page.
+NAME, REVISION = r"(?P<name>(?:datasets/)?[\w-][\w.-]*/[\w-][\w.-]*)", r"(?P<revision>[^/?]+)"
+API = f"/api/(?:models/)?{NAME}"
 MODEL_ID = r"([\w-][\w.-]*/)?[\w-][\w.-]*"  # the oldest models have no owner
 # Method, path with query, method of StubHub. A query that is not spelled out here makes the route an unknown one.
 ROUTES = (
@@ -26,11 +28,12 @@ ROUTES = (
     ("GET", "/api/agent-harnesses", "not_here"),
     ("POST", "/api/repos/create", "create"),
     ("POST", "/api/validate-yaml", "validate"),
-    ("POST", f"/api/models/{NAME}/preupload/main", "preupload"),
-    ("POST", f"/api/models/{NAME}/commit/main", "commit"),
-    ("GET", f"/api/models/{NAME}(?:/revision/{REVISION})?", "info"),
-    ("GET", rf"/api/models/{NAME}/tree/{REVISION}\?.*\brecursive=true\b.*", "tree"),
-    ("GET", "/api/models/.*/xet-(?:read|write)-token/.*", "xet"),
+    ("POST", f"{API}/preupload/main", "preupload"),
+    ("POST", f"{API}/commit/main", "commit"),
+    ("GET", rf"{API}(?:/revision/{REVISION})?(?:\?expand=.*)?", "info"),
+    ("GET", rf"{API}/tree/{REVISION}(?:/(?P<folder>[^?]+))?\?(?P<query>.*)", "tree"),
+    ("POST", f"{API}/paths-info/{REVISION}", "paths_info"),
+    ("GET", "/api/(?:models|datasets)/.*/xet-(?:read|write)-token/.*", "xet"),
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", "batch"),
     ("GET HEAD", f"/{NAME}/resolve/{REVISION}/(?P<path>[^?]+)", "resolve"),
     ("PUT", "/storage/(?P<oid>[0-9a-f]{64})", "store"),
@@ -73,7 +76,8 @@ class Repo:
         self.private = private
         self.commits: dict[str, dict[str, bytes]] = {}
         self.head = ""
-        self.add({".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
+        lfs = b"filter=lfs diff=lfs merge=lfs -text"
+        self.add({".gitattributes": b"*.safetensors %b\n*.parquet %b\n" % (lfs, lfs)})
 
     def add(self, changes: dict[str, bytes]) -> None:
         """Commit the files of `changes` on top of the head."""
@@ -164,11 +168,11 @@ class StubHub(ThreadingHTTPServer):
     def create(self, request: Request) -> Reply:
         self.authorize(request)
         wish = json.loads(request.body)
-        if wish.get("type", "model") != "model":
-            raise NotImplementedError("models only")
+        if wish.get("type", "model") not in ("model", "dataset"):
+            raise NotImplementedError("models and data sets only")
         if wish["organization"] != "me":
             raise Refusal(403, "You don't have the rights to create a model under this namespace")
-        name = f"me/{wish['name']}"
+        name = f"datasets/me/{wish['name']}" if wish.get("type") == "dataset" else f"me/{wish['name']}"
         if name in self.repos:
             raise Refusal(409, "You already created this model repo", url=f"{self.url}/{name}")
         # Clients before 2.0 send `private`.
@@ -242,11 +246,30 @@ class StubHub(ThreadingHTTPServer):
         kind = card.get("base_model_relation")
         tags = [*card.get("tags", []), *(f"base_model:{kind}:{model}" for model in base_models(card) if kind)]
         siblings = [{"rfilename": path} for path in files]
-        about = {"id": name, "modelId": name, "sha": commit, "private": self.repos[name].private}
+        repo_id = name.removeprefix("datasets/")
+        about = {"id": repo_id, "modelId": repo_id, "sha": commit, "private": self.repos[name].private}
         return as_json(about | {"tags": tags, "cardData": card, "siblings": siblings})
 
-    def tree(self, request: Request, name: str, revision: str) -> Reply:
-        return as_json([tree_entry(*file) for file in self.readable(request, name, revision)[1].items()])
+    def tree(self, request: Request, name: str, revision: str, folder: str | None, query: str) -> Reply:
+        files = self.readable(request, name, unquote(revision))[1]
+        start = f"{unquote(folder)}/" if folder else ""
+        inside = {path: data for path, data in files.items() if path.startswith(start)}
+        if start and not inside:
+            raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
+        if "recursive=true" in query.lower():
+            return as_json([tree_entry(*file) for file in inside.items()])
+        folders = {path[: path.index("/", len(start))] for path in inside if "/" in path[len(start) :]}
+        here = [tree_entry(*file) for file in inside.items() if "/" not in file[0][len(start) :]]
+        return as_json([*here, *({"type": "directory", "path": path, "oid": ""} for path in sorted(folders))])
+
+    def paths_info(self, request: Request, name: str, revision: str) -> Reply:
+        files = self.readable(request, name, unquote(revision))[1]
+        wanted = parse_qs(request.body.decode()).get("paths", [])
+        if request.body.startswith(b"{"):
+            wanted = json.loads(request.body)["paths"]
+        found = [tree_entry(path, files[path]) for path in wanted if path in files]
+        folders = [path for path in wanted if any(file.startswith(f"{path}/") for file in files)]
+        return as_json([*found, *({"type": "directory", "path": path, "oid": ""} for path in folders)])
 
     def resolve(self, request: Request, name: str, revision: str, path: str) -> Reply:
         commit, files = self.readable(request, name, revision)
@@ -273,6 +296,11 @@ class Handler(BaseHTTPRequestHandler):
         bearer = self.headers.get("Authorization", "").removeprefix("Bearer ")
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         reply = self.server.answer(Request(self.command, self.path, bearer or None, body))
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted and reply.status == 200:
+            first, last = int(wanted[1]), min(int(wanted[2] or len(reply.body)), len(reply.body) - 1)
+            span = {"Content-Range": f"bytes {first}-{last}/{len(reply.body)}"}
+            reply = Reply(reply.body[first : last + 1], 206, reply.headers | span)
         self.send_response(reply.status)
         for name, value in (reply.headers | {"Content-Length": str(len(reply.body))}).items():
             self.send_header(name, value)
@@ -301,7 +329,7 @@ def sha256(data: bytes) -> str:
 
 def is_large(path: str, size: int) -> bool:
     """Whether a file is kept in large file storage; the client never sends empty files there."""
-    return size > MAX_REGULAR_BYTES or (size > 0 and path.endswith(".safetensors"))
+    return size > MAX_REGULAR_BYTES or (size > 0 and path.endswith((".safetensors", ".parquet")))
 
 
 def tree_entry(path: str, data: bytes) -> dict[str, Any]:

@@ -78,6 +78,11 @@ def load() -> Iterator[ModuleType]:
     yield from import_script("load")
 
 
+@pytest.fixture(scope="module")
+def method_cost() -> Iterator[ModuleType]:
+    yield from import_script("method_cost")
+
+
 @pytest.fixture(autouse=True)
 def same_number_of_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -463,3 +468,30 @@ class TestLoad:
         rows = load.measure(load.Settings(num_rounds=1), tmp_path)
         assert {row["disk_seconds"] for row in rows} == {None}
         assert load.seconds_beside(rows[0], rows[0], "disk_seconds") == "- | -"
+
+
+class TestMethodCost:
+    @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory peaks are those of Linux")
+    def test_every_part_is_measured_and_the_whole_run_follows(self, method_cost, tmp_path, capsys):
+        settings = method_cost.Settings(
+            model="tiny-conditional", sample_size=8, price_layers=3, json=str(tmp_path / "cost.json")
+        )
+        result = method_cost.main(settings)
+        assert json.loads((tmp_path / "cost.json").read_text()) == result
+        rows = {row["name"]: row for row in result["rows"]}
+        assert list(rows) == ["recording", "preparation", "prices", "capture", "reconstruction"]
+        assert all(row["seconds"] > 0 and row["peak_bytes"] > 1e8 for row in rows.values())
+        assert result["num_prices"] == 3
+        seconds = rows["prices"]["seconds"] / 3 * result["num_layers"]
+        assert result["hours"]["prices_of_a_round"] == pytest.approx(seconds / 3600)
+        assert result["hours"]["prices"] == pytest.approx(5 * seconds / 3600)  # two stages of two rounds, and a last
+        assert result["hours"]["reconstruction"] == pytest.approx(
+            result["num_units"] * 125 * (16 / 8) * rows["reconstruction"]["seconds"] / 2 / 3600
+        )
+        printed = capsys.readouterr().out
+        assert all(f"| {name} |" in printed for name in rows)
+
+    def test_layers_are_spread_over_the_model(self, method_cost):
+        names = [str(index) for index in range(10)]
+        assert method_cost.spread(names, 3) == ["0", "3", "6"]
+        assert method_cost.spread(names, 0) == method_cost.spread(names, 99) == names

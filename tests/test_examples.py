@@ -137,12 +137,15 @@ def test_changed_settings_on_an_old_folder_are_refused(teacher, finished):
         (("--evaluation_steps", "0"), "evaluation_steps"),
         (("--reconstruction_samples", "3"), "reconstruction_samples"),
         (("--num_trajectories", "3"), "num_trajectories"),
+        (("--reconstruction_iterations", "-1"), "reconstruction_iterations: expected at least 0, got -1"),
+        (("--modules_to_not_convert", "nowhere"), "modules_to_not_convert: 'nowhere' matches none"),
+        (("--push_to_hub",), "push_to_hub needs a hub_model_id"),
         (("--config", "nowhere.yaml"), "no file 'nowhere.yaml'"),
         (("--num_inference_steps", "5"), "odd"),
         (("--num_inference_steps", "6"), "divide"),
         (("--weight_bits", "1"), "weight_bits"),
         (("--activation_bits", "5"), "activation_bits"),
-        (("--train_device", "abacus"), "--train_device abacus: expected 'cpu' or the kind of accelerator"),
+        (("--train_device", "abacus"), "train_device: expected 'cpu' or the kind of accelerator .* got 'abacus'"),
         (("--pretrained_model_name_or_path", "./no"), "'./no': no such folder, and not to be had from the Hub"),
         (("--pretrained_model_name_or_path", "my/no"), "'my/no': no such folder, and not to be had from the Hub"),
     ],
@@ -158,51 +161,6 @@ def test_bad_settings_are_refused(teacher, tmp_path, monkeypatch, flags, message
     assert not folder.exists()  # the corrected command may have it
 
 
-def test_a_recipe_sets_defaults_and_unknown_keys_are_refused(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import distill
-
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({"weight_bits": 3.0, "seed": 7}))
-    settings = distill.parse_settings(["--config", str(recipe), "--seed", "8", "--preset", "smoke"])
-    assert (settings.weight_bits, settings.seed, settings.num_images) == (3.0, 8, 8)
-    recipe.write_text(yaml.safe_dump({"weight_bit": 3.0}))
-    with pytest.raises(ValueError, match="weight_bit"):
-        distill.parse_settings(["--config", str(recipe)])
-
-
-def test_other_pipelines_are_refused_and_other_schedulers_converted(teacher, monkeypatch, tmp_path):
-    from diffusers import (
-        DDIMPipeline,
-        DDPMPipeline,
-        DDPMScheduler,
-        FlowMatchEulerDiscreteScheduler,
-        LDMPipeline,
-        UNet2DModel,
-        VQModel,
-    )
-
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import distill
-
-    unet = UNet2DModel.from_pretrained(teacher, subfolder="unet")
-    DDPMPipeline(unet, DDPMScheduler(prediction_type="v_prediction")).save_pretrained(tmp_path / "ddpm")
-    settings = distill.Settings(pretrained_model_name_or_path=str(tmp_path / "ddpm"), output_dir=str(tmp_path / "out"))
-    scheduler = distill.Run(settings).load_teacher().scheduler
-    assert type(scheduler).__name__ == "DDIMScheduler"
-    assert scheduler.config.prediction_type == "v_prediction"
-    assert (scheduler.config.timestep_spacing, scheduler.config.clip_sample) == ("trailing", False)
-
-    pipeline = DDIMPipeline.from_pretrained(teacher)
-    pipeline.register_modules(scheduler=FlowMatchEulerDiscreteScheduler())
-    monkeypatch.setattr(distill.DiffusionPipeline, "from_pretrained", lambda path: pipeline)
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler, which has no `beta_schedule`"):
-        distill.Run(settings).load_teacher()
-    pipeline = LDMPipeline(vqvae=VQModel(norm_num_groups=4, block_out_channels=(8,)), unet=unet, scheduler=scheduler)
-    with pytest.raises(ValueError, match=r"of a `unet` and a `scheduler`, got \['scheduler', 'unet', 'vqvae'\]"):
-        distill.Run(settings).load_teacher()
-
-
 def test_what_is_published_names_no_place_of_this_computer(finished):
     for name in ("recipe.yaml", "metrics.json", "README.md", "history.json"):
         assert str(finished.parent) not in (finished / name).read_text()
@@ -212,15 +170,18 @@ def test_what_is_published_names_no_place_of_this_computer(finished):
     assert not {"output_dir", "pretrained_model_name_or_path", "push_to_hub", "num_threads"} & set(recipe)
 
 
-def test_the_bundled_teacher_is_known_by_any_path(monkeypatch, tmp_path):
+def test_the_bundled_teacher_is_known_by_any_path(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import distill
 
+    from diffusers_pqcad.publishing.pipelines import source_of
+    from diffusers_pqcad.publishing.settings import CompressConfig
+
     monkeypatch.chdir(ROOT)
     for path in (None, "examples/models/fashion-mnist", str(ROOT / "examples" / "models" / "fashion-mnist")):
-        run = distill.Run(distill.Settings(pretrained_model_name_or_path=path, output_dir=str(tmp_path)))
-        assert run.load_extractor() is not None
-        assert run.teacher_id() == "fashion-mnist (bundled)"
+        source = source_of(CompressConfig(pretrained_model_name_or_path=path), distill.BUNDLED)
+        assert source == distill.BUNDLED
+        assert source.extractor is not None
 
 
 def test_ablations_are_added_to_a_finished_run(teacher, finished):

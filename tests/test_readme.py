@@ -22,6 +22,16 @@ def test_the_tables_come_from_the_committed_metrics(monkeypatch):
         assert len(re.findall(r"<!-- results:(?!end)", text)) >= 1
 
 
+def test_the_table_of_pipelines_has_those_of_the_tests_and_no_failure():
+    import test_compressed_pipelines
+
+    rows = json.loads((ROOT / "examples" / "results" / "pipelines.json").read_text())["pipelines"]
+    expected = dict.fromkeys(test_compressed_pipelines.PIPELINES, "passed")
+    assert {name: row["outcome"] for name, row in rows.items()} == expected, "run examples/results/update_pipelines.py"
+    table = (ROOT / "examples" / "results" / "pipelines.md").read_text()
+    assert all(f"| {name} |" in table for name in rows)
+
+
 def test_the_table_of_actions_has_the_cells_of_the_tests_and_no_failure():
     import test_actions
 

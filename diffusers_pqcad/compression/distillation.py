@@ -9,10 +9,11 @@ that lets the teacher speak only while it is better than the student.
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +27,7 @@ from diffusers_pqcad.compression.checkpoint import (
     save_checkpoint,
     tensors_hash,
 )
+from diffusers_pqcad.compression.denoiser import Condition, Denoiser, states_of
 from diffusers_pqcad.compression.fake_quant import (
     RANGE_TRAJECTORIES,
     bits_by_module,
@@ -43,7 +45,6 @@ from diffusers_pqcad.compression.optimization import (
     rate_factor,
 )
 from diffusers_pqcad.compression.progressive import image_error, trajectory_error, weighted_error
-from diffusers_pqcad.compression.sampling import denoise
 
 GATE_TRAJECTORIES = 16  # of the held-out ones: the gate is measured often, and smoothed by its momentum
 START_RATIO = 2.0  # the student's error counts as twice the teacher's until it has been measured
@@ -53,28 +54,56 @@ START_RATIO = 2.0  # the student's error counts as twice the teacher's until it 
 class DistillConfig:
     """Settings of CAD; the three switches make the ablations."""
 
-    teacher: Literal["quantized", "fp", "none"] = "quantized"  # which model speaks: for labels and checks only
-    calibration: bool = True  # the full-precision calibration term
-    gate: bool = True  # let the teacher speak only while it is better than the student
-    max_train_steps: int = 320
-    train_batch_size: int = 32  # per term and process
-    step_rate: float = 1e-3  # of each layer's rounding step; Adam, with warm-up and linear decay
-    float_rate: float = 1e-3  # of the size of each tensor in floating point: biases, norms, layers not quantized
-    max_grad_norm: float = 1.0
-    calibration_weight: float = 1.0
-    gate_momentum: float = 0.7
-    gate_steps: int = 10  # updates between two measurements of the gate
-    ema_decay: float = 0.99
-    evaluation_steps: int = 40  # updates between two measurements on the held-out trajectories
-    seed: int = 0
+    # `distill` is given the model itself: here for labels and checks only.
+    teacher: Literal["quantized", "fp", "none"] = field(
+        default="quantized",
+        metadata={
+            "help": "whose landing points CAD learns: those of PQ's model, of the full-precision one, or of none"
+        },
+    )
+    calibration: bool = field(default=True, metadata={"help": "whether CAD has its full-precision calibration term"})
+    gate: bool = field(
+        default=True, metadata={"help": "whether CAD's teacher speaks only while it is better than the student"}
+    )
+    max_train_steps: int = field(default=320, metadata={"help": "updates of CAD"})
+    train_batch_size: int = field(default=32, metadata={"help": "images of an update of CAD, per term and process"})
+    step_rate: float = field(
+        default=1e-3,
+        metadata={"help": "rate of CAD, in rounding steps of each layer; Adam, with a warm-up and a linear decay"},
+    )
+    float_rate: float = field(
+        default=1e-3,
+        metadata={
+            "help": "rate of CAD, in sizes of each tensor in floating point: biases, norms, layers not quantized"
+        },
+    )
+    max_grad_norm: float = field(default=1.0, metadata={"help": "norm to which CAD clips the gradients"})
+    calibration_weight: float = field(
+        default=1.0, metadata={"help": "weight of CAD's calibration term; the teacher's is 1"}
+    )
+    gate_momentum: float = field(default=0.7, metadata={"help": "momentum of the errors that CAD's gate compares"})
+    gate_steps: int = field(default=10, metadata={"help": "updates between two measurements of CAD's gate"})
+    ema_decay: float = field(default=0.99, metadata={"help": "decay of the moving average of CAD's weights"})
+    evaluation_steps: int = field(
+        default=40, metadata={"help": "updates between two measurements on the held-out trajectories"}
+    )
+    seed: int = field(default=42, metadata={"help": "seed of all draws"})
 
     def __post_init__(self) -> None:
         if self.teacher not in ("quantized", "fp", "none"):
             raise ValueError(f"teacher: expected 'quantized', 'fp' or 'none', got {self.teacher!r}.")
         check_minimum(self, max_train_steps=1, train_batch_size=1, gate_steps=1, evaluation_steps=1)
         check_minimum(self, step_rate=0, float_rate=0, calibration_weight=0)
-        if self.teacher == "none" and not self.calibration:
-            raise ValueError("teacher='none' with calibration=False leaves nothing to learn from.")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm: expected more than 0, inf for no limit, got {self.max_grad_norm}.")
+        for name in ("gate_momentum", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 0 to below 1, got {getattr(self, name)}.")
+        if not any(term.weight(self) for term in TERMS.values()):
+            raise ValueError(
+                f"teacher={self.teacher!r} with calibration={self.calibration} and calibration_weight="
+                f"{self.calibration_weight} leaves nothing to learn from."
+            )
 
 
 @dataclass(frozen=True)
@@ -83,8 +112,7 @@ class StepStats:
 
     step: int
     loss: float
-    teacher_loss: float | None
-    calibration_loss: float | None
+    losses: dict[str, float]  # of the terms that spoke, by name
     gate: float | None
     step_rate: float
     images_per_second: float
@@ -94,10 +122,14 @@ class StepStats:
 
 
 @torch.no_grad()
-def two_step_landing(teacher: nn.Module, grid: Grid, k: Tensor, sample: Tensor) -> Tensor:
-    """Return where two steps of `teacher` take `sample` (B, C, H, W), from the steps `k` (B,) of its `grid`."""
-    half_way = grid.step(k, sample, teacher(sample, grid.timestep[k]).sample)
-    return grid.step(k + 1, half_way, teacher(half_way, grid.timestep[k + 1]).sample)
+def two_step_landing(
+    teacher: Denoiser, grid: Grid, k: Tensor, state: Tensor, conditions: tuple[Condition, Condition]
+) -> Tensor:
+    """Return where two steps of `teacher` take `state` (B, *S), from the steps `k` (B,) of its `grid`."""
+    for index, condition in enumerate(conditions):
+        timestep = grid.timestep[k + index].to(state.device)
+        state = grid.step(k + index, state, teacher(state, timestep, condition))
+    return state
 
 
 class Gate:
@@ -123,7 +155,12 @@ class Distillation:
     """One run of CAD: draws batches, computes the two terms, measures errors on the held-out trajectories."""
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module | None, calibration: CalibrationSet, config: DistillConfig
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        calibration: CalibrationSet,
+        config: DistillConfig,
+        data: Tensor | None = None,
     ) -> None:
         self.num_steps = calibration.check_student_steps()
         if not fake_quant_layers(student):
@@ -138,43 +175,64 @@ class Distillation:
             )
         if teacher is not None and config.teacher == "fp" and model_hash(teacher) != recorded:
             raise ValueError("teacher='fp': this is not the model that the calibration set was recorded with.")
-        self.config, self.calibration = config, calibration
+        if data is not None and calibration.condition(torch.arange(1), torch.zeros(1, dtype=torch.long)):
+            raise ValueError("data: fresh inputs of a model with conditions need theirs; leave data out.")
+        self.config, self.calibration, self.data = config, calibration, data
         self.student, self.teacher = student.eval(), teacher
         self.train_set, self.held_out = calibration.split()
-        self.scheduler = calibration.scheduler()
         self.grid = calibration.grid()
         self.student_grid = self.grid.every(2)  # a jump is a step of the student: two of the teacher
         self.weight = calibration.gains(self.num_steps).square()
+        self.terms = {name: term for name, term in TERMS.items() if term.weight(config)}
 
-    def calibration_batch(self, data: CalibrationSet, trajectories: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return full-precision states before the jumps `rows` and the outputs that land on the recorded states."""
-        sample, landing = data.trajectory[trajectories, 2 * rows], data.trajectory[trajectories, 2 * rows + 2]
-        return sample, self.student_grid.output_to(rows, sample, landing)
+    def outputs(self, model: nn.Module, jump: Tensor, state: Tensor, condition: Condition) -> Tensor:
+        """Return the outputs of `model` for states (B, *S) before the jumps (B,)."""
+        timestep = self.student_grid.timestep[jump.to(self.student_grid.timestep.device)]
+        return self.calibration.denoiser(model)(state, timestep, condition)
 
-    def fresh_batch(self, rows: Tensor, generator: torch.Generator, data: Tensor) -> Tensor:
-        """Return re-noised data at the start of the jumps `rows`: no data set needed, end points are the data."""
-        clean = data[torch.randint(0, len(data), (len(rows),), generator=generator)]
+    def recorded(self, data: CalibrationSet, trajectory: Tensor, jump: Tensor) -> tuple[Tensor, Tensor]:
+        """Return full-precision states before the jumps, and the outputs that land on the recorded states."""
+        state, landing = data.states(trajectory, 2 * jump), data.states(trajectory, 2 * jump + 2)
+        return state, self.student_grid.output_to(jump, state, landing)
+
+    def fresh_states(self, jump: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the trajectories (B,) whose conditions hold, and re-noised data at the start of the jumps, (B, *S).
+
+        The data are the trajectories' end points, so no data set is needed. Where conditions change with the step (a
+        ControlNet's), they hold for the recorded states alone, and those are what is returned.
+        """
+        of_set = self.data is None
+        count = len(self.train_set) if self.data is None else len(self.data)
+        picked = torch.randint(0, count, (len(jump),), generator=generator)
+        if self.calibration.varies:
+            return picked, self.train_set.states(picked, 2 * jump)
+        if self.data is None:
+            clean = self.train_set.states(picked, torch.full_like(jump, len(self.grid)))
+        else:
+            clean = self.data[picked].to(self.weight.device)
         noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-        return self.student_grid.state(rows, clean, noise)
+        return picked if of_set else torch.zeros_like(picked), self.student_grid.state(jump, clean, noise)
 
-    def teacher_target(self, sample: Tensor, rows: Tensor) -> Tensor:
-        """Return the output that lands where two steps of the teacher do."""
-        assert self.teacher is not None
-        landing = two_step_landing(self.teacher, self.grid, 2 * rows, sample)
-        return self.student_grid.output_to(rows, sample, landing)
+    def teacher_target(
+        self, model: nn.Module, data: CalibrationSet, trajectory: Tensor, jump: Tensor, state: Tensor
+    ) -> Tensor:
+        """Return the outputs that land where two steps of the teacher `model` do, from `state` before the jumps."""
+        conditions = data.condition(trajectory, 2 * jump), data.condition(trajectory, 2 * jump + 1)
+        landing = two_step_landing(self.calibration.denoiser(model), self.grid, 2 * jump, state, conditions)
+        return self.student_grid.output_to(jump, state, landing)
 
     @torch.no_grad()
     def held_out_error_per_jump(self, model: nn.Module, *, two_steps: bool) -> Tensor:
         """Return the mean squared output error on the held-out trajectories for each jump, (K,)."""
-        trajectories = torch.arange(min(len(self.held_out), GATE_TRAJECTORIES))
+        data, trajectory = self.held_out, torch.arange(min(len(self.held_out), GATE_TRAJECTORIES))
         errors = []
-        for jump in range(len(self.student_grid)):
-            rows = torch.full_like(trajectories, jump)
-            sample, target = self.calibration_batch(self.held_out, trajectories, rows)
+        for index in range(len(self.student_grid)):
+            jump = torch.full_like(trajectory, index)
+            state, target = self.recorded(data, trajectory, jump)
             if two_steps:
-                output = self.teacher_target(sample, rows)
+                output = self.teacher_target(model, data, trajectory, jump, state)
             else:
-                output = model(sample, self.student_grid.timestep[rows]).sample
+                output = self.outputs(model, jump, state, data.condition(trajectory, 2 * jump))
             errors.append((output - target).square().mean())
         return torch.stack(errors)
 
@@ -188,61 +246,95 @@ class Distillation:
 
     def calibrate_activations(self) -> None:
         """Set the activation ranges on the student's own trajectories at N / 2 steps."""
-        noise = self.train_set.trajectory[:RANGE_TRAJECTORIES, 0]
-        steps = list(denoise(self.student, self.scheduler, noise, self.num_steps))[:-1]
-        calibrate_activations_(self.student, ((step.timestep, step.sample) for step in steps))
+        train = self.train_set.select(slice(0, RANGE_TRAJECTORIES))
+        rows, condition_at = torch.arange(len(train)), train.condition_at(2)
+        noise = train.states(rows, torch.zeros_like(rows))
+        states = states_of(self.calibration.denoiser(self.student), self.student_grid, noise, condition_at)
 
-    def losses(
-        self, model: nn.Module, step: int, rank: int, gate: Tensor, data: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the loss of one update and its two terms; the draws are a function of (seed, step, rank)."""
-        config = self.config
-        generator = torch.Generator().manual_seed(((config.seed * 1_000_003 + step) * 8191 + rank) % 2**63)
-        num_jumps, size = len(self.student_grid), config.train_batch_size
-        batches: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}  # rows, samples, targets, weights
-        if self.teacher is not None:
-            rows = torch.randint(0, num_jumps, (size,), generator=generator)
-            sample = self.fresh_batch(rows, generator, data)
-            spoken = (gate[rows] > 0).cpu()  # the others add nothing to the mean, and need not be computed
-            if bool(spoken.any()):
-                rows, sample = rows[spoken], sample[spoken]
-                target = self.teacher_target(sample, rows)
-                batches["teacher"] = rows, sample, target, self.weight[rows] * gate[rows] * len(rows) / size
-        if config.calibration:
-            rows = torch.randint(0, num_jumps, (size,), generator=generator)
-            trajectories = torch.randint(0, len(self.train_set), (size,), generator=generator)
-            batches["calibration"] = (
-                rows,
-                *self.calibration_batch(self.train_set, trajectories, rows),
-                self.weight[rows],
-            )
-        if not batches:
-            return self.weight.new_zeros(()), None, None
-        # One call for both terms: a larger batch costs less than two, and the weights are rounded once.
-        rows, sample, target, weight = map(torch.cat, zip(*batches.values(), strict=True))
-        output = model(sample, self.student_grid.timestep[rows]).sample
-        sizes = [len(batch[0]) for batch in batches.values()]
+        def run(index: int) -> Any:
+            return self.outputs(self.student, torch.full_like(rows, index), states[index], condition_at(index))
+
+        timesteps = self.student_grid.timestep.tolist()
+        calibrate_activations_(self.student, ((t, partial(run, index)) for index, t in enumerate(timesteps)))
+
+    def losses(self, model: nn.Module, step: int, rank: int, gate: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of one update and its terms; the draws are a function of (seed, step, rank)."""
+        generator = torch.Generator().manual_seed(((self.config.seed * 1_000_003 + step) * 8191 + rank) % 2**63)
+        drawn = {name: draw for name, term in self.terms.items() if (draw := term.draw(self, generator, gate))}
+        if not drawn:
+            return self.weight.new_zeros(()), {}
+        # One call for all terms: a larger batch costs less than two, and the weights are rounded once.
+        trajectory, jump, state, target, weight = map(torch.cat, zip(*drawn.values(), strict=True))
+        output = self.outputs(model, jump, state, self.train_set.condition(trajectory, 2 * jump))
+        sizes = [len(draw.jump) for draw in drawn.values()]
         errors = map(weighted_error, output.split(sizes), target.split(sizes), weight.split(sizes))
-        terms = dict(zip(batches, errors, strict=True))
-        teacher_loss, calibration_loss = terms.get("teacher"), terms.get("calibration")
-        total = self.weight.new_zeros(()) if teacher_loss is None else teacher_loss
-        if calibration_loss is not None:
-            total = total + config.calibration_weight * calibration_loss
-        return total, teacher_loss, calibration_loss
+        terms = dict(zip(drawn, errors, strict=True))
+        total = torch.stack([self.terms[name].weight(self.config) * error for name, error in terms.items()]).sum()
+        return total, terms
+
+
+class Draw(NamedTuple):
+    """What a term learns from in one update: trajectories (whose conditions hold) and jumps (B,), states and target
+    outputs (B, *S), weights (B,)."""
+
+    trajectory: Tensor
+    jump: Tensor
+    state: Tensor
+    target: Tensor
+    weight: Tensor
+
+
+def teacher_draw(run: Distillation, generator: torch.Generator, gate: Tensor) -> Draw | None:
+    """Return fresh states and where the teacher takes them, of those jumps for which the gate is open."""
+    assert run.teacher is not None
+    size = run.config.train_batch_size
+    jump = torch.randint(0, len(run.student_grid), (size,), generator=generator)
+    trajectory, state = run.fresh_states(jump, generator)
+    spoken = (gate[jump] > 0).cpu()  # the others add nothing to the mean, and need not be computed
+    if not bool(spoken.any()):
+        return None
+    trajectory, jump, state = trajectory[spoken], jump[spoken], state[spoken]
+    target = run.teacher_target(run.teacher, run.train_set, trajectory, jump, state)
+    return Draw(trajectory, jump, state, target, run.weight[jump] * gate[jump] * len(jump) / size)
+
+
+def calibration_draw(run: Distillation, generator: torch.Generator, gate: Tensor) -> Draw:
+    """Return recorded states, and the outputs that land on the recorded states two steps later."""
+    size = run.config.train_batch_size
+    jump = torch.randint(0, len(run.student_grid), (size,), generator=generator)
+    trajectory = torch.randint(0, len(run.train_set), (size,), generator=generator)
+    return Draw(trajectory, jump, *run.recorded(run.train_set, trajectory, jump), run.weight[jump])
+
+
+class Term(NamedTuple):
+    """A term of CAD's loss: its weight under a config (0: it is left out), and what it learns from in an update."""
+
+    weight: Callable[[DistillConfig], float]
+    draw: Callable[[Distillation, torch.Generator, Tensor], Draw | None]
+
+
+TERMS = {
+    "teacher": Term(lambda config: float(config.teacher != "none"), teacher_draw),
+    "calibration": Term(lambda config: config.calibration * config.calibration_weight, calibration_draw),
+}
 
 
 def request_of(
-    student: nn.Module, teacher: nn.Module | None, calibration: CalibrationSet, config: DistillConfig, data: Tensor
+    student: nn.Module,
+    teacher: nn.Module | None,
+    calibration: CalibrationSet,
+    config: DistillConfig,
+    data: Tensor | None,
 ) -> dict[str, Any]:
     """Return what a resume file must have been begun with, as plain values."""
     return {
         "config": asdict(config),
-        "calibration": calibration.manifest | {"num_trajectories": len(calibration)},
+        "calibration": calibration.identity(),
         "num_inference_steps": calibration.num_inference_steps,
         "bits": bits_by_module(student),
         "student": model_hash(student),
         "teacher": None if teacher is None else model_hash(teacher),
-        "data": tensors_hash({"data": data}),
+        "data": None if data is None else tensors_hash({"data": data}),
     }
 
 
@@ -269,11 +361,10 @@ def distill(
     """
     config = config or DistillConfig()
     device = next(student.parameters()).device
-    run = Distillation(student, teacher, calibration.to(device), config)
+    run = Distillation(student, teacher, calibration.to(device), config, data)
     # Rounded weights trained under autocast would be other weights than those that are packed.
     accelerator = accelerator or Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     path = None if checkpoint is None else Path(checkpoint)
-    data = run.train_set.trajectory[:, -1] if data is None else data
     state = load_checkpoint(path) if path is not None and path.exists() else None
     request = request_of(student, teacher, calibration, config, data)
     if path is not None and state is not None:
@@ -306,7 +397,7 @@ def distill(
             if gate is not None and step % config.gate_steps == 0:
                 gate.update(run.held_out_error_per_jump(student, two_steps=False))
             open_by = torch.ones_like(run.weight) if gate is None else gate.value()
-            loss, teacher_loss, calibration_loss = run.losses(model, step, accelerator.process_index, open_by, data)
+            loss, terms = run.losses(model, step, accelerator.process_index, open_by)
             if loss.requires_grad:  # a closed gate without a calibration term leaves nothing to learn from this time
                 accelerator.backward(loss)
                 adam.update(step)
@@ -319,8 +410,7 @@ def distill(
             yield StepStats(
                 step=done,
                 loss=loss.item(),
-                teacher_loss=None if teacher_loss is None else teacher_loss.item(),
-                calibration_loss=None if calibration_loss is None else calibration_loss.item(),
+                losses={name: term.item() for name, term in terms.items()},
                 gate=None if teacher is None else open_by.mean().item(),
                 step_rate=config.step_rate * rate_factor(step, adam.num_steps, adam.warmup_steps),
                 images_per_second=images_per_update / (time.perf_counter() - started),

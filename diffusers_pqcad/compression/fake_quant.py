@@ -6,7 +6,7 @@ the result into packed layers with exactly the same levels.
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeGuard
 
@@ -199,12 +199,16 @@ def segment_timesteps(log_ranges: Tensor, num_groups: int) -> list[int]:
 
 @torch.no_grad()
 def calibrate_activations_(
-    model: nn.Module, steps: Iterable[tuple[int, Tensor]], *, num_groups: int = MAX_TIMESTEP_GROUPS
-) -> list[int]:
+    model: nn.Module,
+    steps: Iterable[tuple[int | float, Callable[[], Any]]],
+    *,
+    num_groups: int = MAX_TIMESTEP_GROUPS,
+) -> list[int | float]:
     """Set static activation ranges per timestep group, from float activations of the quantized-weight model.
 
-    `steps` yields (timestep, samples (B, C, H, W)) in order of decreasing timestep. A range is the smallest and the
-    largest input seen in its group. Returns the boundaries of the groups, and switches the rounding on.
+    `steps` yields, in any order, the timestep that the model is called with and a function that
+    runs the model there. A range is the smallest and the largest input seen in its group. Returns the boundaries of
+    the groups, and switches the rounding on.
     """
     quantizers = input_quantizers(model)
     if not quantizers:
@@ -225,9 +229,9 @@ def calibrate_activations_(
     hooks = [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in layers]
     timesteps, lows, highs = [], [], []
     try:
-        for timestep, samples in steps:
+        for timestep, run in steps:
             seen.clear()
-            model(samples, timestep)
+            run()
             missing = [layer.input_fake_quantize.name for layer in layers if id(layer) not in seen]  # type: ignore
             if missing:
                 raise ValueError(f"{missing[0]}: the model never calls this layer, so it has no activation range.")
@@ -237,10 +241,13 @@ def calibrate_activations_(
     finally:
         for hook in hooks:
             hook.remove()
-    low, high = torch.stack(lows).clamp(max=0), torch.stack(highs).clamp(min=0)  # (N, layers)
+    # Some models' timesteps increase from noise to image (Lumina's).
+    order = sorted(range(len(timesteps)), key=timesteps.__getitem__, reverse=True)
+    timesteps = [timesteps[index] for index in order]
+    low, high = torch.stack(lows)[order].clamp(max=0), torch.stack(highs)[order].clamp(min=0)  # (N, layers)
     firsts = segment_timesteps((high - low).clamp(min=1e-12).log(), num_groups)
     # Half-way between the last timestep of a group and the first of the next; timesteps decrease along the grid.
-    boundaries = sorted((timesteps[first - 1] + timesteps[first] + 1) // 2 for first in firsts[1:])
+    boundaries = sorted(half_way(timesteps[first - 1], timesteps[first]) for first in firsts[1:])
     groups = install_timestep_groups(model, boundaries)
     ends = [*firsts[1:], len(timesteps)]
     group_low = torch.stack([low[first:end].amin(dim=0) for first, end in zip(firsts, ends, strict=True)]).flip(0)
@@ -250,6 +257,13 @@ def calibrate_activations_(
         quantizer.set_qparams_(activation_qparams(group_low[:, index], group_high[:, index], quantizer.bits), groups)
     enable_activations_(model, True)
     return boundaries
+
+
+def half_way(one: int | float, other: int | float) -> int | float:
+    """Return the middle of two timesteps; of two integers the integer at or above it."""
+    if isinstance(one, int) and isinstance(other, int):
+        return (one + other + 1) // 2
+    return (one + other) / 2
 
 
 def timestep_boundaries(model: nn.Module) -> list[int | float] | None:

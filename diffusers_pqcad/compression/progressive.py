@@ -9,8 +9,9 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from diffusers_pqcad.compression.calibration import CalibrationSet, check_float32
+from diffusers_pqcad.compression.calibration import CalibrationSet, Calls, check_float32
 from diffusers_pqcad.compression.checkpoint import (
     check_request,
     clone_state,
@@ -27,6 +28,7 @@ from diffusers_pqcad.compression.checkpoint import (
     save_checkpoint,
     write_text,
 )
+from diffusers_pqcad.compression.denoiser import Denoiser, states_of
 from diffusers_pqcad.compression.fake_quant import (
     RANGE_TRAJECTORIES,
     at_bits,
@@ -43,6 +45,7 @@ from diffusers_pqcad.compression.fake_quant import (
 )
 from diffusers_pqcad.compression.optimization import check_minimum
 from diffusers_pqcad.compression.reconstruction import (
+    Pass,
     ReconstructionConfig,
     UnitResult,
     capture_io,
@@ -51,7 +54,6 @@ from diffusers_pqcad.compression.reconstruction import (
     find_units,
     reconstruct,
 )
-from diffusers_pqcad.compression.sampling import denoise
 from diffusers_pqcad.loading.config import PQCADConfig
 from diffusers_pqcad.loading.convert import match_modules, relative_weight_error, with_model_exemptions
 from diffusers_pqcad.numerics.allocation import BitController, Move, stage_budgets
@@ -60,6 +62,7 @@ from diffusers_pqcad.numerics.qparams import WeightSpec
 logger = logging.getLogger(__name__)
 
 MIN_RECONSTRUCTION_SAMPLES = 8
+BATCH_SIZE = 64  # images of one pass, where nothing is trained; as many rows again for each branch of guidance
 WEIGHT_BITS = 4.0  # the average that PQ is meant for; loading without data needs more for the same images
 
 
@@ -67,21 +70,53 @@ WEIGHT_BITS = 4.0  # the average that PQ is meant for; loading without data need
 class ProgressiveConfig:
     """Settings of PQ; `beta=0` is PQ without momentum."""
 
-    signal: Literal["output", "weight"] = "output"  # "weight" is the abstract's wording, and weaker
-    beta: float = 0.9  # momentum of the prices
-    trust: float = 1.0  # a round may at most double the perturbation (plus the floor)
-    perturbation_floor: float = 1e-4  # of the output's power: what 8 bits cost anyway
+    signal: Literal["output", "weight"] = field(
+        default="output",
+        metadata={"help": "what a transition's price is measured by; 'weight' is the abstract's wording, and weaker"},
+    )
+    beta: float = field(default=0.9, metadata={"help": "momentum of the prices; 0: PQ without momentum"})
+    trust: float = field(
+        default=1.0,
+        metadata={"help": "how much a round may add to the perturbation (plus the floor); 1: it may double it"},
+    )
+    perturbation_floor: float = field(
+        default=1e-4,
+        metadata={
+            "help": "added to the perturbation that `trust` doubles; of the output's power: what 8 bits cost anyway"
+        },
+    )
     # A round's move may cost up to 1 + this times its prediction, or is rolled back, and other layers move in its
     # place. On digits with epsilon prediction 0.5 cost 1 dB (one seed, simulated: examples/results/method.md). With
     # infinity only a NaN is rolled back.
-    roll_back_tolerance: float = math.inf
-    cooldown: int = 2
-    rounds_per_stage: int = 2  # planned; the trust region and roll-backs may take as many again
-    price_batch_size: int = 16  # images of a round's prices
+    roll_back_tolerance: float = field(
+        default=math.inf,
+        metadata={
+            "help": "a round's move may cost 1 + this times its prediction, or is rolled back; inf: only a NaN is"
+        },
+    )
+    cooldown: int = field(default=2, metadata={"help": "rounds for which a layer that was rolled back does not move"})
+    rounds_per_stage: int = field(
+        default=2,
+        metadata={"help": "planned rounds of each stage; the trust region and roll-backs may take as many again"},
+    )
+    price_share: float = field(
+        default=1.0,
+        metadata={
+            "help": "share of the layers whose prices a round measures, one pass each over price_batch_size images; "
+            "the others keep their momentum's; those never measured are measured first"
+        },
+    )
+    price_batch_size: int = field(default=16, metadata={"help": "images of a round's price measurements"})
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
-    reconstruction_samples: int = 256
-    round_share: float = 0.25  # of iterations and samples, where the bits will change again
-    seed: int = 0
+    reconstruction_samples: int = field(
+        default=256,
+        metadata={"help": "images that a unit's reconstruction draws; the whole model's checks take an eighth"},
+    )
+    round_share: float = field(
+        default=0.25,
+        metadata={"help": "share of a reconstruction's iterations and samples where the bits will change again"},
+    )
+    seed: int = field(default=42, metadata={"help": "seed of all draws"})
 
     def __post_init__(self) -> None:
         if self.signal not in ("output", "weight"):
@@ -91,8 +126,9 @@ class ProgressiveConfig:
         check_minimum(self, trust=0, perturbation_floor=0, cooldown=0)
         check_minimum(self, rounds_per_stage=1, price_batch_size=1)
         check_minimum(self, reconstruction_samples=MIN_RECONSTRUCTION_SAMPLES)
-        if not 0 < self.round_share <= 1:
-            raise ValueError(f"round_share: expected a share above 0 and up to 1, got {self.round_share}.")
+        for name in ("round_share", "price_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share above 0 and up to 1, got {getattr(self, name)}.")
 
     def allowed(self, moves: Iterable[Move]) -> float:
         """Return how much the output's error may grow by `moves` before they are rolled back."""
@@ -114,58 +150,40 @@ class History:
         write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # states, timesteps, full-precision outputs, squared gains
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Seeded access to the batches of a calibration set."""
-
-    calibration: CalibrationSet
-
-    def draw(self, count: int, seed: int) -> Batch:
-        """Return `count` random tuples: samples (n, C, H, W), timesteps (n,), outputs (n, C, H, W), weights (n,)."""
-        generator = torch.Generator().manual_seed(seed)
-        rows = torch.randint(0, len(self.calibration), (count,), generator=generator)
-        steps = torch.randint(0, self.calibration.num_inference_steps, (count,), generator=generator)
-        return (
-            self.calibration.trajectory[rows, steps],
-            self.calibration.timestep[steps],
-            self.calibration.model_output[rows, steps],
-            self.calibration.gains()[steps].square(),
-        )
-
-
 def weighted_error(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """Return the gain-weighted mean squared error: how far the errors move the samples."""
     return ((output - target).square().flatten(1).mean(dim=1) * weight).mean()
 
 
 @torch.no_grad()
-def output_error(model: nn.Module, batch: Batch, batch_size: int = 64) -> float:
-    """Return the weighted error of `model` on a drawn batch."""
-    sample, timestep, target, weight = batch
-    outputs = [
-        model(sample[start : start + batch_size], timestep[start : start + batch_size]).sample
-        for start in range(0, len(sample), batch_size)
-    ]
-    return weighted_error(torch.cat(outputs), target, weight).item()
+def output_error(denoiser: Denoiser, calls: Calls, batch_size: int = BATCH_SIZE) -> float:
+    """Return the weighted error of `denoiser` on drawn calls."""
+    outputs = []
+    for rows in torch.arange(len(calls.step)).split(batch_size):
+        part = calls.rows(rows)
+        outputs.append(denoiser(part.state, part.timestep, part.condition))
+    return weighted_error(torch.cat(outputs), calls.output, calls.weight).item()
 
 
 @torch.no_grad()
-def sample_errors(model: nn.Module, calibration: CalibrationSet, num_inference_steps: int) -> Tensor:
+def sample_errors(
+    model: nn.Module, calibration: CalibrationSet, num_inference_steps: int, batch_size: int = BATCH_SIZE
+) -> Tensor:
     """Return ||z - z_fp||^2 / ||z_fp||^2 of each trajectory from its recorded noise, (steps, trajectories).
 
     At the ends of those steps of the model's grid that the recorded one shares; the last is the image.
     """
     stride = calibration.num_inference_steps // num_inference_steps
-    reference = calibration.trajectory[:, ::stride]
-    steps = denoise(model, calibration.scheduler(), calibration.trajectory[:, 0], num_inference_steps)
-    errors = [
-        (step.sample - reference[:, index]).flatten(1).square().sum(1) / reference[:, index].flatten(1).square().sum(1)
-        for index, step in enumerate(steps)
-    ]
-    return torch.stack(errors[1:])
+    denoiser, grid = calibration.denoiser(model), calibration.grid().every(stride)
+    errors = []
+    for start in range(0, len(calibration), batch_size):
+        part = calibration.select(slice(start, start + batch_size))
+        reference = part.trajectory[:, ::stride]
+        states = states_of(denoiser, grid, reference[:, 0], part.condition_at(stride))
+        found = torch.stack(states[1:], dim=1)
+        wanted = reference[:, 1:]
+        errors.append((found - wanted).flatten(2).square().sum(2) / wanted.flatten(2).square().sum(2))
+    return torch.cat(errors).T
 
 
 def geometric_mean(errors: Tensor) -> float:
@@ -189,26 +207,27 @@ def image_error(model: nn.Module, calibration: CalibrationSet, num_inference_ste
 
 @torch.no_grad()
 def transition_prices(
-    model: nn.Module, frozen: nn.Module, controller: BitController, batch: Batch
+    model: nn.Module, frozen: Denoiser, controller: BitController, calls: Calls, names: Iterable[str] | None = None
 ) -> dict[str, float]:
     """Return how far each layer's next transition moves the model's output (weighted squared distance).
 
-    `frozen` is a copy of `model` with rounded weights (`freeze_`): a price takes one pass over the batch, and
+    Of the layers `names`, by default of all that can move.
+
+    `frozen` calls a copy of `model` with rounded weights (`freeze_`): a price takes one pass over the calls, and
     rounding all the other layers again in each would double its time.
     """
-    sample, timestep, _, weight = batch
     layers = fake_quant_layers(model)
-    before = frozen(sample, timestep).sample
+    before = frozen(calls.state, calls.timestep, calls.condition)
     prices = {}
-    for name in controller.movable(ignore_frozen=True):
+    for name in controller.movable(ignore_frozen=True) if names is None else names:
         narrower = controller.narrower(name)
         assert narrower is not None
-        rounded = frozen.get_parameter(f"{name}.weight")
+        rounded = frozen.model.get_parameter(f"{name}.weight")
         kept = rounded.clone()
         with at_bits(layers[name], narrower):
             rounded.copy_(layers[name].weight)
-        after = frozen(sample, timestep).sample
-        prices[name] = weighted_error(after, before, weight).item()
+        after = frozen(calls.state, calls.timestep, calls.condition)
+        prices[name] = weighted_error(after, before, calls.weight).item()
         rounded.copy_(kept)
     return prices
 
@@ -226,6 +245,16 @@ def weight_prices(reference: nn.Module, controller: BitController, group_size: i
         )
         prices[name] = after - before
     return prices
+
+
+def passes_of(denoiser: Denoiser, calls: Calls) -> list[Pass]:
+    """Return the model calls of a step with drawn `calls`, for any model that `denoiser` could call."""
+
+    def run(index: int, model: nn.Module, rows: Tensor) -> Any:
+        part = calls.rows(rows)
+        return replace(denoiser, model=model).call(index, part.state, part.timestep, part.condition)
+
+    return [Pass(partial(run, index), branches) for index, branches in enumerate(denoiser.plan.branches)]
 
 
 class ProgressiveQuantizer:
@@ -253,9 +282,8 @@ class ProgressiveQuantizer:
         device = next(model.parameters()).device
         self.calibration = calibration.to(device)
         self.train_set, self.held_out = self.calibration.split()
-        self.train, self.check = Batches(self.train_set), Batches(self.held_out)
-        sample, timestep, *_ = self.train.draw(1, 0)
-        unused = sorted(set(searched) - set(execution_order(model, searched, sample, timestep)))
+        self.denoiser = self.calibration.denoiser(model)
+        unused = sorted(set(searched) - set(self.execution_order(searched)))
         if unused:
             raise ValueError(f"{unused[0]}: the model never calls this layer; name it in modules_to_not_convert.")
         self.history = History()
@@ -263,12 +291,13 @@ class ProgressiveQuantizer:
         self.perturbations: dict[str, float] = {}
         self.prices: dict[str, float] = {}
         self.progress = {"stage": 0, "round": 0}
+        self.shows_progress = False
         self.request: dict[str, Any] = {}  # what a resume file must have been begun with
         prepare_(model, config, self.controller.bits)
         model.pqcad_source_hash = calibration.manifest["model_hash"]  # distill compares it
         model.eval()
         self.units = find_units(model)
-        self.order = execution_order(model, self.units, sample, timestep)
+        self.order = self.execution_order(self.units)
 
     @property
     def budgets(self) -> tuple[float, ...]:
@@ -286,26 +315,46 @@ class ProgressiveQuantizer:
         """Return the unit that holds `layer`."""
         return next(unit for unit in self.order if layer == unit or layer.startswith(f"{unit}."))
 
+    def execution_order(self, modules: Mapping[str, nn.Module]) -> list[str]:
+        """Return the names of `modules`, parts of the model, as one of its steps calls them."""
+        calls = self.train_set.draw(1, 0)
+        return execution_order(modules, lambda: self.denoiser(calls.state, calls.timestep, calls.condition))
+
     @property
     def num_check_samples(self) -> int:
         """Images that a whole-model measurement takes: it is made for every unit, a reconstruction's are used once."""
         return max(self.settings.reconstruction_samples // 8, 2)
 
-    def held_out_batch(self, stage: int) -> Batch:
-        """Return what the output error is measured on: the same batch throughout a stage, before and after a move."""
-        return self.check.draw(self.num_check_samples, self.seed(2, stage))
+    def held_out_calls(self, stage: int) -> Calls:
+        """Return what the output error is measured on: the same calls throughout a stage, before and after a move."""
+        return self.held_out.draw(self.num_check_samples, self.seed(2, stage))
 
     def observe(self, stage: int, round_index: int) -> None:
         """Update the momentum of every layer's price with this round's images."""
         if self.settings.signal == "weight":
             self.perturbations = weight_prices(self.reference, self.controller, self.config.group_size)
         else:
-            frozen = freeze_(copy.deepcopy(self.model))
-            batch = self.train.draw(self.settings.price_batch_size, self.seed(1, stage, round_index))
-            self.perturbations = transition_prices(self.model, frozen, self.controller, batch)
+            frozen = self.calibration.denoiser(freeze_(copy.deepcopy(self.model)))
+            calls = self.train_set.draw(self.settings.price_batch_size, self.seed(1, stage, round_index))
+            names = self.bar(self.priced_layers(stage, round_index), "prices", "layer")
+            self.perturbations = transition_prices(self.model, frozen, self.controller, calls, names)
         self.controller.observe(self.perturbations)
         saved = {name: self.controller.saved_bits(name) for name in self.perturbations}
         self.prices = {name: perturbation / saved[name] for name, perturbation in self.perturbations.items()}
+
+    def bar(self, names: list[str], description: str, unit: str) -> Iterable[str]:
+        """Return `names`, with a progress bar that goes when they end: each takes a pass of the model, or many."""
+        return tqdm(names, desc=description, unit=unit, leave=False, disable=not self.shows_progress)
+
+    def priced_layers(self, stage: int, round_index: int) -> list[str]:
+        """Return the layers whose prices a round measures: all that were never measured, and a share of the others."""
+        movable = self.controller.movable(ignore_frozen=True)
+        known = [name for name in movable if self.controller.price(name, self.controller.bits[name]) > 0]
+        count = math.ceil(self.settings.price_share * len(movable)) - (len(movable) - len(known))
+        generator = torch.Generator().manual_seed(self.seed(7, stage, round_index))
+        order = torch.randperm(len(known), generator=generator).tolist()
+        skipped = {known[index] for index in order[max(count, 0) :]}
+        return [name for name in movable if name not in skipped]
 
     def move_units(
         self,
@@ -329,23 +378,24 @@ class ProgressiveQuantizer:
         for move in moves:
             by_unit.setdefault(self.unit_of(move.layer), []).append(move)
         layers = fake_quant_layers(self.model)
-        held_out = self.held_out_batch(stage)
-        samples = self.train.draw(num_samples, self.seed(3, stage, round_index))
-        error = output_error(self.model, held_out)
+        held_out = self.held_out_calls(stage)
+        samples = self.train_set.draw(num_samples, self.seed(3, stage, round_index))
+        passes = passes_of(self.denoiser, samples)
+        error = output_error(self.denoiser, held_out)
         rolled_back = []
-        for name in sorted(by_unit, key=self.order.index):
+        for name in self.bar(sorted(by_unit, key=self.order.index), "reconstruction", "unit"):
             unit, unit_moves = self.units[name], by_unit[name]
             before, before_bits = clone_state(unit), {move.layer: move.from_bits for move in unit_moves}
             for move in unit_moves:
                 set_bits_(layers[move.layer], move.to_bits)
             if settings.iterations:
-                io = capture_io(self.model, self.reference, name, samples[0], samples[1], samples[3])
+                io = capture_io(self.model, self.reference, name, passes, samples.weight)
                 seed = self.seed(4, stage, round_index)
                 result = reconstruct(unit, io, settings, name=name, seed=seed)
                 self.history.units.append(asdict(result) | {"stage": stage, "round": round_index})
             if not unit_moves:
                 continue
-            after = output_error(self.model, held_out)
+            after = output_error(self.denoiser, held_out)
             # "not <=": a NaN is rolled back too.
             if may_roll_back and not after - error <= self.settings.allowed(unit_moves):
                 for move in unit_moves:
@@ -361,7 +411,7 @@ class ProgressiveQuantizer:
     def record(self, stage: int, round_index: int, kind: str, moves: list[Move], rolled_back: list[str]) -> None:
         """Append one round to the history."""
         controller = self.controller
-        error = output_error(self.model, self.held_out_batch(stage))
+        error = output_error(self.denoiser, self.held_out_calls(stage))
         self.history.rounds.append(
             {
                 "stage": stage,
@@ -385,9 +435,9 @@ class ProgressiveQuantizer:
         if not controller.over(budget) or not controller.movable():
             return False
         self.observe(stage, round_index)
-        held_out = self.held_out_batch(stage)
-        power = (held_out[2].square().flatten(1).mean(dim=1) * held_out[3]).mean().item()
-        perturbation = output_error(self.model, held_out) + self.settings.perturbation_floor * power
+        held_out = self.held_out_calls(stage)
+        power = (held_out.output.square().flatten(1).mean(dim=1) * held_out.weight).mean().item()
+        perturbation = output_error(self.denoiser, held_out) + self.settings.perturbation_floor * power
         if self.settings.signal == "weight":
             perturbation = math.inf  # another unit of measure; the trust region is the output's
         left = max(self.settings.rounds_per_stage - round_index, 1)
@@ -421,12 +471,14 @@ class ProgressiveQuantizer:
     def correct_biases(self, stage: int) -> None:
         """Correct the layers' mean outputs; kept only if the held-out output error falls."""
         layers = fake_quant_layers(self.model)
-        sample, timestep, *_ = self.train.draw(self.num_check_samples, self.seed(6, stage))
-        held_out = self.held_out_batch(stage)
-        before, error = clone_state(self.model), output_error(self.model, held_out)
-        order = execution_order(self.model, layers, sample[:1], timestep[:1])
-        correct_biases_(self.model, self.reference, order, sample, timestep)
-        after = output_error(self.model, held_out)
+        calls = self.train_set.draw(self.num_check_samples, self.seed(6, stage))
+        held_out = self.held_out_calls(stage)
+        before, error = clone_state(self.model), output_error(self.denoiser, held_out)
+        first = passes_of(self.denoiser, calls)[0]  # a step's other calls, where there are any, differ by the prompt
+        rows = torch.arange(len(calls.step))
+        order = self.execution_order(layers)
+        correct_biases_(self.model, self.reference, order, lambda model: first.run(model, rows))
+        after = output_error(self.denoiser, held_out)
         if not after < error:
             copy_state_(self.model, before)
         self.history.units.append(
@@ -435,8 +487,14 @@ class ProgressiveQuantizer:
 
     def calibrate_activations(self) -> None:
         """Set static activation ranges on the training trajectories; nothing to do for float activations."""
-        trajectory = self.train_set.trajectory[:RANGE_TRAJECTORIES]
-        steps = ((int(t), trajectory[:, index]) for index, t in enumerate(self.train_set.timestep))
+        train = self.train_set.select(slice(0, RANGE_TRAJECTORIES))
+        rows = torch.arange(len(train))
+
+        def run(step: int) -> Any:
+            calls = train.calls(rows, torch.full_like(rows, step))
+            return self.denoiser(calls.state, calls.timestep, calls.condition)
+
+        steps = ((t, partial(run, step)) for step, t in enumerate(train.timestep.tolist()))
         calibrate_activations_(self.model, steps)
 
     def save(self, path: Path | None) -> None:
@@ -464,7 +522,7 @@ class ProgressiveQuantizer:
 
     def run(self, path: Path | None = None, *, progress: bool = True) -> History:
         """Run all stages; `path` is where to write a resume file."""
-        settings = self.settings
+        settings, self.shows_progress = self.settings, progress
         total = len(self.budgets) * (settings.rounds_per_stage + 1)
         with tqdm(total=total, desc="PQ", disable=not progress) as bar:
             for stage in range(self.progress["stage"], len(self.budgets)):
@@ -511,7 +569,7 @@ def progressive_quantize(
     request = {
         "config": with_model_exemptions(model, config).to_dict(),  # older versions searched other layers
         "settings": asdict(settings),
-        "calibration": calibration.manifest | {"num_trajectories": len(calibration)},
+        "calibration": calibration.identity(),
         "num_inference_steps": calibration.num_inference_steps,
     }
     if path is not None and state is not None:

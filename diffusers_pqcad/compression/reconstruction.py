@@ -4,10 +4,10 @@ Inspired by BRECQ (Li et al. 2021, arXiv:2102.05426) and Q-Diffusion (arXiv:2302
 weights in the place of AdaRound: latents carry over when the bits change, which a rounding of the original cannot.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,21 @@ RECONSTRUCTION_UNITS = (*BLOCKS, "Attention", "Downsample2D", "Upsample2D")
 class ReconstructionConfig:
     """Settings of one unit's reconstruction."""
 
-    iterations: int = 100
-    batch_size: int = 32
-    step_rate: float = 1e-2  # of each layer's rounding step; Adam, with a cosine decay
-    float_rate: float = 1e-3  # of the size of each tensor in floating point: biases and norms
-    input_mix: float = 0.5  # share of full-precision inputs mixed in elementwise (QDrop, arXiv:2203.05740)
-    held_out_fraction: float = 0.125
+    iterations: int = field(default=100, metadata={"help": "updates of a unit; 0: none, only rounding"})
+    batch_size: int = field(default=16, metadata={"help": "images of an update"})
+    step_rate: float = field(
+        default=1e-2, metadata={"help": "rate, in rounding steps of each layer; Adam, with a cosine decay"}
+    )
+    float_rate: float = field(
+        default=1e-3, metadata={"help": "rate, in sizes of each tensor in floating point: biases and norms"}
+    )
+    # QDrop, arXiv:2203.05740
+    input_mix: float = field(
+        default=0.5, metadata={"help": "share (0 to 1) of full-precision inputs that are mixed in elementwise"}
+    )
+    held_out_fraction: float = field(
+        default=0.125, metadata={"help": "share of the images that decide whether a unit's training is kept"}
+    )
 
     def __post_init__(self) -> None:
         check_minimum(self, iterations=0, batch_size=1, step_rate=0, float_rate=0)
@@ -76,6 +85,13 @@ class UnitResult:
     accepted: bool
 
 
+class Pass(NamedTuple):
+    """One call of a model in a step: `run(model, rows)` makes it for the samples `rows`, `branches` rows of each."""
+
+    run: Callable[[nn.Module, Tensor], Any]
+    branches: int = 1
+
+
 class _Captured(Exception):
     """Ends a forward pass early, once the unit has been seen."""
 
@@ -108,15 +124,15 @@ def find_units(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def execution_order(model: nn.Module, units: Mapping[str, nn.Module], sample: Tensor, timestep: Tensor) -> list[str]:
-    """Return the names of `units` as one forward pass meets them: registration order is not execution order."""
+def execution_order(units: Mapping[str, nn.Module], run: Callable[[], Any]) -> list[str]:
+    """Return the names of `units` as `run`, a pass of their model, meets them: not the order of registration."""
     order: list[str] = []
     hooks = [
         unit.register_forward_pre_hook(lambda module, args, name=name: order.append(name))
         for name, unit in units.items()
     ]
     try:
-        model(sample, timestep)
+        run()
     finally:
         for hook in hooks:
             hook.remove()
@@ -208,29 +224,25 @@ def _join_outputs(outputs: list[Any], sizes: list[int], num_batches: int) -> Any
 
 @torch.no_grad()
 def capture_io(
-    model: nn.Module,
-    reference: nn.Module,
-    name: str,
-    sample: Tensor,
-    timestep: Tensor,
-    weight: Tensor,
-    *,
-    batch_size: int = 64,
+    model: nn.Module, reference: nn.Module, name: str, passes: Sequence[Pass], weight: Tensor, *, batch_size: int = 64
 ) -> UnitIO:
-    """Return what the unit `name` sees and should give, for samples (n, C, H, W) at timesteps (n,).
+    """Return what the unit `name` sees and should give, for as many samples as `weight` (n,) has.
 
-    Raises ValueError, with the unit's name, for an argument that is neither cut along the batch nor the same in all
-    calls, and for a unit that returns nothing to compare.
+    `passes` are the calls of a model in one step; all of them are captured, and the rows of a sample (its branches)
+    stay together. Raises ValueError, with the unit's name, for an argument that is neither cut along the batch nor the
+    same in all calls, and for a unit that returns nothing to compare.
     """
-    batches, probe = _batches(len(sample), batch_size)
-    sizes = [len(rows) for rows in (*batches, *probe)]
+    batches, probe = _batches(len(weight), batch_size)
+    calls = [(rows, one) for rows in (*batches, *probe) for one in passes]
+    sizes = [one.branches * len(rows) for rows, one in calls]
+    num_kept = len(batches) * len(passes)
     own: list[dict[str, Any]] = []
     full: list[dict[str, Any]] = []
-    for rows in (*batches, *probe):
+    for rows, one in calls:
         for network, records in ((model, own), (reference, full)):
             record: dict[str, Any] = {}
             with recording(network.get_submodule(name), record), suppress(_Captured):
-                network(sample[rows], timestep[rows])
+                one.run(network, rows)
             records.append(record)
     keywords = tuple(own[0]["kwargs"])
 
@@ -238,12 +250,17 @@ def capture_io(
         return [(*record["args"], *(record["kwargs"][key] for key in keywords)) for record in records]
 
     try:
-        inputs, shared = _join_arguments(arguments_of(own), sizes, keywords, len(batches))
-        float_inputs, _ = _join_arguments(arguments_of(full), sizes, keywords, len(batches))
-        target = _join_outputs([record["output"] for record in full], sizes, len(batches))
+        inputs, shared = _join_arguments(arguments_of(own), sizes, keywords, num_kept)
+        float_inputs, _ = _join_arguments(arguments_of(full), sizes, keywords, num_kept)
+        target = _join_outputs([record["output"] for record in full], sizes, num_kept)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    return UnitIO(inputs, float_inputs, keywords, target, weight, shared)
+    samples = torch.cat([rows.repeat(one.branches) for rows, one in calls[:num_kept]])
+    order = samples.argsort(stable=True)  # branches of a sample side by side: none is held out without the others
+    if not torch.equal(order, torch.arange(len(order))):
+        inputs, float_inputs = (take_rows(values, order, shared) for values in (inputs, float_inputs))
+        target = take_rows(target, order)
+    return UnitIO(inputs, float_inputs, keywords, target, weight[samples[order].to(weight.device)], shared)
 
 
 def random_mask(shape: torch.Size, share: float, generator: torch.Generator) -> Tensor:
@@ -348,13 +365,12 @@ def channel_mean(output: Tensor, layer: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def correct_biases_(
-    model: nn.Module, reference: nn.Module, order: list[str], sample: Tensor, timestep: Tensor
-) -> None:
+def correct_biases_(model: nn.Module, reference: nn.Module, order: list[str], run: Callable[[nn.Module], Any]) -> None:
     """Shift the bias of each quantized layer so that its output's mean is the full-precision one, in place.
 
     b += E[y_fp - y_q] for each output channel, in execution `order`, so that a layer sees the corrections before it
-    (Nagel et al. 2019, arXiv:1906.04721, section 4.2; exact for the samples given). Layers without a bias are left.
+    (Nagel et al. 2019, arXiv:1906.04721, section 4.2; exact for the samples of `run`, one call of the model that it is
+    given). Layers without a bias are left.
     """
     names = [name for name in order if model.get_submodule(name).bias is not None]
     wanted: dict[str, Tensor] = {}
@@ -364,7 +380,7 @@ def correct_biases_(
 
     hooks = [reference.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     try:
-        reference(sample, timestep)
+        run(reference)
     finally:
         for hook in hooks:
             hook.remove()
@@ -372,5 +388,5 @@ def correct_biases_(
         layer = model.get_submodule(name)
         record: dict[str, Any] = {}
         with recording(layer, record), suppress(_Captured):
-            model(sample, timestep)
+            run(model)
         model.get_parameter(f"{name}.bias").add_(wanted[name] - channel_mean(record["output"], layer))

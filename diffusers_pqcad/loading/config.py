@@ -155,12 +155,26 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
     Raises ValueError for a value outside these.
     """
 
-    weight_bits: float = None  # type: ignore[assignment] # __post_init__ puts the method's default in its place
-    bit_choices: tuple[int, ...] = (8, 6, 4, 3, 2)
-    activation_bits: int | None = 8
-    group_size: int | None = None
+    # __post_init__ puts the method's default in the place of None.
+    weight_bits: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "average bits over the weights of the quantized layers, scales not counted"},
+    )
+    bit_choices: tuple[int, ...] = field(
+        default=(8, 6, 4, 3, 2), metadata={"help": "the widths that a layer may get, out of 8, 6, 4, 3 and 2"}
+    )
+    activation_bits: int | None = field(
+        default=8, metadata={"help": "bits of the activations: 8, 7, or 0 to keep them in floating point"}
+    )
+    group_size: int | None = field(
+        default=None,
+        metadata={"help": "inputs that share a weight scale in Linear layers; None: one scale per output channel"},
+    )
     method: Literal["progressive", "fixed"] = "progressive"
-    modules_to_not_convert: list[str] = field(default_factory=list)
+    modules_to_not_convert: list[str] = field(
+        default_factory=list,
+        metadata={"help": "names, parts of names or globs of further layers that stay in floating point"},
+    )
     search_all_modules: bool = False
     components: list[str] | None = None
     weight_bits_by_module: dict[str, int] = field(default_factory=dict)

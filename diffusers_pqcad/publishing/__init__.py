@@ -1,1 +1,1 @@
-"""Tables, model cards, pictures, and the way to the Hub."""
+"""The whole job from a pipeline to its compressed one, and tables, model cards, pictures, the way to the Hub."""

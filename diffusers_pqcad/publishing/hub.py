@@ -1,9 +1,13 @@
 """Results tables, model cards and pushing: every figure comes from a run's `metrics.json`."""
 
+import re
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
+
+import numpy as np
 
 from diffusers_pqcad.loading.coverage import percent
 
@@ -14,6 +18,7 @@ START, END = "<!-- pqcad:start -->", "<!-- pqcad:end -->"
 PUBLISHED_FILES = (
     "README.md",
     "recipe.yaml",
+    "prompts.txt",
     "metrics.json",
     "history.json",
     "model_index.json",
@@ -21,18 +26,36 @@ PUBLISHED_FILES = (
     "*/config.json",
     "*/scheduler_config.json",
     "*/*.safetensors",
+    "*/*.safetensors.index.json",
+    "*/generation_config.json",
+    "*/preprocessor_config.json",
+    # Of tokenizers:
+    "*/added_tokens.json",
+    "*/chat_template.jinja",
+    "*/merges.txt",
+    "*/special_tokens_map.json",
+    "*/spiece.model",
+    "*/tokenizer.json",
+    "*/tokenizer_config.json",
+    "*/vocab.json",
+    "*/vocab.txt",
 )
+# How many of them are said so; the Hub has no task of its own for classes.
+KINDS = {"prompt": ("prompt", "prompts"), "class_labels": ("class", "classes")}
+TASKS = {None: "unconditional-image-generation", "prompt": "text-to-image", "class_labels": None}
 
 
 def results_table(metrics: dict[str, Any]) -> str:
     """Return the Markdown table of a run: one row per model, each with what it costs and how close it comes."""
     distance_name = next((row["metric_name"] for row in metrics["rows"] if row["metric_name"]), None)
-    header = ["model", "avg. bits", "steps", "size MB", "ms an image", "speed-up", "SQNR dB", "median dB", "distance"]
-    lines = [header if distance_name else header[:-1]]
+    has_pictures = any(row.get("image_ssim") is not None for row in metrics["rows"])
+    header = ["model", "avg. bits", "steps", "size MB", "ms an image", "speed-up", "SQNR dB", "median dB"]
+    header += ["picture PSNR dB", "SSIM"] if has_pictures else []
+    lines = [header + (["distance"] if distance_name else [])]
     lines.append(["---"] + ["---:"] * (len(lines[0]) - 1))
     for row in metrics["rows"]:
         exact = row["sqnr_db"] in ("inf", float("inf"))
-        low, high = (0.0, 0.0) if exact else row["sqnr_interval_db"]
+        low, high = (0.0, 0.0) if exact else map(float, row["sqnr_interval_db"])  # "inf" is JSON's
         cells = [
             row["name"],
             f"{row['average_bits']:.2f}",
@@ -40,9 +63,11 @@ def results_table(metrics: dict[str, Any]) -> str:
             f"{row['size_bytes'] / 1e6:.2f}",
             f"{row['latency_ms']['median_ms']:.2f}",
             f"{row['reference_latency_ms']['median_ms'] / row['latency_ms']['median_ms']:.2f}",
-            "(reference)" if exact else f"{row['sqnr_db']:.2f} [{low:.2f}, {high:.2f}]",
-            "" if exact else f"{row['sqnr_median_db']:.2f}",
+            "(reference)" if exact else f"{float(row['sqnr_db']):.2f} [{low:.2f}, {high:.2f}]",
+            "" if exact else f"{float(row['sqnr_median_db']):.2f}",
         ]
+        if has_pictures:
+            cells += ["", ""] if exact else [f"{float(row['image_psnr_db']):.2f}", f"{row['image_ssim']:.4f}"]
         lines.append(cells + ([f"{row['frechet_distance']:.2f}"] if distance_name else []))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -56,6 +81,49 @@ def packed_shares(metrics: dict[str, Any]) -> str:
     measured = [row.get("packed_share") for row in metrics["rows"]]
     shares = sorted({percent(share) for share in measured if share})
     return f"; they are {' or '.join(shares)} of all weights" if shares else ""
+
+
+def input_notes(metrics: dict[str, Any]) -> list[str]:
+    """Return what the images were made from, where a pipeline has inputs."""
+    inputs = metrics.get("inputs")
+    if inputs is None:
+        return []
+    shared, measured = inputs["num_shared"], inputs["num_measured"]
+    seen = "none" if shared == 0 else "all" if shared == measured else str(shared)
+    arguments = [f"{name} {value}" for name, value in metrics["call_arguments"].items()]
+    if inputs["negative_prompt"] is not None:
+        arguments.append(f"negative prompt {plain(inputs['negative_prompt'])}")
+    return [
+        f"Inputs: {counted(inputs['kind'], measured)}, {seen} of which the calibration set was recorded with"
+        f"{', and that with other noise' if shared else ''}{'; ' if arguments else ''}{', '.join(arguments)}."
+    ]
+
+
+def counted(kind: str, count: int) -> str:
+    """Return how many inputs of a kind there are, as "1 prompt"."""
+    return f"{count} {KINDS[kind][count != 1]}"
+
+
+def plain(text: str) -> str:
+    """Return `text` in quotation marks, on one line, as Markdown that shows it as it is, and breaks nothing."""
+    text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", " ".join(text.split()))
+    return f'"{text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")}"'
+
+
+def own_notes(rows: list[dict[str, Any]]) -> list[str]:
+    """Return how much faster the student is than the pipeline with its own scheduler, where that was replaced."""
+    by_key = {row["key"]: row for row in rows}
+    if "as_you_run_it" not in by_key or "pq_cad" not in by_key:
+        return []
+
+    def share(row: dict[str, Any]) -> float:  # of full precision in the recorded steps, measured in turns with it
+        return row["latency_ms"]["median_ms"] / row["reference_latency_ms"]["median_ms"]
+
+    own, student = by_key["as_you_run_it"], by_key["pq_cad"]
+    return [
+        f"Against {own['name']}, {own['num_inference_steps']} steps, the student is {share(own) / share(student):.2f} "
+        "times faster. That row's images are those of another scheduler, so they are others than the reference's."
+    ]
 
 
 def kernel_notes(rows: list[dict[str, Any]]) -> list[str]:
@@ -83,14 +151,19 @@ def table_notes(metrics: dict[str, Any]) -> str:
     row = metrics["rows"][0]
     environment = _environment_of(row)
     name = next((row["metric_name"] for row in metrics["rows"] if row["metric_name"]), None)
+    fidelity_of = row.get("fidelity_of", "images")  # of runs from before pipelines had latents
+    is_decoded = any(other.get("image_ssim") is not None for other in metrics["rows"])
     notes = [
-        f"n = {row['num_images']} images, seed {row['seed']}. SQNR: of the final images to full precision at "
+        f"n = {row['num_images']} images, seed {row['seed']}. SQNR: of the final {fidelity_of} to full precision at "
         f"{row['reference_num_inference_steps']} steps from the same noise, with a 95 % bootstrap interval "
         "over images; a few images that end somewhere else decide it. Median: that of the median image.",
         f"Average bits: over the quantized layers' weights, scales not counted{packed_shares(metrics)}. Size: the "
         "denoiser's files.",
         "ms an image: median of rounds that alternate with full precision at "
-        f"{row['reference_num_inference_steps']} steps, batch {row['latency_batch_size']}. Speed-up: of these two.",
+        f"{row['reference_num_inference_steps']} steps, batch {row['latency_batch_size']}"
+        f"{', of the call without decoding' if fidelity_of == 'latents' else ''}. Speed-up: of these two.",
+        *input_notes(metrics),
+        *own_notes(metrics["rows"]),
         *kernel_notes(metrics["rows"]),
         "Measured with " + ", ".join(f"{key} {value}" for key, value in environment.items()) + ".",
     ]
@@ -109,6 +182,8 @@ def table_notes(metrics: dict[str, Any]) -> str:
             parts = [f"{place['gpu'] or place['cpu']} (torch {place['torch']})" for place in places]
             names.setdefault(", then ".join(parts), []).append(row["name"])
     notes += [f"Trained on {place}, and measured as the others: {'; '.join(rows)}." for place, rows in names.items()]
+    if is_decoded:
+        notes.insert(1, "Picture PSNR and SSIM: of the decoded pictures, to those of full precision.")
     if name:
         notes.insert(1, f"distance: {name}, lower is better; comparable at equal n only.")
     return "\n".join(f"- {note}" for note in notes)
@@ -116,40 +191,31 @@ def table_notes(metrics: dict[str, Any]) -> str:
 
 def model_card(metrics: dict[str, Any], *, repo: str, license_id: str | None) -> str:
     """Return the model card of a run, front matter included; a missing measurement leaves its row or column out."""
-    settings, pq, cad = metrics["settings"], metrics["pq"], metrics["cad"]
+    settings, pq = metrics["settings"], metrics["pq"]
     teacher, final = metrics["rows"][0], next(row for row in metrics["rows"] if row["key"] == "pq_cad")
     ratio = teacher["size_bytes"] / final["size_bytes"]
     tag = f"w{settings['weight_bits']:g}a{settings['activation_bits'] or 32}"
     steps = final["num_inference_steps"]
-    outcome = (
-        f"the state after {cad['best_step']} updates was the best on the held-out trajectories"
-        if cad["best_step"]
-        else "no trained state beat the undistilled start on the held-out trajectories, so the start was kept"
-    )
+    kind = input_kind(metrics)
+    part = f"its {metrics['component']} " if metrics["other_models"] else ""
     return Template(files("diffusers_pqcad.publishing").joinpath("model_card.md").read_text()).substitute(
-        base_model_lines=base_model_lines(metrics["teacher_id"]),
-        tag=tag,
+        pipeline_tag_line=f"pipeline_tag: {TASKS[kind]}\n" if TASKS[kind] else "",
+        base_model_lines=base_model_lines(metrics),
+        tags=f"class-conditional, {tag}" if kind == "class_labels" else tag,
         license_line=f"license: {license_id}\n" if license_id else "",
-        title=f"{metrics['teacher_id']} in {tag.upper()}, {ratio:.1f} times smaller, {steps} steps",
+        title=f"{metrics['teacher_id']} in {tag.upper()}, {part}{ratio:.1f} times smaller, {steps} steps",
         summary=(
             f"A compressed version of `{metrics['teacher_id']}`, made with diffusers-pqcad: "
-            f"{pq['average_bits']:.2f} bits a weight on average, sampling in {steps} steps in "
-            f"the place of {teacher['num_inference_steps']}."
+            f"{pq['average_bits']:.2f} bits a weight of the quantized layers on average, sampling in {steps} steps in "
+            f"the place of {teacher['num_inference_steps']}.{untouched_models(metrics)}"
         ),
         table=results_table(metrics),
         table_notes=table_notes(metrics),
         repo=repo,
-        student_steps=steps,
-        method=(
-            f"1. Calibration set: {settings['num_trajectories']} full-precision trajectories of "
-            f"{settings['num_inference_steps']} steps, seed {metrics['calibration_seed']}; an eighth held out.\n"
-            f"2. PQ: {pq['num_rounds']} rounds in {pq['num_stages']} stages, {pq['num_roll_backs']} transitions "
-            "rolled back.\n"
-            f"3. CAD: {settings['max_train_steps']} updates, quantized teacher, full-precision calibration, gate; "
-            f"{outcome}.\n"
-            "4. First and last convolution, the time embedding and the shortcuts in the last up block stay in "
-            "floating point."
-        ),
+        student_call=student_call(metrics),
+        shown_inputs=shown_inputs(metrics),
+        method=method(metrics),
+        reproduce=reproduce(metrics),
         limits=(
             "It was compared with its teacher, not with other methods. The number of steps that it was distilled for "
             "is in its config (`num_inference_steps`); other numbers run, and were not measured unless the table says "
@@ -158,16 +224,114 @@ def model_card(metrics: dict[str, Any], *, repo: str, license_id: str | None) ->
     )
 
 
-def base_model_lines(teacher_id: str) -> str:
+def input_kind(metrics: dict[str, Any]) -> str | None:
+    """Return the name of the argument that the inputs of a run's pipelines are, None for unconditional ones."""
+    return None if metrics["inputs"] is None else str(metrics["inputs"]["kind"])
+
+
+def untouched_models(metrics: dict[str, Any]) -> str:
+    """Return, after the summary, which models of the pipeline are as they were; nothing where there are no others."""
+    names = ", ".join(f"`{name}`" for name in metrics["other_models"])
+    return f" That is its `{metrics['component']}`; as in the original are {names}." if names else ""
+
+
+def method(metrics: dict[str, Any]) -> str:
+    """Return what was done, as a list of Markdown."""
+    settings, pq, cad, inputs = metrics["settings"], metrics["pq"], metrics["cad"], metrics["inputs"]
+    schedulers = metrics["schedulers"]
+    replaced = f", by a {schedulers['recorded']} in the place of its {schedulers['own']}" if schedulers["own"] else ""
+    of_inputs = "" if inputs is None else f" of {counted(inputs['kind'], inputs['num_recorded'])},"
+    outcome = (
+        f"the state after {cad['best_step']} updates was the best on the held-out trajectories"
+        if cad["best_step"]
+        else "no trained state beat the undistilled start on the held-out trajectories, so the start was kept"
+    )
+    return (
+        f"1. Calibration set: {settings['num_trajectories']} full-precision trajectories{of_inputs} of "
+        f"{settings['num_inference_steps']} steps, seed {metrics['calibration_seed']}; {metrics['num_held_out']} held "
+        f"out{replaced}.\n"
+        f"2. PQ: {pq['num_rounds']} rounds in {pq['num_stages']} stages, {pq['num_roll_backs']} transitions "
+        "rolled back.\n"
+        f"3. CAD: {settings['max_train_steps']} updates, {cad_terms(settings)}; {outcome}.\n"
+        f"4. {float_layers(metrics['float_layers'])}"
+    )
+
+
+def float_layers(names: Sequence[str]) -> str:
+    """Return which Linear and convolution layers stay in floating point; those of repeated blocks are one name."""
+    if not names:
+        return "No Linear or convolution layer stays in floating point."
+    alike = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
+    listed = ", ".join(f"`{name}`" for name in alike)
+    return f"Linear and convolution layers that stay in floating point ({len(names)}): {listed}."
+
+
+def reproduce(metrics: dict[str, Any]) -> str:
+    """Return how to repeat the run, from what is beside the card."""
+    flags, beside = "--config recipe.yaml", "the file is"
+    if input_kind(metrics) == "prompt":
+        flags, beside = f"{flags} --prompts_file prompts.txt", "the files are"
+    others = ""
+    if metrics["teacher_from"] == "folder":  # which is that of one computer
+        others = ", with the folder of the teacher as `--pretrained_model_name_or_path`"
+    return f"Reproduce: `accelerate launch examples/distill.py {flags}` ({beside} in this repository){others}."
+
+
+def student_call(metrics: dict[str, Any]) -> str:
+    """Return the arguments of the student's call, as Python: those that it was measured with, and its first input."""
+    inputs, arguments = metrics["inputs"], metrics["student_arguments"] | metrics["call_arguments"]
+    given = []
+    if input_kind(metrics) == "prompt":
+        given = [quoted(metrics["shown_inputs"][0])]
+        if inputs["negative_prompt"] is not None:
+            given.append(f"negative_prompt={quoted(inputs['negative_prompt'])}")
+    elif inputs is not None:
+        given = [f"class_labels=[{metrics['shown_inputs'][0]}]"]
+    if "sigmas" in arguments:
+        arguments["sigmas"] = [shortest(sigma) for sigma in arguments["sigmas"]]
+    return ", ".join([*given, *(f"{name}={value!r}" for name, value in arguments.items())])
+
+
+def quoted(text: str) -> str:
+    """Return `text` as a Python literal, without what begins a comment of Markdown."""
+    return repr(text).replace("<!--", "\\x3c!--")
+
+
+def shortest(sigma: float) -> float:
+    """Return the number of fewest digits that is `sigma` in float32, in which schedulers keep it: the same step."""
+    return float(str(np.float32(sigma)))
+
+
+def shown_inputs(metrics: dict[str, Any]) -> str:
+    """Return what the columns of the picture were made from, a line; nothing for an unconditional pipeline."""
+    kind = input_kind(metrics)
+    if kind is None:
+        return ""
+    texts = [plain(item) if kind == "prompt" else str(item) for item in metrics["shown_inputs"]]
+    return f"\nFrom left to right, {KINDS[kind][len(texts) != 1]} {'; '.join(texts)}.\n"
+
+
+def cad_terms(settings: dict[str, Any]) -> str:
+    """Return what a student learned from; runs from before these were settings had all of it."""
+    teacher = settings.get("teacher", "quantized")
+    terms = [{"quantized": "quantized teacher", "fp": "full-precision teacher", "none": "no teacher"}[teacher]]
+    terms.append("full-precision calibration" if settings.get("calibration", True) else "no calibration")
+    if teacher != "none":
+        terms.append("gate" if settings.get("gate", True) else "no gate")
+    return ", ".join(terms)
+
+
+def base_model_lines(metrics: dict[str, Any]) -> str:
     """Return the front matter's lines about a teacher from the Hub; none for a local one, which the Hub refuses."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
-        validate_repo_id(teacher_id)
+        validate_repo_id(metrics["teacher_id"])
     except HFValidationError:
         return ""
-    return "" if Path(teacher_id).exists() else f"base_model: {teacher_id}\nbase_model_relation: quantized\n"
+    is_there = metrics["teacher_from"] == "hub"
+    return f"base_model: {metrics['teacher_id']}\nbase_model_relation: quantized\n" if is_there else ""
 
 
 def write_card(folder: str | Path, card: str) -> Path:

@@ -1,5 +1,7 @@
 """Pictures of a run: samples on the same seeds, bits by layer, and what was learned when."""
 
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ from torch import Tensor
 from diffusers_pqcad.evaluation.extras import require
 
 BIT_COLOURS = {2: "#7b3294", 3: "#c2a5cf", 4: "#5aae61", 6: "#4393c3", 8: "#2166ac"}
+MAX_TITLE = 36  # characters
 
 
 def _pyplot() -> Any:
@@ -21,19 +24,25 @@ def _pyplot() -> Any:
     return matplotlib.pyplot
 
 
-def plot_samples(path: str | Path, samples: dict[str, Tensor]) -> None:
-    """Write a grid: one row for each named set of images (n, C, H, W) uint8, the same seed in each column."""
+def plot_samples(path: str | Path, samples: dict[str, Tensor], titles: Sequence[str] = ()) -> None:
+    """Write a grid: one row for each named set of images (n, C, H, W) uint8, the same seed in each column.
+
+    Of videos (n, frames, C, H, W) the first frame. `titles`, of the columns, are prompts: their first words are shown.
+    """
     plt = _pyplot()
     columns = len(next(iter(samples.values())))
-    size = (columns * 0.8 + 2.2, len(samples) * 0.95)
+    size = (columns * 0.8 + 2.2, len(samples) * 0.95 + (0.4 if titles else 0))
     figure, axes = plt.subplots(len(samples), columns, figsize=size, squeeze=False)
     for row, (name, images) in zip(axes, samples.items(), strict=True):
         for axis, image in zip(row, images, strict=True):
-            pixels = image.permute(1, 2, 0).numpy()
+            pixels = (image if image.ndim == 3 else image[0]).permute(1, 2, 0).numpy()
             axis.imshow(pixels if pixels.shape[-1] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=255)
             axis.set_xticks([])
             axis.set_yticks([])
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    for axis, title in zip(axes[0], titles, strict=False):
+        words = title if len(title) <= MAX_TITLE else f"{title[: MAX_TITLE - 3]}..."
+        axis.set_title(textwrap.fill(words, 13), fontsize=6, parse_math=False)  # dollars are dollars
     figure.tight_layout(pad=0.3)
     figure.savefig(path, dpi=130)
     plt.close(figure)

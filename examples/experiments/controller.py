@@ -20,8 +20,9 @@ from subjects import NUM_STEPS, TRAINED, cached, calibration_set, fidelity, file
 from tqdm.auto import tqdm
 
 from diffusers_pqcad import PQCADConfig
+from diffusers_pqcad.compression.calibration import CalibrationSet
 from diffusers_pqcad.compression.fake_quant import at_bits, fake_quant_layers, freeze_, prepare_, set_bits_
-from diffusers_pqcad.compression.progressive import Batches, transition_prices, weighted_error
+from diffusers_pqcad.compression.progressive import output_error, transition_prices
 from diffusers_pqcad.loading.convert import match_modules, with_model_exemptions
 from diffusers_pqcad.numerics.allocation import BitController, Momentum, stage_budgets
 from diffusers_pqcad.numerics.qparams import WeightSpec, fake_quantize_weight, min_max_weight_scale
@@ -169,27 +170,36 @@ ARMS: dict[str, tuple[type[BitController], dict[str, Any], bool]] = {
 }
 
 
-def solve(model: torch.nn.Module, train: Batches, controller: Solver, budget: float, images: int, seed: int) -> int:
+def solve(
+    model: torch.nn.Module, calibration: CalibrationSet, controller: Solver, budget: float, images: int, seed: int
+) -> int:
     """Share out the bits of a prepared `model` by `Solver`, in place; return the model evaluations (images)."""
     layers = fake_quant_layers(model)
-    sample, timestep, target, weight = train.draw(PRICE_BATCHES * images, seed * 1_000)
+    calls = calibration.draw(PRICE_BATCHES * images, seed * 1_000)
     frozen, errors = freeze_(copy.deepcopy(model)), {}
+    denoiser = calibration.denoiser(frozen)
     for name, layer in layers.items():
         rounded = frozen.get_parameter(f"{name}.weight")
         kept = rounded.clone()
         for bits in controller.bit_choices:
             with at_bits(layer, bits):
                 rounded.copy_(layer.weight)
-            errors[name, bits] = weighted_error(frozen(sample, timestep).sample, target, weight).item()
+            errors[name, bits] = output_error(denoiser, calls)
         rounded.copy_(kept)
     controller.solve(errors, budget)
     for name, bits in controller.bits.items():
         set_bits_(layers[name], bits)
-    return len(sample) * len(errors)
+    return len(calls.step) * len(errors)
 
 
 def allocation(
-    model: torch.nn.Module, train: Batches, controller: BitController, budget: float, images: int, seed: int, one: bool
+    model: torch.nn.Module,
+    calibration: CalibrationSet,
+    controller: BitController,
+    budget: float,
+    images: int,
+    seed: int,
+    one: bool,
 ) -> int:
     """Run the rounds of PQ on a prepared `model`, in place; return the model evaluations that prices cost (images)."""
     layers, evaluations, draws = fake_quant_layers(model), 0, seed * 1_000
@@ -199,10 +209,10 @@ def allocation(
             if not controller.over(stage_budget):
                 break
             sizes = [PRICE_BATCHES * images] if one else [images] * PRICE_BATCHES
-            batches = [train.draw(size, draws + index) for index, size in enumerate(sizes)]
+            batches = [calibration.draw(size, draws + index) for index, size in enumerate(sizes)]
             draws += PRICE_BATCHES
             evaluations += sum(sizes) * (1 + len(controller.movable(ignore_frozen=True)))
-            frozen = freeze_(copy.deepcopy(model))
+            frozen = calibration.denoiser(freeze_(copy.deepcopy(model)))
             for batch in batches:
                 controller.observe(transition_prices(model, frozen, controller, batch))
             if last:
@@ -229,9 +239,9 @@ def row(subject: str, seed: int, arm: str, images: int, budget: float, context: 
     model = prepare_(copy.deepcopy(pipeline.unet), config, controller.bits).eval()
     with torch.no_grad():
         if isinstance(controller, Solver):
-            cost = solve(model, Batches(calibration), controller, budget, images, seed)
+            cost = solve(model, calibration, controller, budget, images, seed)
         else:
-            cost = allocation(model, Batches(calibration), controller, budget, images, seed, one)
+            cost = allocation(model, calibration, controller, budget, images, seed, one)
     found = samples(freeze_(model), pipeline.scheduler, len(wanted), NUM_STEPS, seed)
     quality = fidelity(wanted, found)
     quality.pop("images")

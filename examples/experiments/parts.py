@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 from unittest import mock
 
@@ -120,8 +121,14 @@ def with_activations(model: nn.Module, kind: str, calibration: CalibrationSet) -
         for quantizer in input_quantizers(model):
             quantizer.scale = quantizer.zero_point = quantizer.groups = None
     elif isinstance(groups, int):
-        train = calibration.split()[0]
-        steps = ((int(t), train.trajectory[:RANGE_TRAJECTORIES, i]) for i, t in enumerate(train.timestep))
+        train = calibration.split()[0].select(slice(0, RANGE_TRAJECTORIES))
+        rows, denoiser = torch.arange(len(train)), train.denoiser(model)
+
+        def run(step: int) -> Any:
+            calls = train.calls(rows, torch.full_like(rows, step))
+            return denoiser(calls.state, calls.timestep, calls.condition)
+
+        steps = ((t, partial(run, step)) for step, t in enumerate(train.timestep.tolist()))
         calibrate_activations_(model, steps, num_groups=groups)
     return model
 

@@ -44,7 +44,7 @@ from diffusers_pqcad.compression.optimization import (
     float_groups,
     parameter_groups,
 )
-from diffusers_pqcad.compression.progressive import Batches, trajectory_error, weighted_error
+from diffusers_pqcad.compression.progressive import trajectory_error, weighted_error
 from diffusers_pqcad.compression.reconstruction import ReconstructionConfig
 
 NUM_UPDATES, BATCH_SIZE, EVALUATION_STEPS = 160, 32, 20
@@ -221,11 +221,11 @@ def train(
 def recover(model: nn.Module, arm: Arm, calibration: CalibrationSet, seed: int) -> dict[str, Any]:
     """Train `model` on full-precision outputs at N steps."""
     train_set, held_out = calibration.split()
-    batches = Batches(train_set)
+    denoiser = calibration.denoiser(model)
 
     def loss_of(step: int) -> Tensor:
-        sample, timestep, target, weight = batches.draw(arm.batch_size, seed * 1_000_003 + step)
-        return weighted_error(model(sample, timestep).sample, target, weight)
+        calls = train_set.draw(arm.batch_size, seed * 1_000_003 + step)
+        return weighted_error(denoiser(calls.state, calls.timestep, calls.condition), calls.output, calls.weight)
 
     return train(model, arm, loss_of, lambda: trajectory_error(model, held_out, NUM_STEPS))
 
@@ -247,7 +247,7 @@ def jump_weights(run: Distillation, kind: str) -> Tensor:
     # SNR-truncated x-space loss (Salimans & Ho 2022, section 4) in output space, up to a factor
     signal, noise = run.student_grid.alpha[:-1].square(), run.student_grid.sigma[:-1].square()
     weight = torch.maximum(signal, noise)
-    if run.scheduler.config.prediction_type == "epsilon":
+    if run.calibration.manifest["scheduler"]["prediction_type"] == "epsilon":
         weight = weight / signal
     return (weight / weight.mean()).clamp(0.01, 100).to(run.weight)
 
@@ -268,7 +268,6 @@ def distil(
     run = Distillation(model, speaker, few, config)
     run.held_out = calibration.split()[1]  # all arms are judged by the same
     run.weight = jump_weights(run, arm.weight)
-    data = run.train_set.trajectory[:, -1]
     run.calibrate_activations()
     gate = None
     if speaker is not None and arm.gate:
@@ -278,7 +277,7 @@ def distil(
         if gate is not None and step % config.gate_steps == 0:
             gate.update(run.held_out_error_per_jump(model, two_steps=False))
         open_by = torch.ones_like(run.weight) if gate is None else gate.value()
-        return run.losses(model, step, 0, open_by, data)[0]
+        return run.losses(model, step, 0, open_by)[0]
 
     error_of = huber_error if arm.weight == "huber" else distillation.weighted_error
     with mock.patch.object(distillation, "weighted_error", error_of):

@@ -59,12 +59,13 @@ def rounded_input(layer: nn.Module, bits: int) -> Iterator[None]:
 @torch.no_grad()
 def output_error(model: nn.Module, calibration: CalibrationSet) -> float:
     """Return the relative squared error of the outputs; a call has one timestep, as in sampling."""
-    weights, error, power = calibration.gains().square().tolist(), 0.0, 0.0
+    rows, denoiser = torch.arange(min(len(calibration), NUM_TRAJECTORIES)), calibration.denoiser(model)
+    error, power = 0.0, 0.0
     for index in range(0, calibration.num_inference_steps, EVERY):
-        wanted = calibration.model_output[:NUM_TRAJECTORIES, index]
-        found = model(calibration.trajectory[:NUM_TRAJECTORIES, index], calibration.timestep[index]).sample
-        error += weights[index] * (found - wanted).square().mean().item()
-        power += weights[index] * wanted.square().mean().item()
+        calls = calibration.calls(rows, torch.full_like(rows, index))
+        found, weight = denoiser(calls.state, calls.timestep, calls.condition), calls.weight[0].item()
+        error += weight * (found - calls.output).square().mean().item()
+        power += weight * calls.output.square().mean().item()
     return error / power
 
 

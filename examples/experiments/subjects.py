@@ -1,6 +1,5 @@
 """The four models that method work is judged by, and how close a compressed one comes to each."""
 
-import copy
 import json
 import subprocess
 import sys
@@ -13,9 +12,12 @@ import torch
 from diffusers import DDIMPipeline
 from torch import Tensor, nn
 
-from diffusers_pqcad.compression.calibration import CalibrationSet, collect_calibration_set
+from diffusers_pqcad.compression.calibration import CalibrationSet
 from diffusers_pqcad.compression.checkpoint import write_text
-from diffusers_pqcad.compression.sampling import denoise, initial_noise, sample_shape
+from diffusers_pqcad.compression.denoiser import Denoiser, states_of
+from diffusers_pqcad.compression.grid import grid_of
+from diffusers_pqcad.compression.recording import collect_calibration_set
+from diffusers_pqcad.compression.sampling import initial_noise, sample_shape
 from diffusers_pqcad.evaluation.metrics import image_mse, reference_variance
 from diffusers_pqcad.evaluation.speed import environment
 
@@ -79,7 +81,7 @@ def trajectories(model: nn.Module, scheduler: Any, num_images: int, num_steps: i
     batches = []
     for start in range(0, num_images, BATCH_SIZE):
         noise = initial_noise(sample_shape(model), seed=seed, start=start, count=min(BATCH_SIZE, num_images - start))
-        states = [step.sample for step in denoise(model, copy.deepcopy(scheduler), noise, num_steps)]
+        states = states_of(Denoiser(model), grid_of(scheduler, num_steps), noise, lambda step: {})
         batches.append(torch.stack(states[1:]))
     return torch.cat(batches, dim=1)
 

@@ -52,8 +52,8 @@ def test_the_means_agree_afterwards_and_did_not_before(pair):
     names = [name for name in layers if layers[name].bias is not None]
     wanted = channel_means(reference, names, sample, timestep)
     before = channel_means(model, names, sample, timestep)
-    order = execution_order(model, layers, sample[:1], timestep[:1])
-    correct_biases_(model, reference, order, sample, timestep)
+    order = execution_order(layers, lambda: model(sample[:1], timestep[:1]))
+    correct_biases_(model, reference, order, lambda network: network(sample, timestep))
     after = channel_means(model, names, sample, timestep)
     assert max((before[name] - wanted[name]).abs().max() for name in names) > 1e-2
     for name in names:
@@ -63,8 +63,8 @@ def test_the_means_agree_afterwards_and_did_not_before(pair):
 def test_only_biases_change_and_the_reference_does_not(pair):
     model, reference, sample, timestep = pair
     before, untouched = copy.deepcopy(model.state_dict()), copy.deepcopy(reference.state_dict())
-    order = execution_order(model, fake_quant_layers(model), sample[:1], timestep[:1])
-    correct_biases_(model, reference, order, sample, timestep)
+    order = execution_order(fake_quant_layers(model), lambda: model(sample[:1], timestep[:1]))
+    correct_biases_(model, reference, order, lambda network: network(sample, timestep))
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed
     assert all(name.endswith(".bias") for name in changed)

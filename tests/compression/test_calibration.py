@@ -1,20 +1,25 @@
 """Specification of calibration sets: whole full-precision trajectories, and a manifest that must match later."""
 
 import copy
-import dataclasses
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from datasets import Dataset
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from pipelines import PIPELINES
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from diffusers_pqcad import PQCADConfig, quantize_
-from diffusers_pqcad.compression.calibration import CalibrationSet, collect_calibration_set, scheduler_settings
-from diffusers_pqcad.compression.checkpoint import model_hash
+from diffusers_pqcad.compression.calibration import CalibrationSet
+from diffusers_pqcad.compression.checkpoint import model_hash, save_checkpoint
 from diffusers_pqcad.compression.fake_quant import prepare_
+from diffusers_pqcad.compression.grid import ddim_grid
+from diffusers_pqcad.compression.recording import Recorder, collect_calibration_set
 from diffusers_pqcad.compression.sampling import initial_noise
 from diffusers_pqcad.loading.convert import match_modules
 
@@ -40,7 +45,8 @@ def test_trajectories_are_those_of_the_scheduler(
     assert tiny_calibration_set.model_output.shape == (16, 4, 1, 8, 8)
     assert tiny_calibration_set.trajectory.dtype == tiny_calibration_set.model_output.dtype == torch.float32
     assert tiny_calibration_set.timestep.tolist() == [999, 749, 499, 249]
-    assert tiny_calibration_set.conditioning == {}
+    assert tiny_calibration_set.condition(torch.arange(2), torch.tensor([0, 3])) == {}
+    assert not tiny_calibration_set.varies
     assert (len(tiny_calibration_set), tiny_calibration_set.num_inference_steps) == (16, 4)
     scheduler.set_timesteps(4)
     sample = initial_noise((1, 8, 8), seed=1, start=0, count=16)
@@ -70,19 +76,91 @@ def test_the_manifest_names_model_scheduler_and_seed(
     assert manifest["model_class"] == "UNet2DModel"
     assert manifest["seed"] == 1
     assert manifest["scheduler"]["prediction_type"] == "v_prediction"
+    assert (manifest["pipeline_class"], manifest["component"]) == ("DDIMPipeline", "unet")
+    assert manifest["scheduler_class"] == "DDIMScheduler"
     assert json.loads(json.dumps(manifest)) == manifest
-    assert scheduler_settings(tiny_calibration_set.scheduler()) == manifest["scheduler"]
-    assert torch.equal(tiny_calibration_set.scheduler().alphas_cumprod, tiny_pipeline.scheduler.alphas_cumprod)
+    again = DDIMScheduler(**manifest["scheduler"])
+    assert torch.equal(again.alphas_cumprod, tiny_pipeline.scheduler.alphas_cumprod)
+
+
+def assert_same(found: CalibrationSet, wanted: CalibrationSet) -> None:
+    """Both have the same trajectories, bit by bit, on the same grid, of the same inputs."""
+    for name in ("trajectory", "timestep", "model_output"):
+        before, after = getattr(wanted, name), getattr(found, name)
+        assert before.dtype == after.dtype
+        assert torch.equal(before, after)
+    for name in ("alpha", "sigma", "a", "b"):
+        assert torch.equal(getattr(found.grid(), name), getattr(wanted.grid(), name))
+    assert (found.columns, found.plan, found.manifest) == (wanted.columns, wanted.plan, wanted.manifest)
+    assert found.inputs() == wanted.inputs()
 
 
 def test_a_saved_set_is_the_same_set(tmp_path: Path, tiny_calibration_set: CalibrationSet) -> None:
-    tiny_calibration_set.save(tmp_path / "set.safetensors")
-    loaded = CalibrationSet.load(tmp_path / "set.safetensors")
-    for name in ("trajectory", "timestep", "model_output"):
-        before, after = getattr(tiny_calibration_set, name), getattr(loaded, name)
-        assert before.dtype == after.dtype
-        assert torch.equal(before, after)
-    assert loaded.manifest == tiny_calibration_set.manifest
+    tiny_calibration_set.save(tmp_path / "set")
+    assert_same(CalibrationSet.load(tmp_path / "set"), tiny_calibration_set)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    rows = Dataset.from_file(str(tmp_path / "set" / "data.arrow"))  # as anybody reads it
+    assert sorted(rows.column_names) == ["input", "output", "state"]
+    assert rows[3]["state"] == tiny_calibration_set.trajectory[3].flatten().tolist()
+
+
+def test_a_part_of_a_set_is_saved_as_it_is_and_written_over(
+    tmp_path: Path, tiny_calibration_set: CalibrationSet
+) -> None:
+    part = tiny_calibration_set.select([15, 2, 2, 7])
+    for calibration in (tiny_calibration_set, part, part.select(slice(1, 3))):
+        calibration.save(tmp_path / "set")
+        assert_same(CalibrationSet.load(tmp_path / "set"), calibration)
+    assert torch.equal(part.trajectory, tiny_calibration_set.trajectory[[15, 2, 2, 7]])
+
+
+def test_rows_are_found_whatever_the_chunks_and_the_selection(
+    tmp_path: Path, tiny_calibration_set: CalibrationSet
+) -> None:
+    """Chunks of 8 as recorded, of 16 as saved; steps of a trajectory, one for each row."""
+    tiny_calibration_set.select([*range(16), *range(16), 0, 1, 2]).save(tmp_path / "set")
+    long = CalibrationSet.load(tmp_path / "set")
+    assert [len(chunk) for chunk in long.dataset.data["state"].chunks] == [16, 16, 3]
+    assert [len(chunk) for chunk in tiny_calibration_set.dataset.data["state"].chunks] == [8, 8]
+    rows, steps = torch.tensor([0, 15, 16, 31, 32, 34, 9]), torch.tensor([4, 0, 1, 2, 3, 0, 2])
+    states, outputs = tiny_calibration_set.trajectory, tiny_calibration_set.model_output
+    assert torch.equal(long.states(rows, steps), states[rows % 32 % 16, steps])
+    assert torch.equal(long.outputs(rows, steps.clamp(max=3)), outputs[rows % 32 % 16, steps.clamp(max=3)])
+    backwards = long.select(torch.arange(34, -1, -1)).select(slice(2, None, 2))
+    wanted = states[torch.arange(34, -1, -1)[2::2] % 32 % 16]
+    assert torch.equal(backwards.trajectory, wanted)
+    assert torch.equal(backwards.states(torch.tensor([7, 0]), torch.tensor([1, 2])), wanted[[7, 0], [1, 2]])
+
+
+def test_a_file_of_an_older_version_loads(tmp_path: Path, tiny_calibration_set: CalibrationSet) -> None:
+    """One safetensors file with all trajectories; an unconditional model, and steps of DDIM."""
+    names = ("trajectory", "timestep", "model_output", "manifest")
+    state = {name: getattr(tiny_calibration_set, name) for name in names} | {"conditioning": {}}
+    save_checkpoint(tmp_path / "old.safetensors", state)
+    loaded = CalibrationSet.load(tmp_path / "old.safetensors")
+    assert_same(loaded, tiny_calibration_set)
+    assert torch.equal(loaded.draw(5, 0).state, tiny_calibration_set.draw(5, 0).state)
+    loaded.save(tmp_path / "new")
+    assert_same(CalibrationSet.load(tmp_path / "new"), tiny_calibration_set)
+
+
+def test_drawn_calls_are_recorded_and_a_function_of_the_seed(tiny_calibration_set: CalibrationSet) -> None:
+    calls = tiny_calibration_set.draw(50, 3)
+    gains, grid = tiny_calibration_set.gains(), tiny_calibration_set.timestep.tolist()
+    for i in range(50):
+        step = grid.index(int(calls.timestep[i]))
+        assert step == calls.step[i]
+        same = (tiny_calibration_set.trajectory[:, step] == calls.state[i]).flatten(1).all(dim=1)
+        assert same.nonzero().flatten().tolist() == [int(calls.trajectory[i])]
+        assert torch.equal(calls.output[i], tiny_calibration_set.model_output[calls.trajectory[i], step])
+        assert calls.weight[i] == gains[step] ** 2
+    assert set(calls.timestep.tolist()) == set(grid)
+    again = tiny_calibration_set.draw(50, 3)
+    assert all(torch.equal(a, b) for a, b in zip(calls, again, strict=True) if isinstance(a, torch.Tensor))
+    assert not torch.equal(calls.state, tiny_calibration_set.draw(50, 4).state)
+    some = calls.rows(torch.tensor([4, 1]))
+    assert torch.equal(some.state, calls.state[[4, 1]])
+    assert torch.equal(some.step, calls.step[[4, 1]])
 
 
 def test_matching_model_and_scheduler_pass(tiny_pipeline: DDIMPipeline, tiny_calibration_set: CalibrationSet) -> None:
@@ -139,13 +217,15 @@ def test_the_grid_is_that_of_the_recorded_steps(tiny_calibration_set: Calibratio
         outputs = tiny_calibration_set.model_output[rows, k]
         landing = grid.step(k, tiny_calibration_set.trajectory[rows, k], outputs)
         torch.testing.assert_close(landing, tiny_calibration_set.trajectory[rows, k + 1], rtol=1e-6, atol=1e-6)
-    moved = tiny_calibration_set.to("meta").grid()
-    assert (moved.timestep.device.type, moved.alpha.device.type) == ("meta", "cpu")
+    moved = tiny_calibration_set.to("meta")
+    assert (moved.grid().timestep.device.type, moved.grid().alpha.device.type) == ("meta", "cpu")
+    calls = moved.draw(2, 0)
+    assert {x.device.type for x in (calls.state, calls.timestep, calls.output, calls.weight)} == {"meta"}
 
 
 @pytest.mark.parametrize("steps", [4, 2])
 def test_gains_are_the_derivative_of_the_step_with_mean_one(tiny_calibration_set: CalibrationSet, steps: int) -> None:
-    alphas_cumprod = tiny_calibration_set.scheduler().alphas_cumprod.double()
+    alphas_cumprod = DDIMScheduler(**tiny_calibration_set.manifest["scheduler"]).alphas_cumprod.double()
     expected = []
     for index in range(steps):
         t, u = 999 - index * 1000 // steps, 999 - (index + 1) * 1000 // steps
@@ -160,9 +240,9 @@ def test_gains_are_the_derivative_of_the_step_with_mean_one(tiny_calibration_set
 
 
 def test_gains_are_clipped(tiny_calibration_set: CalibrationSet) -> None:
-    scheduler = tiny_calibration_set.manifest["scheduler"] | {"prediction_type": "sample"}
-    manifest = tiny_calibration_set.manifest | {"scheduler": scheduler}
-    gains = dataclasses.replace(tiny_calibration_set, manifest=manifest).gains(1000)
+    scheduler = DDIMScheduler(**tiny_calibration_set.manifest["scheduler"] | {"prediction_type": "sample"})
+    one = tiny_calibration_set
+    gains = CalibrationSet(one.dataset, one.columns, ddim_grid(scheduler, 1000), one.plan, one.manifest).gains()
     assert gains.min() == pytest.approx(0.1)  # the steps near the noise hardly move
     assert gains.max() == 10  # the last step is the output
 
@@ -170,9 +250,8 @@ def test_gains_are_clipped(tiny_calibration_set: CalibrationSet) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_trajectories": 3}, "num_trajectories: expected at least 4"),
+        ({"num_trajectories": 3}, "expected at least 4 trajectories"),
         ({"num_inference_steps": 16}, "must divide num_train_timesteps"),
-        ({"num_inference_steps": 0}, "must divide num_train_timesteps"),
     ],
     ids=str,
 )
@@ -192,15 +271,17 @@ def test_an_odd_number_of_steps_records_but_has_no_student(tiny_pipeline: DDIMPi
 def test_a_students_first_step_must_not_amplify_errors(tiny_pipeline: DDIMPipeline) -> None:
     """An epsilon model can start with a step to t = 499, but not with one to the data."""
     recorded = collect(with_scheduler(tiny_pipeline, prediction_type="epsilon"), num_inference_steps=2)
-    with pytest.raises(ValueError, match="no signal left"):
+    with pytest.raises(ValueError, match="first step of a student.*multiplies an error of the model by 1[0-9][0-9] "):
         recorded.check_student_steps()
 
 
 @pytest.mark.parametrize("setting", ["clip_sample", "thresholding"])
-def test_clipped_trajectories_record_but_have_no_student(tiny_pipeline: DDIMPipeline, setting: str) -> None:
-    recorded = collect(with_scheduler(tiny_pipeline, **{setting: True}))
-    with pytest.raises(ValueError, match=f"{setting}: a clipped trajectory"):
-        recorded.check_student_steps()
+def test_clipped_trajectories_are_refused_by_what_they_miss(tiny_pipeline: DDIMPipeline, setting: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"step \d: the scheduler's next state is [0-9.e-]+ of its size away"
+    ) as error:
+        collect(with_scheduler(tiny_pipeline, **{setting: True}))
+    assert f"{setting}=False" in str(error.value)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace"])
@@ -228,34 +309,17 @@ def test_a_fake_quantized_model_is_refused(tiny_pipeline: DDIMPipeline) -> None:
         collect(tiny_pipeline)
 
 
-def test_a_conditional_model_is_refused(tiny_pipeline: DDIMPipeline) -> None:
-    settings = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (8, 16), "norm_num_groups": 4}
-    text = UNet2DConditionModel(
-        **settings,
-        cross_attention_dim=8,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
+def test_a_model_of_classes_is_recorded_with_its_conditions(tiny_pipeline: DDIMPipeline) -> None:
+    """What was refused as conditional: DiT's pipeline hands classes to its denoiser."""
+    kind = PIPELINES["dit"]
+    recorded = collect_calibration_set(
+        kind.build(), kind.inputs[:4], num_inference_steps=2, seed=0, progress=False, **kind.arguments
     )
-    classes = UNet2DModel(
-        **settings,
-        num_class_embeds=10,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
-    for model, reason in ((text, "unconditional UNet2DModel, got UNet2DConditionModel"), (classes, "on classes")):
-        with pytest.raises(ValueError, match=reason):
-            collect(DDIMPipeline(model, tiny_pipeline.scheduler))
+    rows = torch.arange(4)
+    assert recorded.condition(rows, torch.zeros_like(rows))["class_labels"].tolist() == [[k, 1000] for k in range(4)]
 
 
 def test_models_that_cannot_be_recorded_are_refused(tiny_pipeline: DDIMPipeline) -> None:
-    def pipeline(**settings: object) -> DDIMPipeline:
-        config = dict(tiny_pipeline.unet.config) | settings
-        return DDIMPipeline(UNet2DModel.from_config(config), tiny_pipeline.scheduler)
-
-    with pytest.raises(ValueError, match="predict a variance"):
-        collect(pipeline(out_channels=2))
-    with pytest.raises(ValueError, match="sample_size"):
-        collect(pipeline(sample_size=None))
     with pytest.raises(ValueError, match=r"expected a model in float32, got \['torch.float16'\]"):
         collect(DDIMPipeline(copy.deepcopy(tiny_pipeline.unet).half(), tiny_pipeline.scheduler))
     with torch.no_grad():
@@ -265,11 +329,12 @@ def test_models_that_cannot_be_recorded_are_refused(tiny_pipeline: DDIMPipeline)
 
 
 def test_damaged_and_edited_files_are_refused(tmp_path: Path, tiny_calibration_set: CalibrationSet) -> None:
-    path = tmp_path / "set.safetensors"
-    tiny_calibration_set.save(path)
+    path = tmp_path / "old.safetensors"
+    names = ("trajectory", "timestep", "model_output", "manifest")
+    save_checkpoint(path, {name: getattr(tiny_calibration_set, name) for name in names} | {"conditioning": {}})
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="set.safetensors.*damaged"):
+    with pytest.raises(ValueError, match="old.safetensors.*damaged"):
         CalibrationSet.load(path)
     path.write_bytes(whole)
     with safe_open(path, "pt") as file:
@@ -277,13 +342,70 @@ def test_damaged_and_edited_files_are_refused(tmp_path: Path, tiny_calibration_s
     largest = max(tensors, key=lambda name: tensors[name].numel())
     tensors[largest] = tensors[largest] * 1.5
     save_file(tensors, path, metadata=metadata)
-    with pytest.raises(ValueError, match="set.safetensors.*damaged"):
+    with pytest.raises(ValueError, match="old.safetensors.*damaged"):
         CalibrationSet.load(path)
 
 
-def test_a_resume_file_is_not_a_calibration_set(tmp_path: Path) -> None:
-    from diffusers_pqcad.compression.checkpoint import save_checkpoint
+@pytest.mark.parametrize("cut", [-100, -3000, 100])
+def test_folders_with_a_damaged_file_are_refused(
+    tmp_path: Path, tiny_calibration_set: CalibrationSet, cut: int
+) -> None:
+    tiny_calibration_set.save(tmp_path / "set")
+    for name in ("data.arrow", "calibration.safetensors"):
+        path = tmp_path / "set" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=f"{name}.*(damaged|expected 16 trajectories)"):
+            CalibrationSet.load(tmp_path / "set")
+        path.write_bytes(whole)
+    CalibrationSet.load(tmp_path / "set")
 
+
+def test_a_recording_that_is_killed_leaves_no_set(
+    tmp_path: Path, tiny_pipeline: DDIMPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, count = Recorder.take, itertools.count()
+
+    def dying(self: Recorder, *args: Any) -> Any:
+        if next(count) == 1:
+            raise KeyboardInterrupt
+        return take(self, *args)
+
+    folder = tmp_path / "set"
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "take", dying)
+        with pytest.raises(KeyboardInterrupt):
+            collect(tiny_pipeline, batch_size=2, output_dir=folder)
+    assert not folder.exists()
+    collect(tiny_pipeline, batch_size=2, output_dir=folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_resume_file_is_not_a_calibration_set(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "resume", {"step": 1})
     with pytest.raises(ValueError, match="not a calibration set"):
         CalibrationSet.load(tmp_path / "resume")
+
+
+def test_a_students_pipeline_is_told_its_steps() -> None:
+    kind = PIPELINES["sd3"]
+    pipeline = kind.build()
+    calibration = collect_calibration_set(
+        pipeline, kind.inputs, num_inference_steps=4, seed=1, progress=False, **kind.arguments
+    )
+    arguments = calibration.student_arguments(pipeline)
+    assert arguments["num_inference_steps"] == 2
+    pipeline.scheduler.set_timesteps(sigmas=arguments["sigmas"])
+    grid = calibration.grid()
+    torch.testing.assert_close(pipeline.scheduler.sigmas.double(), grid.sigma[[0, 2, 4]], atol=1e-6, rtol=0)
+    torch.testing.assert_close(pipeline.scheduler.timesteps, grid.timestep[::2], atol=1e-3, rtol=0)
+
+
+def test_the_grids_of_ddim_nest_and_a_pipeline_without_sigmas_has_no_students(
+    tiny_pipeline: DDIMPipeline, tiny_calibration_set: CalibrationSet
+) -> None:
+    assert tiny_calibration_set.student_arguments(tiny_pipeline) == {"num_inference_steps": 2}
+    flow = copy.copy(tiny_calibration_set)
+    flow.manifest = flow.manifest | {"scheduler_class": "FlowMatchEulerDiscreteScheduler", "mu": None}
+    with pytest.raises(ValueError, match="DDIMPipeline: it does not take `sigmas`"):
+        flow.student_arguments(tiny_pipeline)

@@ -4,8 +4,11 @@ import copy
 import itertools
 import threading
 from bisect import bisect_right
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from diffusers_pqcad.compression.fake_quant import (
     fake_quant_layers,
     fake_quant_state,
     freeze_,
+    half_way,
     input_quantizers,
     latent_weight,
     load_fake_quant_state_,
@@ -58,12 +62,17 @@ def prepared(tiny_unet: UNet2DModel) -> UNet2DModel:
 @pytest.fixture
 def calibrated(prepared: UNet2DModel, tiny_calibration_set: CalibrationSet) -> UNet2DModel:
     """`prepared` with static activation ranges in two groups."""
-    calibrate_activations_(prepared, steps_of(tiny_calibration_set), num_groups=2)
+    calibrate_activations_(prepared, running(prepared, steps_of(tiny_calibration_set)), num_groups=2)
     return prepared
 
 
 def steps_of(calibration: CalibrationSet) -> list[tuple[int, Tensor]]:
     return [(int(t), calibration.trajectory[:, index]) for index, t in enumerate(calibration.timestep)]
+
+
+def running(model: nn.Module, steps: Sequence[tuple[int | float, Tensor]]) -> list[Any]:
+    """Each timestep, and what runs `model` there."""
+    return [(timestep, partial(model, sample, timestep)) for timestep, sample in steps]
 
 
 def call(model: nn.Module, sample: Tensor, timestep: Tensor | int) -> Tensor:
@@ -123,7 +132,7 @@ def test_copies_are_independent(calibrated: UNet2DModel) -> None:
         for layer in fake_quant_layers(trained).values():
             latent_weight(layer).add_(1)
             set_bits_(layer, 2)
-    calibrate_activations_(trained, [(999, sample), (499, sample)])
+    calibrate_activations_(trained, running(trained, [(999, sample), (499, sample)]))
     assert torch.equal(call(calibrated, sample, timestep), expected)
     assert all(torch.equal(tensor, state[name]) for name, tensor in calibrated.state_dict().items())
     again = copy.deepcopy(calibrated)  # and the original can still be copied and converted
@@ -270,7 +279,7 @@ def test_seven_bits_of_activations_end_at_127(tiny_unet: UNet2DModel, tiny_calib
     coarse = prepare_(copy.deepcopy(tiny_unet), config, mixed_bits(tiny_unet, config))
     fine = prepare_(copy.deepcopy(tiny_unet), PQCADConfig(), mixed_bits(tiny_unet, config))
     for model in (coarse, fine):
-        calibrate_activations_(model, steps_of(tiny_calibration_set))
+        calibrate_activations_(model, running(model, steps_of(tiny_calibration_set)))
     for ours, others in zip(input_quantizers(coarse), input_quantizers(fine), strict=True):
         torch.testing.assert_close(ours.scale, others.scale * 255 / 127)
         assert ours.zero_point.max() <= 127
@@ -297,7 +306,7 @@ def test_static_ranges_are_the_extremes_of_each_group(
         call(prepared, sample, current)
     for hook in hooks:
         hook.remove()
-    boundaries = calibrate_activations_(prepared, steps_of(tiny_calibration_set), num_groups=2)
+    boundaries = calibrate_activations_(prepared, running(prepared, steps_of(tiny_calibration_set)), num_groups=2)
     assert len(boundaries) == 1
     for name, layer in fake_quant_layers(prepared).items():
         quantizer = layer.input_fake_quantize
@@ -314,7 +323,7 @@ def test_static_ranges_are_the_extremes_of_each_group(
 
 
 def test_boundaries_are_half_way_and_half_open(prepared: UNet2DModel, tiny_calibration_set: CalibrationSet) -> None:
-    boundaries = calibrate_activations_(prepared, steps_of(tiny_calibration_set))
+    boundaries = calibrate_activations_(prepared, running(prepared, steps_of(tiny_calibration_set)))
     assert boundaries == [374, 624, 874]  # one group for each step of (999, 749, 499, 249)
     assert timestep_boundaries(prepared) == boundaries
     seen = watch_groups(prepared, [])
@@ -324,20 +333,52 @@ def test_boundaries_are_half_way_and_half_open(prepared: UNet2DModel, tiny_calib
 
 
 def test_neighbouring_timesteps_fall_on_their_own_sides(prepared: UNet2DModel) -> None:
-    assert calibrate_activations_(prepared, [(t, torch.randn(1, 1, 8, 8)) for t in (5, 4, 2)]) == [3, 5]
+    assert calibrate_activations_(prepared, running(prepared, [(t, torch.randn(1, 1, 8, 8)) for t in (5, 4, 2)])) == [
+        3,
+        5,
+    ]
+
+
+def test_flow_matching_has_boundaries_between_its_own_timesteps(prepared: UNet2DModel) -> None:
+    steps = [(t, torch.randn(1, 1, 8, 8)) for t in (1000.0, 857.25, 600.5)]
+    boundaries = calibrate_activations_(prepared, running(prepared, steps))
+    assert boundaries == [(857.25 + 600.5) / 2, (1000 + 857.25) / 2]
+    seen = watch_groups(prepared, [])
+    for timestep, group in ((600.5, 0), (728.8, 0), (728.9, 1), (857.25, 1), (1000.0, 2)):
+        call(prepared, torch.randn(1, 1, 8, 8), torch.tensor(timestep))
+        assert seen.pop() == group, timestep
+
+
+def test_the_order_of_the_timesteps_changes_nothing(prepared: UNet2DModel) -> None:
+    steps = [(t, size * torch.randn(1, 1, 8, 8)) for t, size in ((0.9, 9.0), (0.5, 3.0), (0.1, 1.0))]
+    other = copy.deepcopy(prepared)
+    assert calibrate_activations_(prepared, running(prepared, steps)) == calibrate_activations_(
+        other, running(other, steps[::-1])
+    )
+    for one, two in zip(input_quantizers(prepared), input_quantizers(other), strict=True):
+        assert torch.equal(one.scale, two.scale)
+        assert torch.equal(one.zero_point, two.zero_point)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "middle"), [(4, 2, 3), (5, 4, 5), (999, 749, 874), (5.0, 4, 4.5), (0.5, 0.25, 0.375)]
+)
+def test_the_middle_of_two_timesteps(one: float, other: float, middle: float) -> None:
+    assert half_way(one, other) == half_way(other, one) == middle
+    assert type(half_way(one, other)) is type(middle)
 
 
 def test_one_step_makes_one_group(prepared: UNet2DModel) -> None:
-    assert calibrate_activations_(prepared, [(999, torch.randn(1, 1, 8, 8))]) == []
+    assert calibrate_activations_(prepared, running(prepared, [(999, torch.randn(1, 1, 8, 8))])) == []
     assert timestep_boundaries(prepared) == []
     assert input_quantizers(prepared)[0].scale.shape == (1,)
 
 
 def test_calibrating_again_replaces_the_ranges(calibrated: UNet2DModel) -> None:
     sample = torch.randn(4, 1, 8, 8)
-    calibrate_activations_(calibrated, [(999, sample), (499, 10 * sample), (249, sample)])
+    calibrate_activations_(calibrated, running(calibrated, [(999, sample), (499, 10 * sample), (249, sample)]))
     first = {name: tensor.clone() for name, tensor in calibrated.state_dict().items()}
-    calibrate_activations_(calibrated, [(999, sample), (499, 10 * sample), (249, sample)])
+    calibrate_activations_(calibrated, running(calibrated, [(999, sample), (499, 10 * sample), (249, sample)]))
     assert all(torch.equal(tensor, first[name]) for name, tensor in calibrated.state_dict().items())
     assert type(calibrated).__bases__ == (UNet2DModel,)
 
@@ -347,7 +388,7 @@ def test_a_layer_that_is_never_called_is_named(prepared: UNet2DModel) -> None:
     attention = copy.deepcopy(prepared.up_blocks[0].attentions[0])
     prepared.spare = attention
     with pytest.raises(ValueError, match="never calls this layer"):
-        calibrate_activations_(prepared, [(999, torch.randn(1, 1, 8, 8))])
+        calibrate_activations_(prepared, running(prepared, [(999, torch.randn(1, 1, 8, 8))]))
 
 
 @given(
@@ -399,7 +440,7 @@ def test_state_restores_bits_ranges_and_weights(calibrated: UNet2DModel, tiny_un
     twin = copy.deepcopy(calibrated)
     for layer in fake_quant_layers(twin).values():
         set_bits_(layer, 8)
-    calibrate_activations_(twin, [(999, 3 * sample), (700, sample), (499, sample), (1, sample)])
+    calibrate_activations_(twin, running(twin, [(999, 3 * sample), (700, sample), (499, sample), (1, sample)]))
     load_fake_quant_state_(twin, state)
     assert torch.equal(call(twin, sample, timestep), expected)
     assert bits_by_module(twin) == bits_by_module(calibrated)
@@ -410,7 +451,7 @@ def test_state_restores_dynamic_ranges_too(prepared: UNet2DModel, tiny_calibrati
     state = copy.deepcopy(fake_quant_state(prepared))
     sample = torch.randn(2, 1, 8, 8)
     expected = call(prepared, sample, 500)
-    calibrate_activations_(prepared, steps_of(tiny_calibration_set))
+    calibrate_activations_(prepared, running(prepared, steps_of(tiny_calibration_set)))
     load_fake_quant_state_(prepared, state)
     assert torch.equal(call(prepared, sample, 500), expected)
     assert timestep_boundaries(prepared) is None
@@ -425,7 +466,7 @@ def test_packed_layers_compute_the_same(
             latent_weight(layer).mul_(1.01)
             weight_quantizer(layer).scale.mul_(0.9)
     if static:
-        calibrate_activations_(prepared, steps_of(tiny_calibration_set), num_groups=2)
+        calibrate_activations_(prepared, running(prepared, steps_of(tiny_calibration_set)), num_groups=2)
     enable_activations_(prepared, True)
     packed = convert_(copy.deepcopy(prepared))
     layers = fake_quant_layers(prepared)

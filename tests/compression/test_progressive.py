@@ -3,17 +3,21 @@
 import copy
 import dataclasses
 import json
+import math
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDIMScheduler, UNet2DModel
+from pipelines import PIPELINES
 from scipy.stats import gmean
 from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, ProgressiveConfig, convert_, progressive_quantize
 from diffusers_pqcad.compression import progressive as progressive_module
-from diffusers_pqcad.compression.calibration import CalibrationSet
+from diffusers_pqcad.compression.calibration import CalibrationSet, unconditional_set
 from diffusers_pqcad.compression.checkpoint import clone_state, load_checkpoint, model_hash, save_checkpoint
 from diffusers_pqcad.compression.fake_quant import (
     at_bits,
@@ -27,17 +31,19 @@ from diffusers_pqcad.compression.fake_quant import (
 )
 from diffusers_pqcad.compression.progressive import (
     WEIGHT_BITS,
-    Batches,
     History,
     ProgressiveQuantizer,
     image_error,
     output_error,
+    passes_of,
     trajectory_error,
     transition_prices,
     weight_prices,
     weighted_error,
 )
 from diffusers_pqcad.compression.reconstruction import ReconstructionConfig, UnitResult
+from diffusers_pqcad.compression.recording import collect_calibration_set
+from diffusers_pqcad.compression.schedulers import deterministic_scheduler
 from diffusers_pqcad.kernels import use
 from diffusers_pqcad.loading.convert import match_modules, with_model_exemptions
 from diffusers_pqcad.numerics.allocation import BitController, Move
@@ -62,7 +68,9 @@ def quantize(
 
 def as_recorded_with(model: nn.Module, calibration: CalibrationSet) -> CalibrationSet:
     """The set, claiming to be recorded with `model`."""
-    return dataclasses.replace(calibration, manifest=calibration.manifest | {"model_hash": model_hash(model)})
+    other = copy.copy(calibration)
+    other.manifest = calibration.manifest | {"model_hash": model_hash(model)}
+    return other
 
 
 def same_state(a: nn.Module, b: nn.Module) -> bool:
@@ -88,31 +96,14 @@ def test_weighted_error_by_hand() -> None:
 
 
 @pytest.mark.fast
-def test_batches_are_recorded_tuples_and_a_function_of_the_seed(tiny_calibration_set: CalibrationSet) -> None:
-    sample, timestep, output, weight = Batches(tiny_calibration_set).draw(50, 3)
-    gains = tiny_calibration_set.gains()
-    grid = tiny_calibration_set.timestep.tolist()
-    for i in range(50):
-        step = grid.index(int(timestep[i]))
-        matches = (tiny_calibration_set.trajectory[:, step] == sample[i]).flatten(1).all(dim=1).nonzero().flatten()
-        assert len(matches) == 1
-        assert torch.equal(output[i], tiny_calibration_set.model_output[matches[0], step])
-        assert weight[i] == gains[step] ** 2
-    assert set(timestep.tolist()) == set(grid)
-    again = Batches(tiny_calibration_set).draw(50, 3)
-    assert all(torch.equal(a, b) for a, b in zip((sample, timestep, output, weight), again, strict=True))
-    assert not torch.equal(sample, Batches(tiny_calibration_set).draw(50, 4)[0])
-
-
-@pytest.mark.fast
 def test_output_error_of_the_recorded_model_is_nothing(
     tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet
 ) -> None:
-    batch = Batches(tiny_calibration_set).draw(20, 0)
-    assert output_error(tiny_unet, batch, batch_size=7) < 1e-10
+    calls, denoiser = tiny_calibration_set.draw(20, 0), tiny_calibration_set.denoiser(tiny_unet)
+    assert output_error(denoiser, calls, batch_size=7) < 1e-10
     with torch.no_grad():
         tiny_unet.conv_out.bias.add_(0.5)
-    assert output_error(tiny_unet, batch, batch_size=7) == pytest.approx(0.25 * batch[3].mean().item(), rel=1e-3)
+    assert output_error(denoiser, calls, batch_size=7) == pytest.approx(0.25 * calls.weight.mean().item(), rel=1e-3)
 
 
 @pytest.mark.fast
@@ -122,10 +113,11 @@ def test_one_lost_trajectory_does_not_decide_the_trajectory_error(
     """A state that is twice as close everywhere else stays the better one."""
     errors = []
     for scale, lost in ((0.02, False), (0.01, True)):
-        calibration = copy.deepcopy(tiny_calibration_set)
-        calibration.trajectory[:, 1:] *= 1 + scale
+        trajectory = tiny_calibration_set.trajectory
+        trajectory[:, 1:] *= 1 + scale
         if lost:
-            calibration.trajectory[0, 1:] *= -1
+            trajectory[0, 1:] *= -1
+        calibration = unconditional_set(trajectory, tiny_calibration_set.model_output, tiny_calibration_set.manifest)
         errors.append(trajectory_error(tiny_unet, calibration, 4))
     assert errors[1] < errors[0]
 
@@ -135,7 +127,7 @@ def test_trajectory_error_compares_the_steps_that_both_grids_share(
     tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet
 ) -> None:
     assert trajectory_error(tiny_unet, tiny_calibration_set, 4) < 1e-10
-    scheduler = tiny_calibration_set.scheduler()
+    scheduler = DDIMScheduler(**tiny_calibration_set.manifest["scheduler"])
     scheduler.set_timesteps(2)
     recorded = tiny_calibration_set.trajectory.double()
     sample, errors = tiny_calibration_set.trajectory[:, 0], []
@@ -157,12 +149,12 @@ def test_a_price_is_what_one_transition_does_to_the_output(
     layers = match_modules(tiny_unet, config)
     controller = BitController({name: layer.weight.numel() for name, layer in layers.items()}, (8, 4))
     prepare_(tiny_unet, config, controller.bits)
-    batch = Batches(tiny_calibration_set).draw(4, 0)
-    state = clone_state(tiny_unet)
-    prices = transition_prices(tiny_unet, freeze_(copy.deepcopy(tiny_unet)), controller, batch)
+    calls, state = tiny_calibration_set.draw(4, 0), clone_state(tiny_unet)
+    frozen = tiny_calibration_set.denoiser(freeze_(copy.deepcopy(tiny_unet)))
+    prices = transition_prices(tiny_unet, frozen, controller, calls)
     assert all(torch.equal(value, state[name]) for name, value in tiny_unet.state_dict().items())
     assert prices.keys() == layers.keys()
-    name, (sample, timestep, _, weight) = "mid_block.resnets.0.conv2", batch
+    name, sample, timestep, weight = "mid_block.resnets.0.conv2", calls.state, calls.timestep, calls.weight
     with torch.no_grad():
         before = tiny_unet(sample, timestep).sample
         with at_bits(fake_quant_layers(tiny_unet)[name], 4):
@@ -256,7 +248,10 @@ def test_pq_beats_one_fixed_width_of_the_same_bits(
     prepare_(tiny_unet, W4, dict.fromkeys(match_modules(tiny_unet, W4), 4))
     calibrate_activations_(
         tiny_unet,
-        [(int(t), tiny_calibration_set.trajectory[:14, i]) for i, t in enumerate(tiny_calibration_set.timestep)],
+        [
+            (int(t), partial(tiny_unet, tiny_calibration_set.trajectory[:14, i], t))
+            for i, t in enumerate(tiny_calibration_set.timestep)
+        ],
     )
     assert average(tiny_unet) == 4 >= average(model)
     assert error < 0.8 * trajectory_error(tiny_unet, held_out, 4)
@@ -288,6 +283,33 @@ def test_one_reachable_width_needs_no_moves(
 
 def runner(model: UNet2DModel, calibration: CalibrationSet, settings: ProgressiveConfig) -> ProgressiveQuantizer:
     return ProgressiveQuantizer(model, calibration, W4, settings)
+
+
+def test_a_round_may_measure_a_share_of_the_prices(
+    tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig
+) -> None:
+    run = runner(tiny_unet, tiny_calibration_set, dataclasses.replace(quick_progressive, price_share=0.25))
+    every = list(run.controller.num_weights)
+    assert run.priced_layers(0, 0) == every  # nothing is known yet
+    run.observe(0, 0)
+    assert list(run.perturbations) == every
+    known = {name: run.controller.price(name, 8) for name in every}
+    shares = [run.priced_layers(0, index) for index in (1, 2)]
+    assert [len(share) for share in shares] == [math.ceil(len(every) / 4)] * 2
+    assert shares[0] != shares[1]
+    assert shares == [run.priced_layers(0, index) for index in (1, 2)]  # the same after a kill
+    run.observe(0, 1)
+    assert list(run.perturbations) == shares[0]
+    for name in every:  # the others keep what they had
+        assert (run.controller.price(name, 8) != known[name]) == (name in shares[0])
+
+
+def test_the_budget_is_met_with_a_share_of_the_prices(
+    tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig
+) -> None:
+    history = quantize(tiny_unet, tiny_calibration_set, quick_progressive, price_share=0.25)
+    assert history.summary["average_bits"] <= 4
+    assert len(history.rounds[1]["price"]) < len(history.rounds[0]["price"])
 
 
 def test_a_roll_back_restores_bits_weights_and_scales(
@@ -381,6 +403,79 @@ def test_the_budget_is_met_even_if_every_round_is_rolled_back(
     assert all(len(entry["rolled_back"]) == len(entry["moves"]) for entry in rounds)
     assert average(tiny_unet) <= 4
     assert bits_by_module(tiny_unet) == history.summary["bits"]
+
+
+# Models with conditions
+
+
+def recorded_with(kind: str) -> tuple[Any, CalibrationSet]:
+    """The denoiser of a tiny pipeline, and 6 trajectories of 2 steps of it."""
+    pipeline, about = PIPELINES[kind].build(), PIPELINES[kind]
+    pipeline.scheduler = deterministic_scheduler(pipeline.scheduler)[0]
+    calibration = collect_calibration_set(
+        pipeline, about.inputs[:6], num_inference_steps=2, seed=0, progress=False, **about.arguments
+    )
+    return getattr(pipeline, about.denoiser), calibration
+
+
+@pytest.mark.parametrize("kind", ["sd", "flux", "wan", "dit"])
+def test_models_with_conditions_are_quantized(kind: str, quick_progressive: ProgressiveConfig) -> None:
+    model, calibration = recorded_with(kind)
+    _, held_out = calibration.split()
+    assert trajectory_error(model, held_out, 2) < 1e-9
+    history = quantize(model, calibration, quick_progressive)
+    assert 3.5 < average(model) <= 4
+    assert history.summary["trajectory_error"] == pytest.approx(trajectory_error(model, held_out, 2))
+    assert 1e-9 < history.summary["trajectory_error"] < 1
+    assert any(unit["name"] != "bias correction" for unit in history.units)
+    assert all(quantizer.enabled and quantizer.scale is not None for quantizer in input_quantizers(model))
+
+
+@pytest.mark.fast
+@torch.no_grad()
+def test_prices_and_errors_are_those_of_the_guided_output() -> None:
+    model, calibration = recorded_with("sd")
+    calls, name = calibration.draw(5, 0), "mid_block.resnets.0.conv2"
+    layers = match_modules(model, PQCADConfig(modules_to_not_convert=["down_blocks", "up_blocks"]))
+    config = PQCADConfig(bit_choices=(8, 4), weight_bits=4, modules_to_not_convert=["down_blocks", "up_blocks"])
+    controller = BitController({name: layer.weight.numel() for name, layer in layers.items()}, (8, 4))
+    prepare_(model, config, controller.bits)
+
+    def guided() -> Tensor:
+        text, state = calls.condition["encoder_hidden_states"], calls.state
+        without, prompted = (
+            model(state, calls.timestep, encoder_hidden_states=text[:, index]).sample for index in (0, 1)
+        )
+        return without + 5 * (prompted - without)
+
+    def error(output: Tensor, wanted: Tensor) -> float:
+        return ((output.double() - wanted.double()).square().mean(dim=(1, 2, 3)) * calls.weight).mean().item()
+
+    before = guided()
+    assert output_error(calibration.denoiser(model), calls) == pytest.approx(error(before, calls.output), rel=1e-3)
+    with at_bits(fake_quant_layers(model)[name], 4):
+        after = guided()
+    frozen = calibration.denoiser(freeze_(copy.deepcopy(model)))
+    prices = transition_prices(model, frozen, controller, calls)
+    assert prices[name] == pytest.approx(error(after, before), rel=1e-3)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("kind", ["sd", "wan"])
+@torch.no_grad()
+def test_the_passes_of_a_step_are_its_calls(kind: str) -> None:
+    """Guided in one call of two branches, and in two calls."""
+    model, calibration = recorded_with(kind)
+    calls, rows = calibration.draw(5, 0), torch.tensor([3, 0, 4])
+    passes = passes_of(calibration.denoiser(model), calls)
+    assert [one.branches for one in passes] == {"sd": [2], "wan": [1, 1]}[kind]
+    parts = torch.cat([one.run(model, rows) for one in passes]).chunk(2)
+    output = sum(weight * part for weight, part in zip(calibration.plan.weights, parts, strict=True))
+    torch.testing.assert_close(output, calls.output[rows], rtol=1e-4, atol=1e-4)
+    other = copy.deepcopy(model).requires_grad_(False)
+    for parameter in other.parameters():
+        parameter.mul_(0.5)
+    assert not torch.allclose(passes[0].run(other, rows), passes[0].run(model, rows), atol=1e-3)
 
 
 # Ablations
@@ -549,6 +644,8 @@ def test_a_budget_out_of_reach_is_refused(
         ({"rounds_per_stage": 0}, "rounds_per_stage: expected at least 1, got 0"),
         ({"reconstruction_samples": 3}, "reconstruction_samples: expected at least 8, got 3"),
         ({"trust": float("nan")}, "trust: expected at least 0, got nan"),
+        ({"price_share": 0.0}, "price_share: expected a share above 0 and up to 1, got 0.0"),
+        ({"round_share": 1.5}, "round_share: expected a share above 0 and up to 1, got 1.5"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(change: dict[str, object], message: str) -> None:

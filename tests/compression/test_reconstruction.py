@@ -15,6 +15,7 @@ from diffusers_pqcad import PQCADConfig
 from diffusers_pqcad.compression.checkpoint import clone_state
 from diffusers_pqcad.compression.fake_quant import fake_quant_layers, prepare_
 from diffusers_pqcad.compression.reconstruction import (
+    Pass,
     ReconstructionConfig,
     UnitIO,
     capture_io,
@@ -51,6 +52,11 @@ def batch(count: int = 64) -> tuple[Tensor, Tensor, Tensor]:
     return sample, torch.randint(0, 1000, (count,), generator=generator), torch.rand(count, generator=generator) + 0.5
 
 
+def passes(sample: Tensor, timestep: Tensor, weight: Tensor) -> tuple[list[Pass], Tensor]:
+    """One pass of a model with these samples, and their weights."""
+    return [Pass(lambda network, rows: network(sample[rows], timestep[rows]))], weight
+
+
 def test_every_searched_layer_is_in_exactly_one_unit(model: UNet2DModel) -> None:
     units = find_units(model)
     for layer in fake_quant_layers(model):
@@ -80,7 +86,7 @@ def test_units_without_quantized_layers_are_left_out(reference: UNet2DModel) -> 
 def test_units_come_in_the_order_of_execution(model: UNet2DModel) -> None:
     units = find_units(model)
     sample, timestep, _ = batch(1)
-    order = execution_order(model, units, sample, timestep)
+    order = execution_order(units, lambda: model(sample, timestep))
     assert sorted(order) == sorted(units)
     assert [name.split("_")[0] for name in order] == sorted(
         (name.split("_")[0] for name in order), key=["down", "mid", "up"].index
@@ -115,7 +121,7 @@ def test_captured_inputs_and_targets_are_those_of_a_whole_pass(
         with torch.no_grad():
             network(sample, timestep)
         hook.remove()
-    io = capture_io(model, reference, name, sample, timestep, weight, batch_size=3)
+    io = capture_io(model, reference, name, *passes(sample, timestep, weight), batch_size=3)
     for network, captured in ((model, io.inputs), (reference, io.float_inputs)):
         args, kwargs, _ = seen[network]
         assert io.keywords == tuple(kwargs)
@@ -141,7 +147,7 @@ def test_unit_loss_is_the_weighted_mean_square() -> None:
 
 @pytest.mark.parametrize("name", ["mid_block.resnets.0", "mid_block.attentions.0", "up_blocks.0.upsamplers.0"])
 def test_training_a_unit_lowers_its_held_out_loss(model: UNet2DModel, reference: UNet2DModel, name: str) -> None:
-    io = capture_io(model, reference, name, *batch())
+    io = capture_io(model, reference, name, *passes(*batch()))
     unit = model.get_submodule(name)
     elsewhere = {key: value for key, value in clone_state(model).items() if not key.startswith(name)}
     held_out = slice(56, 64)  # the last eighth
@@ -173,7 +179,7 @@ def test_a_single_layer_is_a_unit_too() -> None:
 @pytest.mark.parametrize("harm", ["rates", "target"])
 def test_training_that_does_not_help_is_undone_exactly(model: UNet2DModel, reference: UNet2DModel, harm: str) -> None:
     name = "mid_block.resnets.0"
-    io, before = capture_io(model, reference, name, *batch()), clone_state(model)
+    io, before = capture_io(model, reference, name, *passes(*batch())), clone_state(model)
     config = dataclasses.replace(CONFIG, iterations=3)
     if harm == "rates":
         config = dataclasses.replace(config, step_rate=1e4, float_rate=1e4)
@@ -187,7 +193,7 @@ def test_training_that_does_not_help_is_undone_exactly(model: UNet2DModel, refer
 
 def test_no_iterations_change_nothing(model: UNet2DModel, reference: UNet2DModel) -> None:
     name = "mid_block.resnets.0"
-    io, before = capture_io(model, reference, name, *batch(16)), clone_state(model)
+    io, before = capture_io(model, reference, name, *passes(*batch(16))), clone_state(model)
     result = reconstruct(model.get_submodule(name), io, dataclasses.replace(CONFIG, iterations=0))
     assert not result.accepted
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -195,7 +201,7 @@ def test_no_iterations_change_nothing(model: UNet2DModel, reference: UNet2DModel
 
 def test_the_result_is_a_function_of_the_seed(model: UNet2DModel, reference: UNet2DModel) -> None:
     name = "mid_block.attentions.0"
-    io = capture_io(model, reference, name, *batch(32))
+    io = capture_io(model, reference, name, *passes(*batch(32)))
     weights = []
     for seed in (1, 1, 2):
         unit = copy.deepcopy(model.get_submodule(name))
@@ -238,7 +244,7 @@ def test_corrected_biases_make_the_mean_outputs_those_of_full_precision(
     without_bias = layers["mid_block.attentions.0.to_q"]
     without_bias.bias = None
     weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-    order = execution_order(model, layers, sample[:1], timestep[:1])
+    order = execution_order(layers, lambda: model(sample[:1], timestep[:1]))
 
     def means(network: UNet2DModel) -> dict[str, Tensor]:
         found = {}
@@ -257,7 +263,7 @@ def test_corrected_biases_make_the_mean_outputs_those_of_full_precision(
         return found
 
     wanted, before = means(reference), means(model)
-    correct_biases_(model, reference, order, sample, timestep)
+    correct_biases_(model, reference, order, lambda network: network(sample, timestep))
     after = means(model)
     for name in order:
         if layers[name] is without_bias:
@@ -400,7 +406,7 @@ def test_both_streams_of_a_block_are_reconstructed(family: str, block: str) -> N
     model, reference = transformers(family)
     name = f"net.{block}"
     assert name in find_units(model)
-    io = capture_io(model, reference, name, *states(64))
+    io = capture_io(model, reference, name, *passes(*states(64)))
     unit, held_out = model.get_submodule(name), slice(56, 64)
 
     def errors() -> list[float]:
@@ -421,7 +427,7 @@ def test_both_streams_of_a_block_are_reconstructed(family: str, block: str) -> N
 def test_a_block_without_a_second_stream_is_compared_on_the_other() -> None:
     model, reference = transformers("SD3")
     name = "net.transformer_blocks.1"  # the last: its text goes nowhere
-    io = capture_io(model, reference, name, *states(32))
+    io = capture_io(model, reference, name, *passes(*states(32)))
     assert io.target[0] is None
     assert io.target[1].shape == (32, 16, 16)
     assert reconstruct(model.get_submodule(name), io, CONFIG).accepted
@@ -439,7 +445,7 @@ def test_tensors_without_a_batch_axis_are_not_cut(count: int, batch_size: int) -
     with torch.no_grad():
         model(*arguments[:2])
     hook.remove()
-    io = capture_io(model, reference, name, *arguments, batch_size=batch_size)
+    io = capture_io(model, reference, name, *passes(*arguments), batch_size=batch_size)
     captured = dict(zip(io.keywords, io.inputs, strict=True))
     for key in ("hidden_states", "encoder_hidden_states", "temb"):
         torch.testing.assert_close(captured[key], seen[key], rtol=1e-4, atol=1e-5)
@@ -486,7 +492,7 @@ def test_nested_arguments_and_outputs() -> None:
     reference, (sample, timestep, weight) = Caller(), vectors(10)
     model = copy.deepcopy(reference)
     prepare_(model, PQCADConfig(activation_bits=None), {"unit.layer": 3})
-    io = capture_io(model, reference, "unit", sample, timestep, weight, batch_size=4)
+    io = capture_io(model, reference, "unit", *passes(sample, timestep, weight), batch_size=4)
     options, scale = io.inputs
     assert (io.keywords, scale) == (("scale",), 2.0)
     assert torch.equal(options["x"], sample)
@@ -516,21 +522,42 @@ def test_nested_arguments_and_outputs() -> None:
 def test_what_has_no_batch_axis_must_not_depend_on_the_batch(caller: Caller, where: str, batch_size: int) -> None:
     caller.unit.forward = lambda options, *, scale=1.0: options["x"]  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=where):
-        capture_io(caller, caller, "unit", *vectors(10), batch_size=batch_size)
+        capture_io(caller, caller, "unit", *passes(*vectors(10)), batch_size=batch_size)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 10])
 def test_a_tensor_of_one_row_has_no_batch_axis(batch_size: int) -> None:
     caller = Caller(shared=lambda sample: torch.arange(4.0)[None])
-    io = capture_io(caller, caller, "unit", *vectors(10), batch_size=batch_size)
+    io = capture_io(caller, caller, "unit", *passes(*vectors(10)), batch_size=batch_size)
     assert torch.equal(io.inputs[0]["more"][1]["table"], torch.arange(4.0)[None])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_all_branches_of_all_calls_are_captured_side_by_side(batch_size: int) -> None:
+    """A step of two calls, the first of two branches: three rows a sample, in the order of the samples."""
+    caller, (sample, timestep, _) = Caller(), vectors(7)
+    weight = torch.rand(7) + 0.5
+
+    def twice(network: nn.Module, rows: Tensor) -> Any:
+        return network(torch.cat([sample[rows], 10 + sample[rows]]), torch.cat([timestep[rows]] * 2))
+
+    calls = [Pass(twice, 2), Pass(lambda network, rows: network(20 + sample[rows], timestep[rows]))]
+    io = capture_io(caller, caller, "unit", calls, weight, batch_size=batch_size)
+    wanted = torch.stack([sample, 10 + sample, 20 + sample], dim=1).flatten(0, 1)
+    assert torch.equal(io.inputs[0]["x"], wanted)
+    assert torch.equal(io.float_inputs[0]["x"], wanted)
+    times = timestep.repeat_interleave(3)[:, None]
+    assert torch.equal(io.inputs[0]["more"][0], wanted * times)
+    assert torch.equal(io.inputs[0]["more"][1]["table"], torch.arange(4.0))
+    assert torch.equal(io.target["pair"][1][0], wanted * times * torch.arange(4.0))
+    assert torch.equal(io.weight, weight.repeat_interleave(3))
 
 
 def test_a_unit_that_returns_nothing_to_compare_is_refused() -> None:
     caller = Caller()
     caller.unit.forward = lambda options, *, scale=1.0: {"none": None}  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="unit: it returns no tensor"):
-        capture_io(caller, caller, "unit", *vectors(10))
+        capture_io(caller, caller, "unit", *passes(*vectors(10)))
 
 
 def test_the_loss_of_two_outputs_is_the_sum_of_theirs() -> None:

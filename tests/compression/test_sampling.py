@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline
 
-from diffusers_pqcad.compression.sampling import denoise, generate, initial_noise, sample_shape
+from diffusers_pqcad.compression.denoiser import Denoiser, states_of
+from diffusers_pqcad.compression.grid import grid_of
+from diffusers_pqcad.compression.sampling import image_generator, initial_noise, sample_shape
 
 pytestmark = pytest.mark.fast
 
@@ -28,34 +30,17 @@ def test_noise_is_standard_normal() -> None:
     assert abs(noise.std().item() - 1) < 4 / (2 * noise.numel()) ** 0.5
 
 
-def test_samples_are_those_of_the_pipeline(tiny_pipeline: DDIMPipeline) -> None:
-    shape = sample_shape(tiny_pipeline.unet)
-    assert shape == (1, 8, 8)
-    noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(7))
-    expected = tiny_pipeline(
-        batch_size=3, generator=torch.Generator().manual_seed(7), num_inference_steps=10, output_type="np"
+def test_the_shape_of_samples(tiny_pipeline: DDIMPipeline) -> None:
+    assert sample_shape(tiny_pipeline.unet) == (1, 8, 8)
+
+
+def test_the_noise_is_what_a_pipeline_draws_from_the_generators(tiny_pipeline: DDIMPipeline) -> None:
+    generators = [image_generator(7, index) for index in range(3)]
+    noise = initial_noise((1, 8, 8), seed=7, start=0, count=3)
+    images = tiny_pipeline(
+        batch_size=3, generator=generators, num_inference_steps=10, output_type="np"
     ).images  # (3, 8, 8, 1) in [0, 1]
-    samples = generate(tiny_pipeline.unet, tiny_pipeline.scheduler, noise, 10)
-    assert np.array_equal((samples / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy(), expected)
-
-
-def test_denoise_yields_every_step(tiny_unet: UNet2DModel, tiny_scheduler: DDIMScheduler) -> None:
-    noise = initial_noise(sample_shape(tiny_unet), seed=0, start=0, count=2)
-    steps = list(denoise(tiny_unet, tiny_scheduler, noise, 5))
-    assert [step.timestep for step in steps] == [999, 799, 599, 399, 199, -1]
-    assert torch.equal(steps[0].sample, noise)
-    for step, following in zip(steps, steps[1:], strict=False):
-        with torch.no_grad():
-            assert torch.equal(step.model_output, tiny_unet(step.sample, step.timestep).sample)
-        moved = tiny_scheduler.step(step.model_output, step.timestep, step.sample).prev_sample
-        assert torch.equal(moved, following.sample)
-    assert torch.equal(steps[-1].sample, generate(tiny_unet, tiny_scheduler, noise, 5))
-    assert steps[-1].model_output.count_nonzero() == 0
-
-
-def test_denoise_leaves_the_callers_gradients_on(tiny_unet: UNet2DModel, tiny_scheduler: DDIMScheduler) -> None:
-    noise = initial_noise(sample_shape(tiny_unet), seed=0, start=0, count=1)
-    for step in denoise(tiny_unet, tiny_scheduler, noise, 2):
-        assert torch.is_grad_enabled()
-        assert not step.sample.requires_grad
-        assert not step.model_output.requires_grad
+    grid = grid_of(tiny_pipeline.scheduler, 10)
+    samples = states_of(Denoiser(tiny_pipeline.unet), grid, noise, lambda step: {})[-1]
+    expected = (samples / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(images, expected, atol=1e-5)

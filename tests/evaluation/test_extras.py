@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipelines import PIPELINES
 
 from diffusers_pqcad import evaluate
 from diffusers_pqcad.evaluation.extras import MissingExtraError, missing, require
-from diffusers_pqcad.evaluation.metrics import bootstrap_interval, kernel_distance
+from diffusers_pqcad.evaluation.metrics import bootstrap_interval, kernel_distance, structural_similarity
+from diffusers_pqcad.publishing import compress
 from diffusers_pqcad.publishing.plots import plot_bits, plot_curves, plot_samples
 
 ROOT = Path(__file__).parents[2]
@@ -124,14 +126,14 @@ def test_an_optional_package_is_imported_in_a_function_that_asks_for_it(path):
 @pytest.mark.parametrize(
     ("path", "name", "packages"),
     [
-        ("examples/distill.py", "main", {"matplotlib", "scipy", "torchmetrics"}),
-        ("examples/train_classifier.py", "main", {"torchmetrics"}),  # and datasets, which is asked for first
-        ("diffusers_pqcad/evaluation/__init__.py", "evaluate", {"scipy", "torchmetrics"}),
+        ("diffusers_pqcad/publishing/compress.py", "compress", {"matplotlib", "scipy", "torchmetrics"}),
+        ("examples/train_classifier.py", "main", {"torchmetrics"}),
+        ("diffusers_pqcad/evaluation/report.py", "evaluate", {"scipy", "torchmetrics"}),
     ],
 )
 def test_long_work_starts_by_asking_for_all_that_it_imports_later(path, name, packages):
     assert required(function(path, name)) == packages
-    assert reachable_imports(function(path, name)) - {"datasets"} == packages
+    assert reachable_imports(function(path, name)) == packages
 
 
 def test_the_packages_of_each_peer_are_those_that_it_imports(monkeypatch):
@@ -174,11 +176,6 @@ def test_peers_that_are_not_installed_are_skipped_at_the_start(monkeypatch, caps
     assert capsys.readouterr().out.startswith("skipped: OpenVINO fp32: not installed: openvino")
 
 
-def test_the_data_set_is_asked_for_before_the_training():
-    assert optional_imports(function("examples/fashion_mnist.py", "load_split")) == {"datasets"}
-    assert required(function("examples/fashion_mnist.py", "idx_folder")) == {"datasets"}
-
-
 @pytest.mark.parametrize(("extra", "scripts"), [("eval", LIBRARY), ("experiments", LIBRARY + SCRIPTS)])
 def test_an_extra_holds_what_is_imported(extra, scripts):
     names = set().union(*(optional_imports(ast.parse(path.read_text())) for path in scripts))
@@ -196,6 +193,7 @@ def test_an_extra_holds_what_is_imported(extra, scripts):
         ("matplotlib", lambda: plot_bits("x.png", [{"bits": {"a": 8}, "average_bits": 8, "rolled_back": []}])),
         ("matplotlib", lambda: plot_curves("x.png", {})),
         ("torchmetrics", lambda: kernel_distance(torch.zeros(4, 2), torch.zeros(4, 2), subset_size=2)),
+        ("torchmetrics", lambda: structural_similarity(torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 8))),
         ("scipy", lambda: bootstrap_interval(torch.ones(4), 1.0)),
     ],
 )
@@ -214,12 +212,20 @@ def test_an_evaluation_asks_before_the_first_sample(module, extractor, monkeypat
         evaluate(None, None, num_images=2, num_inference_steps=2, seed=0, extractor=extractor)
 
 
+def test_an_evaluation_of_pictures_asks_before_the_first_step(monkeypatch):
+    pipeline = PIPELINES["sd"].build()
+    monkeypatch.setattr(pipeline.unet, "forward", lambda *_, **__: pytest.fail("it ran"))
+    hide(monkeypatch, "torchmetrics")
+    with pytest.raises(MissingExtraError, match="torchmetrics: "):
+        evaluate(pipeline, pipeline, ["red cat"], num_images=2, num_inference_steps=2, seed=0)
+
+
 @pytest.mark.parametrize("module", ["matplotlib", "scipy", "torchmetrics"])
 def test_the_main_script_asks_before_it_loads_or_writes(module, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import distill
 
-    monkeypatch.setattr(distill.Run, "load_teacher", lambda run: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(compress, "load_teacher", lambda path: pytest.fail("the teacher was loaded"))
     hide(monkeypatch, module)
     with pytest.raises(MissingExtraError, match=rf"{module}: .*diffusers-pqcad\[train\]"):
         distill.main(["--output_dir", str(tmp_path / "out")])
@@ -230,31 +236,19 @@ def test_without_an_extractor_there_is_no_distance_to_install_for(monkeypatch, t
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import distill
 
-    def loaded(run: object) -> None:
+    def loaded(path: str) -> None:
         raise ValueError("the teacher was loaded")
 
-    monkeypatch.setattr(distill.Run, "load_teacher", loaded)
+    monkeypatch.setattr(compress, "load_teacher", loaded)
     hide(monkeypatch, "torchmetrics")
     with pytest.raises(ValueError, match="the teacher was loaded"):
         distill.main(["--pretrained_model_name_or_path", "my/own", "--output_dir", str(tmp_path / "out")])
 
 
-def test_the_classifier_and_the_teacher_ask_before_they_train(monkeypatch, tmp_path):
+def test_the_classifier_asks_before_it_trains(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import fashion_mnist
     import train_classifier
-    import train_teacher
 
-    monkeypatch.setattr(fashion_mnist, "DEBIAN_DIR", str(tmp_path / "no"))
-    hide(monkeypatch, "datasets")
-    with pytest.raises(MissingExtraError, match=r"datasets: .*diffusers-pqcad\[eval\]"):
-        train_classifier.main(train_classifier.Settings(output_dir=str(tmp_path / "out")))
-    with pytest.raises(MissingExtraError, match=r"datasets: .*diffusers-pqcad\[eval\]"):
-        train_teacher.train(
-            train_teacher.Settings(
-                output_dir=str(tmp_path / "out"), checkpoint_dir=str(tmp_path / "out"), mixed_precision="no"
-            )
-        )
     hide(monkeypatch, "torchmetrics")
     with pytest.raises(MissingExtraError, match=r"torchmetrics: "):
         train_classifier.main(train_classifier.Settings(output_dir=str(tmp_path / "out")))

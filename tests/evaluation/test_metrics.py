@@ -9,6 +9,7 @@ import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 from torchmetrics.image.kid import KernelInceptionDistance
 from torchmetrics.image.psnr import PeakSignalNoiseRatio
 
@@ -19,9 +20,11 @@ from diffusers_pqcad.evaluation.metrics import (
     image_mse,
     kernel_distance,
     median_sqnr_db,
+    picture_psnr_db,
     psnr_db,
     reference_variance,
     sqnr_db,
+    structural_similarity,
     trajectory_error,
 )
 
@@ -262,6 +265,67 @@ class TestSqnrAndPsnr:
             sqnr_db(torch.ones(2, 3), torch.zeros(2, 3))
         with pytest.raises(ValueError, match="data_range=0"):
             psnr_db(images(0), images(1), data_range=0)
+
+
+def pictures(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def near(picture: torch.Tensor) -> torch.Tensor:
+    """`picture` with a tenth of another in it."""
+    return (0.9 * picture + 0.1 * pictures(9, *picture.shape)).to(torch.uint8)
+
+
+def ssim_by_definition(a: torch.Tensor, b: torch.Tensor, window: int) -> float:
+    """Eq. (13) of Wang et al. for (n, C, H, W), by scipy's filters; borders are mirrored."""
+
+    def mean(x: np.ndarray) -> np.ndarray:
+        sigma = 1.5 * window / 11
+        return gaussian_filter(x, (0, 0, sigma, sigma), mode="mirror", radius=(0, 0, window // 2, window // 2))
+
+    x, y = a.double().numpy(), b.double().numpy()
+    c_1, c_2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    covariance = mean(x * y) - mean(x) * mean(y)
+    variances = mean(x * x) - mean(x) ** 2 + mean(y * y) - mean(y) ** 2
+    top = (2 * mean(x) * mean(y) + c_1) * (2 * covariance + c_2)
+    return float((top / ((mean(x) ** 2 + mean(y) ** 2 + c_1) * (variances + c_2))).mean())
+
+
+class TestPictures:
+    @pytest.mark.parametrize(("size", "window"), [((20, 17), 11), ((11, 30), 11), ((10, 9), 9), ((4, 20), 3)])
+    def test_ssim_agrees_with_the_definition(self, size, window):
+        a = pictures(0, 20, 3, *size)  # more than are computed at once
+        expected = ssim_by_definition(a, near(a), window)
+        assert 0.5 < expected < 0.999
+        assert structural_similarity(a, near(a)) == pytest.approx(expected, abs=1e-9)
+
+    def test_ssim_of_a_video_is_the_mean_over_frames(self):
+        a = pictures(0, 3, 4, 3, 16, 16)
+        assert structural_similarity(a, near(a)) == pytest.approx(ssim_by_definition(a[0], near(a)[0], 11), abs=0.05)
+        flat = structural_similarity(a.flatten(0, 1), near(a).flatten(0, 1))
+        assert structural_similarity(a, near(a)) == pytest.approx(flat, abs=1e-9)
+
+    def test_psnr_agrees_with_torchmetrics(self):
+        a = pictures(0, 20, 3, 8, 8)
+        expected = PeakSignalNoiseRatio(data_range=255.0)(near(a).float(), a.float()).item()
+        assert picture_psnr_db(a, near(a)) == pytest.approx(expected, rel=1e-5)
+
+    def test_psnr_worked_example(self):
+        # An error of 255 in one of 100 numbers: 100, or 20 dB.
+        a = torch.zeros(25, 1, 2, 2, dtype=torch.uint8)
+        b = a.clone()
+        b[13, 0, 1, 1] = 255
+        assert picture_psnr_db(a, b) == pytest.approx(20)
+
+    def test_equal_ones(self):
+        a = pictures(0, 9, 3, 16, 16)
+        assert picture_psnr_db(a, a) == math.inf
+        assert structural_similarity(a, a) == pytest.approx(1, abs=1e-12)
+
+    @pytest.mark.parametrize("metric", [picture_psnr_db, structural_similarity])
+    def test_refuses_other_shapes(self, metric):
+        with pytest.raises(ValueError, match="expected the shape of the reference"):
+            metric(pictures(0, 2, 3, 8, 8), pictures(0, 2, 1, 8, 8))
 
 
 class TestBootstrapInterval:

@@ -8,8 +8,24 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub.utils import filter_repo_objects
+from pipelines import PIPELINES
 
-from diffusers_pqcad.publishing.hub import END, START, model_card, results_table, table_notes, write_card
+from diffusers_pqcad.publishing.hub import (
+    END,
+    PUBLISHED_FILES,
+    START,
+    float_layers,
+    input_notes,
+    model_card,
+    own_notes,
+    plain,
+    results_table,
+    shortest,
+    student_call,
+    table_notes,
+    write_card,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -51,7 +67,17 @@ def metrics() -> dict[str, Any]:
             "num_inference_steps": 28,
             "max_train_steps": 313,
         },
+        "teacher_from": "hub",
+        "schedulers": {"recorded": "DDIMScheduler", "own": None},
+        "component": "unet",
+        "other_models": [],
+        "float_layers": ["conv_in", "conv_out"],
+        "student_arguments": {"num_inference_steps": 14},
+        "call_arguments": {},
+        "inputs": None,
+        "shown_inputs": [],
         "calibration_seed": 1_000_047,
+        "num_held_out": 15,
         "pq": {"average_bits": 3.858, "num_rounds": 13, "num_stages": 2, "num_roll_backs": 17},
         "cad": {"best_step": 251, "best_error": 0.02},
         "rows": [
@@ -59,6 +85,25 @@ def metrics() -> dict[str, Any]:
             row("pq", "PQ", sqnr_db=18.282, frechet_distance=6.262),
             row("pq_cad", "PQ + CAD", num_inference_steps=14),
         ],
+    }
+
+
+PROMPT = "a | `b` <!-- pqcad:end -->\n$1 [x](y) *z* &lt; \\"
+
+
+@pytest.fixture
+def conditional(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics of a text-to-image pipeline."""
+    for entry in metrics["rows"]:
+        entry |= {"fidelity_of": "latents", "image_psnr_db": 33.313, "image_ssim": 0.98765}
+    metrics["rows"][0] |= {"image_psnr_db": "inf", "image_ssim": 1.0}
+    inputs = {"kind": "prompt", "num_recorded": 41, "num_measured": 37, "num_shared": 0, "negative_prompt": None}
+    return metrics | {
+        "component": "transformer",
+        "other_models": ["text_encoder", "vae"],
+        "call_arguments": {"guidance_scale": 7.5, "height": 512},
+        "inputs": inputs,
+        "shown_inputs": ["a cat", PROMPT],
     }
 
 
@@ -177,6 +222,10 @@ CHANGES = {
     "settings/num_inference_steps": 34,
     "settings/max_train_steps": 314,
     "calibration_seed": 1_000_048,
+    "num_held_out": 14,
+    "float_layers": ["conv_in"],
+    "teacher_from": "folder",
+    "student_arguments/num_inference_steps": 15,
     "pq/average_bits": 3.7,
     "pq/num_rounds": 14,
     "pq/num_stages": 3,
@@ -218,7 +267,7 @@ def test_every_number_of_the_card_is_measured(metrics: dict[str, Any]) -> None:
     numbers = set(re.findall(r"\d+(?:\.\d+)?", card_of(metrics).split("## Use")[0].split(START)[1]))
     numbers |= set(re.findall(r"\d+(?:\.\d+)?", card_of(metrics).split("## How it was made")[1]))
     measured = "1013 43 26 22 14 28 19 67 2.71 23.31 3.33 7.77 2.00 32.00 3.94 17.17 18.28 16.16 18.18 19.19 5.15 6.26"
-    measured = {*measured.split(), "3.86", "128", "1000047", "13", "2", "17", "211", "313", "251", "61"}
+    measured = {*measured.split(), "3.86", "128", "1000047", "15", "13", "2", "17", "211", "313", "251", "61"}
     measured |= {"7.0", "4", "8", "16"}  # times smaller; W4A8; d=16
     definitions = {"95", "8", "1", "2", "3", "4"}  # interval in per cent; int8; numbers of the list
     assert numbers <= measured | definitions
@@ -289,3 +338,165 @@ def test_new_front_matter_replaces_the_old(metrics: dict[str, Any], tmp_path: Pa
 
 def test_metrics_of_a_file_make_the_same_card(metrics: dict[str, Any]) -> None:
     assert card_of(json.loads(json.dumps(metrics))) == card_of(metrics)
+
+
+@pytest.mark.parametrize(
+    ("settings", "terms"),
+    [
+        ({}, "quantized teacher, full-precision calibration, gate;"),
+        (
+            {"teacher": "fp", "gate": False},
+            "full-precision teacher, full-precision calibration, no gate;",
+        ),
+        ({"teacher": "none"}, "no teacher, full-precision calibration;"),
+        ({"calibration": False}, "quantized teacher, no calibration, gate;"),
+    ],
+)
+def test_the_method_is_that_of_the_settings(metrics: dict[str, Any], settings: dict[str, Any], terms: str):
+    metrics["settings"] |= settings
+    assert terms in model_card(metrics, repo="someone/w4a8", license_id=None)
+
+
+def test_the_table_of_decoded_pictures_by_hand(conditional: dict[str, Any]) -> None:
+    conditional["rows"][1] |= {"image_psnr_db": "inf", "sqnr_median_db": "inf", "sqnr_interval_db": [16.161, "inf"]}
+    header, rule, teacher, pq, student = cells(results_table(conditional))
+    assert header[6:] == ["SQNR dB", "median dB", "picture PSNR dB", "SSIM", "distance"]
+    assert {len(line) for line in (header, rule, teacher, pq, student)} == {11}
+    assert teacher[6:] == ["(reference)", "", "", "", "5.15"]
+    assert pq[6:] == ["18.28 [16.16, inf]", "inf", "inf", "0.9877", "6.26"]
+    assert student[6:] == ["17.17 [16.16, 18.18]", "19.19", "33.31", "0.9877", "5.15"]
+
+
+def test_the_notes_say_of_what_the_fidelity_is(metrics: dict[str, Any], conditional: dict[str, Any]) -> None:
+    notes = table_notes(conditional)
+    assert "SQNR: of the final latents to full precision at 26 steps" in notes
+    assert "Picture PSNR and SSIM: of the decoded pictures" in notes
+    assert "batch 19, of the call without decoding. Speed-up" in notes
+    for entry in metrics["rows"]:  # the same rows, of a pipeline of pixels
+        entry |= {"fidelity_of": "images", "image_psnr_db": None, "image_ssim": None}
+    notes = table_notes(metrics)
+    assert "SQNR: of the final images to full precision" in notes
+    assert "batch 19. Speed-up" in notes
+    assert "decoded" not in notes
+
+
+def test_how_much_faster_than_as_it_is_run_by_hand(metrics: dict[str, Any]) -> None:
+    """A drifting computer: each row is measured against full precision in the same minutes."""
+    own = row("as_you_run_it", "yours (XScheduler)", latency_ms={"median_ms": 30.0}, num_inference_steps=50,
+              reference_latency_ms={"median_ms": 12.0})  # fmt: skip
+    student = row("pq_cad", "PQ + CAD", latency_ms={"median_ms": 4.0}, reference_latency_ms={"median_ms": 8.0})
+    (note,) = own_notes([own, student])
+    assert note.startswith("Against yours (XScheduler), 50 steps, the student is 5.00 times faster.")  # 2.5 / 0.5
+    assert own_notes(metrics["rows"]) == []
+    metrics["rows"].insert(1, own)
+    metrics["rows"][-1] = student
+    assert note in table_notes(metrics)
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({}, "37 prompts, none of which the calibration set was recorded with; guidance_scale 7.5, height 512."),
+        (
+            {"num_shared": 37},
+            "37 prompts, all of which the calibration set was recorded with, and that with other noise; "
+            "guidance_scale 7.5, height 512.",
+        ),
+        (
+            {"num_shared": 3, "num_measured": 4, "kind": "class_labels"},
+            "4 classes, 3 of which the calibration set was recorded with, and that with other noise; guidance_scale "
+            "7.5, height 512.",
+        ),
+        (
+            {"num_measured": 1, "negative_prompt": "no `dog`"},
+            "1 prompt, none of which the calibration set was recorded with; guidance_scale 7.5, height 512, negative "
+            'prompt "no \\`dog\\`".',
+        ),
+    ],
+)
+def test_the_notes_say_what_was_measured_with(conditional: dict[str, Any], changes: dict[str, Any], note: str) -> None:
+    conditional["inputs"] |= changes
+    assert input_notes(conditional) == [f"Inputs: {note}"]
+    assert f"- Inputs: {note}" in card_of(conditional).splitlines()
+
+
+def test_the_card_of_a_text_to_image_pipeline(conditional: dict[str, Any]) -> None:
+    card = card_of(conditional)
+    assert front_matter(card)["pipeline_tag"] == "text-to-image"
+    assert "in W4A8, its transformer 7.0 times smaller, 14 steps" in card
+    assert "That is its `transformer`; as in the original are `text_encoder`, `vae`." in card
+    assert "image = pipe('a cat', num_inference_steps=14, guidance_scale=7.5, height=512).images[0]" in card
+    assert "128 full-precision trajectories of 41 prompts, of 28 steps" in card
+    assert "--config recipe.yaml --prompts_file prompts.txt` (the files are in this repository).\n" in card
+    assert "15 held out.\n" in card
+    conditional["schedulers"]["own"] = "PNDMScheduler"
+    assert "15 held out, by a DDIMScheduler in the place of its PNDMScheduler.\n" in card_of(conditional)
+    conditional["inputs"]["negative_prompt"] = "no dog"
+    assert "pipe('a cat', negative_prompt='no dog', num_inference_steps=14," in card_of(conditional)
+
+
+def test_the_card_of_a_class_conditional_pipeline(conditional: dict[str, Any]) -> None:
+    conditional["inputs"]["kind"] = "class_labels"
+    conditional["shown_inputs"] = [207, 3]
+    card = card_of(conditional)
+    assert "pipeline_tag" not in front_matter(card)  # the Hub has none for it
+    assert front_matter(card)["tags"] == ["pqcad", "quantized", "distillation", "class-conditional", "w4a8"]
+    assert "pipe(class_labels=[207], num_inference_steps=14, guidance_scale=7.5, height=512)" in card
+    assert "\nFrom left to right, classes 207; 3.\n" in card
+    assert "--config recipe.yaml` (the file is in this repository).\n" in card
+
+
+def test_no_prompt_breaks_the_card(conditional: dict[str, Any], tmp_path: Path) -> None:
+    conditional["shown_inputs"] = [PROMPT, "a cat"]
+    conditional["inputs"]["negative_prompt"] = PROMPT
+    write_card(tmp_path, card_of(conditional))
+    card = write_card(tmp_path, card_of(conditional)).read_text()
+    assert card == card_of(conditional)
+    assert card.count(END) == card.count("<!-- pqcad:end") == 1
+    (line,) = [line for line in card.splitlines() if line.startswith("From left to right")]
+    assert line == (
+        'From left to right, prompts "a \\| \\`b\\` &lt;!-- pqcad:end --&gt; \\$1 \\[x\\](y) \\*z\\* '
+        '&amp;lt; \\\\"; "a cat".'
+    )
+    code = card.split("```python\n")[1].split("\n```")[0]
+    called = {}
+    call = re.search(r"^image = pipe(.*)\.images\[0\]$", code, re.MULTILINE).group(1)
+    exec(f"image = pipe{call}", {"pipe": lambda *prompts, **others: called.update(others, prompt=prompts)})
+    assert called["prompt"] == (PROMPT,)
+    assert called["negative_prompt"] == PROMPT
+    assert called["guidance_scale"] == 7.5
+
+
+def test_plain_text_has_no_line_breaks() -> None:
+    assert plain(" a\n\n# b\t_c_ ") == '"a # b \\_c\\_"'
+
+
+def test_sigmas_are_short_and_lead_to_the_same_steps(conditional: dict[str, Any]) -> None:
+    import numpy as np
+
+    sigmas = [(index + 0.123) / 17 for index in range(17)]
+    assert [np.float32(shortest(sigma)) for sigma in sigmas] == [np.float32(sigma) for sigma in sigmas]
+    conditional["student_arguments"] = {"num_inference_steps": 2, "sigmas": [1.0, 0.9000000000000001]}
+    assert student_call(conditional).startswith("'a cat', num_inference_steps=2, sigmas=[1.0, 0.9], guidance")
+    assert conditional["student_arguments"]["sigmas"] == [1.0, 0.9000000000000001]  # metrics.json is as it was
+
+
+def test_the_float_layers_of_repeated_blocks_are_one_name() -> None:
+    assert float_layers([]) == "No Linear or convolution layer stays in floating point."
+    assert float_layers(["conv_in", "up.0.a.1", "up.0.a.2", "up.1.a.1", "x1.b"]) == (
+        "Linear and convolution layers that stay in floating point (5): `conv_in`, `up.*.a.*`, `x1.b`."
+    )
+
+
+def test_how_to_repeat_a_run_of_a_local_teacher(metrics: dict[str, Any]) -> None:
+    assert "with the folder of the teacher" not in card_of(metrics)
+    metrics["teacher_from"] = "folder"
+    assert "(the file is in this repository), with the folder of the teacher as `--pretrained_" in card_of(metrics)
+    assert "base_model" not in front_matter(card_of(metrics))  # its name is somebody's on the Hub
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_all_files_of_a_pipeline_are_published(tmp_path: Path, name: str) -> None:
+    PIPELINES[name].build().save_pretrained(tmp_path)
+    files = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(filter_repo_objects(files, allow_patterns=list(PUBLISHED_FILES))) == sorted(files)

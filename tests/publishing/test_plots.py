@@ -27,6 +27,14 @@ def test_samples(tmp_path: Path, channels: int, count: int) -> None:
     assert_picture(tmp_path / "samples.png")
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 3, 8, 8)])
+def test_titles_are_shown_as_they_are(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Two dollars would be a formula, and one that cannot be read ends hours of work; of videos, the first frame."""
+    images = torch.randint(0, 256, (3, *shape)).to(torch.uint8)
+    plot_samples(tmp_path / "samples.png", {"PQ, 20": images}, ["$ \\frac $", "", "without any space" * 9])
+    assert_picture(tmp_path / "samples.png")
+
+
 def test_every_width_has_a_colour() -> None:
     assert set(BIT_COLOURS) == set(WEIGHT_BITS)
 

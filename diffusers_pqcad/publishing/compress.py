@@ -1,0 +1,506 @@
+"""From a full-precision pipeline to a packed student in half the steps, with its table, card and pictures.
+
+Stages: teacher, recording, PQ, CAD, rows. Each keeps its result in `output_dir`, so the same call goes on after a kill
+and ends with the same weights.
+"""
+
+import copy
+import math
+import os
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+from tqdm.auto import tqdm
+
+from diffusers_pqcad.compression.calibration import CalibrationSet
+from diffusers_pqcad.compression.checkpoint import load_checkpoint, save_checkpoint
+from diffusers_pqcad.compression.denoiser import denoiser_name, pipeline_with
+from diffusers_pqcad.compression.distillation import DistillConfig, distill
+from diffusers_pqcad.compression.fake_quant import convert_, fake_quant_state, freeze_, load_fake_quant_state_
+from diffusers_pqcad.compression.progressive import History, ProgressiveConfig, progressive_quantize
+from diffusers_pqcad.evaluation.extras import require
+from diffusers_pqcad.evaluation.generate import Samples, makes_pixels
+from diffusers_pqcad.evaluation.speed import environment
+from diffusers_pqcad.loading.config import PQCADConfig
+from diffusers_pqcad.loading.convert import quantizable_layers, quantize_
+from diffusers_pqcad.publishing import hub
+from diffusers_pqcad.publishing.pipelines import (
+    Row,
+    Teacher,
+    TeacherSource,
+    call_arguments,
+    check_recording,
+    check_teacher,
+    denoiser_of,
+    extractor_of,
+    inputs_of_run,
+    load_teacher,
+    measure,
+    own_num_inference_steps,
+    prompts_of,
+    record,
+    reference_samples,
+    sample_images,
+    source_of,
+)
+from diffusers_pqcad.publishing.plots import plot_bits, plot_curves, plot_samples
+from diffusers_pqcad.publishing.run_folder import (
+    LOCAL_SETTINGS,
+    PROMPTS_FILE,
+    Site,
+    cached,
+    claim_folder,
+    load_json,
+    note_training,
+    noted_trainings,
+    save_json,
+)
+from diffusers_pqcad.publishing.settings import CompressConfig, Settings, complete, flat
+
+MAX_SHOWN_IMAGES = 12
+
+
+class Arm(NamedTuple):
+    """A student to distil: the key of its files and its row, the name in the table, its settings."""
+
+    key: str
+    name: str
+    config: DistillConfig
+
+
+class Variant(NamedTuple):
+    """A further PQ to run, for a row of the ablations."""
+
+    key: str
+    name: str
+    quantization: PQCADConfig
+    progressive: ProgressiveConfig
+
+
+def compress(
+    run: CompressConfig,
+    quantization: PQCADConfig | None = None,
+    progressive: ProgressiveConfig | None = None,
+    distillation: DistillConfig | None = None,
+    *,
+    bundled: TeacherSource | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Return the metrics of a compressed pipeline, which is saved in `run.output_dir` with its card and pictures.
+
+    `quantization` defaults to an average of 4 bits; `run.seed` is the seed of all parts; `bundled` is the teacher of a
+    run that names none. `progress` shows bars and headings. The folder holds a loadable pipeline, `metrics.json` (what
+    this returns), `history.json` of PQ, `recipe.yaml` (the settings) and `state`, from which the same call goes on.
+    Sets torch's threads and seeds for this process, and TF32 off.
+
+    Raises, before anything is written, ValueError for settings that cannot work, a pipeline that is not supported, or
+    a folder that was begun with other settings; MissingExtraError where a package that is needed later is missing.
+    """
+    settings = complete(run, quantization, progressive, distillation)
+    source = source_of(run, bundled)
+    require("train", "matplotlib", "scipy")  # for what comes last: the intervals and the pictures
+    if source.extractor is not None:
+        require("train", "torchmetrics")
+    prepare_process(run)
+
+    prompts, extractor = prompts_of(run), extractor_of(source)
+    teacher, as_you_run_it = load_teacher(source.path)
+    if not makes_pixels(teacher):
+        require("train", "torchmetrics")  # for the decoded pictures
+    check_teacher(teacher, run, settings.quantization)
+    folder = Path(run.output_dir)
+    claim_folder(folder, settings, prompts)
+    if prompts:
+        run = replace(run, prompts_file=str(folder / PROMPTS_FILE))  # the other one may change meanwhile
+    site = Site(folder / "state", run.train_device, progress)
+
+    site.say(f"calibration set: {run.num_trajectories} full-precision trajectories")
+    calibration = recording(site, teacher, run)
+    site.say(f"progressive quantization to {settings.quantization.weight_bits:g} bits")
+    quantized, history = quantized_model(site, "pq", teacher, calibration, settings.quantization, settings.progressive)
+
+    arms = arms_of(settings.distillation, run.ablations)
+    students, stats = {}, {}
+    for arm in arms:
+        site.say(f"distillation: {arm.name}")
+        students[arm.key], stats[arm.key] = distilled_student(site, arm, teacher, calibration, quantized)
+    variants = variants_of(settings)
+    models = {}
+    for variant in variants:
+        site.say(variant.name)
+        models[variant.key], _ = quantized_model(
+            site, variant.key, teacher, calibration, variant.quantization, variant.progressive
+        )
+
+    in_half = calibration.student_arguments(teacher)
+    rows = [
+        *untrained_rows(teacher, as_you_run_it, settings, in_half),
+        *quantized_rows(teacher, quantized, run.num_inference_steps, in_half),
+        *student_rows(teacher, arms, students, in_half),
+        *variant_rows(teacher, variants, models, run.num_inference_steps),
+    ]
+    measured = measured_rows(site, rows, teacher, run, extractor)
+
+    site.say("saving")
+    metrics = {
+        **metrics_of(site, settings, source, calibration, history, stats["pq_cad"], measured),
+        **pipeline_facts(source, bundled, Teacher(teacher, as_you_run_it), students["pq_cad"]),
+        **call_facts(run, in_half),
+    }
+    save_results(folder, site, metrics, history, rows, run)
+    repo = run.hub_model_id or folder.name  # a local copy is loaded from where the reader put it
+    hub.write_card(folder, hub.model_card(metrics, repo=repo, license_id=source.license))
+    if run.push_to_hub:
+        site.say(f"pushed: {hub.push(folder, run.hub_model_id or '', private=run.hub_private_repo)}")
+    return metrics
+
+
+def prepare_process(run: CompressConfig) -> None:
+    """Set threads, seeds and precision of this process; ValueError where it cannot run as the settings say."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("compress runs in one process so far; start it with `accelerate launch --num_processes 1`.")
+    # In fp32 and where the settings say, whatever the user's Accelerate config does: the figures are for that.
+    # NVIDIA's convolutions would round their inputs to 10 bits.
+    torch.backends.cudnn.allow_tf32 = False
+    accelerator = Accelerator(cpu=run.train_device == "cpu", mixed_precision="no")
+    if run.train_device != accelerator.device.type:
+        raise ValueError(
+            "train_device: expected 'cpu' or the kind of accelerator that torch finds here "
+            f"({accelerator.device.type}), got {run.train_device!r}."
+        )
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(run.num_threads or ours)
+    set_seed(run.seed)
+    if run.push_to_hub:
+        hub.check_access()
+
+
+# Recording and PQ
+
+
+def recording(site: Site, teacher: Any, run: CompressConfig) -> CalibrationSet:
+    """Return the calibration set, recorded or read back."""
+    path = site.state / "calibration"
+    calibration = CalibrationSet.load(path) if path.exists() else record(teacher, run, path, progress=site.progress)
+    check_recording(calibration, teacher)
+    return calibration
+
+
+def quantized_model(
+    site: Site,
+    key: str,
+    teacher: Any,
+    calibration: CalibrationSet,
+    quantization: PQCADConfig,
+    progressive: ProgressiveConfig,
+) -> tuple[nn.Module, History]:
+    """Return the fake-quantized model of a PQ, on the CPU, and its history; its checkpoint is what is kept."""
+    model = copy.deepcopy(denoiser_of(teacher)).to(site.device)
+    path = site.state / f"{key}.safetensors"
+    found = path.stat().st_mtime_ns if path.exists() else None
+    if found is None:
+        note_training(site, key)
+    history = progressive_quantize(
+        model, calibration, quantization, progressive, checkpoint=path, progress=site.progress
+    )
+    if path.stat().st_mtime_ns != found:  # it was not finished before
+        note_training(site, key)
+    return model.to("cpu"), history
+
+
+def variants_of(settings: Settings) -> list[Variant]:
+    """Return the further PQs that the ablations ask for."""
+    if not settings.run.ablations:
+        return []
+    bits = fixed_bits(settings.quantization)
+    plain = replace(settings.progressive, beta=0.0)
+    one_width = replace(settings.quantization, weight_bits=bits, bit_choices=(bits,))
+    return [
+        Variant("pq_no_momentum", "PQ without momentum", settings.quantization, plain),
+        Variant("fixed_reconstructed", f"fixed-bit ({bits}) + reconstruction", one_width, settings.progressive),
+    ]
+
+
+def fixed_bits(quantization: PQCADConfig) -> int:
+    """Return the widest single width within the budget: what PQ is compared with."""
+    return max(bits for bits in quantization.bit_choices if bits <= quantization.weight_bits)
+
+
+# CAD
+
+
+def arms_of(config: DistillConfig, ablations: bool) -> list[Arm]:
+    """Return the student of a run, and those of its ablations, each with its part of CAD changed."""
+    whole = replace(config, teacher="quantized", calibration=True, gate=True)
+    others = [
+        Arm("cad_calibration_only", "CAD: calibration only", replace(whole, teacher="none")),
+        Arm("cad_float_teacher", "CAD: full-precision teacher", replace(whole, teacher="fp")),
+        Arm("cad_no_gate", "CAD: gate off", replace(whole, gate=False)),
+        Arm("cad_no_calibration", "CAD: no calibration, gate off", replace(whole, gate=False, calibration=False)),
+    ]
+    return [Arm("pq_cad", "PQ + CAD", config), *(others if ablations else [])]
+
+
+def distilled_student(
+    site: Site, arm: Arm, teacher: Any, calibration: CalibrationSet, quantized: nn.Module
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Return the student of an arm, fake-quantized and on the CPU, and the statistics of its training."""
+    saved = cached(
+        site.state / f"{arm.key}.safetensors",
+        lambda: trained_student(site, arm, teacher, calibration, quantized),
+        save_checkpoint,
+        load_checkpoint,
+    )
+    student = copy.deepcopy(quantized)
+    load_fake_quant_state_(student, saved["student"])
+    return student, saved["stats"]
+
+
+def trained_student(
+    site: Site, arm: Arm, teacher: Any, calibration: CalibrationSet, quantized: nn.Module
+) -> dict[str, Any]:
+    """Return the state of a student after its training, `student`, and what the training said of itself, `stats`."""
+    student = copy.deepcopy(quantized).to(site.device)
+    speaker = cad_teacher(arm.config, teacher, quantized)
+    if speaker is not None:
+        speaker = speaker.to(site.device)
+    note_training(site, arm.key)
+    log = site.state / f"{arm.key}-log.json"
+    entries = {entry["step"]: entry for entry in load_json(log)} if log.exists() else {}
+    resume = site.state / f"{arm.key}-resume.safetensors"
+    with tqdm(total=arm.config.max_train_steps, desc=arm.key, unit="update", disable=not site.progress) as bar:
+        for entry in distill(student, speaker, calibration, arm.config, checkpoint=resume):
+            bar.update(entry.step - bar.n)
+            if entry.held_out_error is not None:
+                bar.set_postfix(held_out=f"{entry.held_out_error:.2e}", best=f"{entry.best_error:.2e}")
+                entries[entry.step] = asdict(entry)
+                save_json(log, list(entries.values()))
+    return {"student": fake_quant_state(student.to("cpu")), "stats": list(entries.values())}
+
+
+def cad_teacher(config: DistillConfig, teacher: Any, quantized: nn.Module) -> nn.Module | None:
+    """Return the model whose landing points a student learns, a copy: the table measures the teacher on the CPU."""
+    if config.teacher == "none":
+        return None
+    if config.teacher == "fp":
+        return copy.deepcopy(denoiser_of(teacher))
+    return freeze_(copy.deepcopy(quantized))
+
+
+# The table
+
+
+def untrained_rows(teacher: Any, as_you_run_it: Any | None, settings: Settings, in_half: dict[str, Any]) -> list[Row]:
+    """Return the rows of the teacher itself, and of what quantizing it without data gives.
+
+    `as_you_run_it` is the teacher with its own scheduler, where that was replaced; `in_half` what to call a pipeline
+    with in half the steps.
+    """
+    steps, bits = settings.run.num_inference_steps, fixed_bits(settings.quantization)
+    fixed = replace(settings.quantization, method="fixed", weight_bits=bits)
+    rows = [
+        Row("float", "full precision", teacher, steps),
+        row_of("float_half", "full precision", teacher, in_half),
+        Row("fixed", f"fixed-bit ({bits}, round to nearest)", at_load_time(teacher, fixed), steps),
+    ]
+    if as_you_run_it is not None:
+        name = f"full precision, as you run it ({type(as_you_run_it.scheduler).__name__})"
+        own_steps = own_num_inference_steps(as_you_run_it, settings.run)
+        rows.insert(2, Row("as_you_run_it", name, as_you_run_it, own_steps))
+    if settings.run.ablations:
+        name = "progressive, load time (weights alone)"
+        rows.append(Row("load_time", name, at_load_time(teacher, settings.quantization), steps))
+    return rows
+
+
+def row_of(key: str, name: str, pipeline: Any, arguments: dict[str, Any]) -> Row:
+    """Return the row of a pipeline that is called with `arguments`, the number of steps among them."""
+    others = {name: value for name, value in arguments.items() if name != "num_inference_steps"}
+    return Row(key, name, pipeline, arguments["num_inference_steps"], others)
+
+
+def at_load_time(teacher: Any, quantization: PQCADConfig) -> Any:
+    """Return a pipeline like the teacher's, quantized as `from_pretrained` would."""
+    return pipeline_with(teacher, quantize_(copy.deepcopy(denoiser_of(teacher)), quantization))
+
+
+def quantized_rows(teacher: Any, quantized: nn.Module, num_inference_steps: int, in_half: dict[str, Any]) -> list[Row]:
+    """Return the rows of PQ without CAD, in all steps and in half of them."""
+    packed = pipeline_with(teacher, convert_(copy.deepcopy(quantized)))
+    return [
+        Row("pq", "PQ", packed, num_inference_steps),
+        row_of("pq_half", "PQ, not distilled", packed, in_half),
+    ]
+
+
+def student_rows(teacher: Any, arms: list[Arm], students: dict[str, nn.Module], in_half: dict[str, Any]) -> list[Row]:
+    """Return the rows of the students, which are packed in place."""
+    steps = in_half["num_inference_steps"]
+    return [
+        row_of(
+            arm.key, arm.name, pipeline_with(teacher, convert_(students[arm.key], num_inference_steps=steps)), in_half
+        )
+        for arm in arms
+    ]
+
+
+def variant_rows(
+    teacher: Any, variants: list[Variant], models: dict[str, nn.Module], num_inference_steps: int
+) -> list[Row]:
+    """Return the rows of the further PQs, whose models are packed in place."""
+    return [
+        Row(variant.key, variant.name, pipeline_with(teacher, convert_(models[variant.key])), num_inference_steps)
+        for variant in variants
+    ]
+
+
+def measured_rows(
+    site: Site, rows: list[Row], teacher: Any, run: CompressConfig, extractor: Any
+) -> list[dict[str, Any]]:
+    """Return what the table says of each row, measured or read back."""
+    samples = Samples(
+        **cached(
+            site.state / "reference_samples.safetensors",
+            lambda: reference_samples(teacher, run, progress=site.progress)._asdict(),
+            save_checkpoint,
+            load_checkpoint,
+        )
+    )
+    measured = []
+    for row in rows:
+        site.say(f"measuring: {row.name}, {row.num_inference_steps} steps")
+        make = partial(measurement, site, row, teacher, run, samples, extractor)
+        measured.append(cached(site.state / "rows" / f"{row.key}.json", make, save_json, load_json))
+    return measured
+
+
+def measurement(
+    site: Site, row: Row, teacher: Any, run: CompressConfig, samples: Samples, extractor: Any
+) -> dict[str, Any]:
+    """Return what the table says of one row; its model is saved in the folder of the state, and stays there."""
+    report = measure(
+        row,
+        teacher,
+        run,
+        samples=samples,
+        extractor=extractor,
+        weights=site.state / "models" / row.key,
+        progress=site.progress,
+    )
+    return {"key": row.key, "name": row.name} | report
+
+
+# The results
+
+
+def metrics_of(
+    site: Site,
+    settings: Settings,
+    source: TeacherSource,
+    calibration: CalibrationSet,
+    history: History,
+    stats: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Return what `metrics.json` holds, from which tables and cards are written; `stats` are the student's."""
+    best, rounds = stats[-1], history.rounds
+    infinite = {key: "inf" for key, value in flat(settings).items() if value == math.inf}  # JSON has none
+    values = {key: value for key, value in (flat(settings) | infinite).items() if key not in LOCAL_SETTINGS}
+    return {
+        "teacher_id": source.name,
+        "settings": values,
+        "calibration_seed": calibration.manifest["seed"],
+        "num_held_out": len(calibration.split()[1]),
+        "pq": {
+            "average_bits": history.summary["average_bits"],
+            "num_rounds": len(rounds),
+            "num_stages": len({entry["stage"] for entry in rounds}),
+            "num_roll_backs": sum(len(entry["rolled_back"]) for entry in rounds),
+            "bits": history.summary["bits"],
+        },
+        "cad": {
+            "best_step": best["best_step"],
+            "best_error": best["best_error"],
+            "steps": settings.distillation.max_train_steps,
+        },
+        "training": noted_trainings(site),
+        "environment": environment(),
+        "rows": rows,
+    }
+
+
+def pipeline_facts(
+    source: TeacherSource, bundled: TeacherSource | None, teacher: Teacher, student: nn.Module
+) -> dict[str, Any]:
+    """Return where the teacher comes from, which of its models the packed `student` is, and what is as it was."""
+    pipeline, own = teacher
+    is_bundled = bundled is not None and source.path == bundled.path
+    component = denoiser_name(pipeline)
+    models = [name for name, item in pipeline.components.items() if isinstance(item, nn.Module) and name != component]
+    return {
+        "teacher_from": "bundled" if is_bundled else "folder" if Path(source.path).exists() else "hub",
+        "schedulers": {
+            "recorded": type(pipeline.scheduler).__name__,
+            "own": None if own is None else type(own.scheduler).__name__,
+        },
+        "component": component,
+        "other_models": models,
+        "float_layers": list(quantizable_layers(student)),
+    }
+
+
+def call_facts(run: CompressConfig, in_half: dict[str, Any]) -> dict[str, Any]:
+    """Return what a reader needs to call the student as it was measured, and which inputs that was with."""
+    facts: dict[str, Any] = {
+        "student_arguments": in_half,
+        "call_arguments": call_arguments(run),
+        "inputs": None,
+        "shown_inputs": [],
+    }
+    recorded, measured = inputs_of_run(run)
+    if recorded is None or measured is None:
+        return facts
+    kind = "prompt" if run.prompts_file is not None else "class_labels"
+    seen = {item[kind] for item in recorded[: run.num_trajectories]}
+    used = {item[kind] for item in measured[: run.num_images]}
+    count = min(MAX_SHOWN_IMAGES, run.num_images)
+    return facts | {
+        "inputs": {
+            "kind": kind,
+            "num_recorded": len(seen),
+            "num_measured": len(used),
+            "num_shared": len(seen & used),
+            "negative_prompt": run.negative_prompt,
+        },
+        "shown_inputs": [measured[index % len(measured)][kind] for index in range(count)],
+    }
+
+
+def save_results(
+    folder: Path,
+    site: Site,
+    metrics: dict[str, Any],
+    history: History,
+    rows: list[Row],
+    run: CompressConfig,
+) -> None:
+    """Write the student's pipeline, the metrics, the history and the pictures."""
+    by_key = {row.key: row for row in rows}
+    by_key["pq_cad"].pipeline.save_pretrained(folder)
+    save_json(folder / "metrics.json", metrics)
+    history.save(folder / "history.json")
+    assets = folder / "assets"
+    assets.mkdir(exist_ok=True)
+    shown = {"teacher": by_key["float"], "PQ": by_key["pq"], "PQ + CAD": by_key["pq_cad"]}
+    count = min(MAX_SHOWN_IMAGES, run.num_images)
+    grid = {f"{name}, {row.num_inference_steps}": sample_images(row, run, count=count) for name, row in shown.items()}
+    plot_samples(assets / "samples.png", grid, [str(item) for item in metrics["shown_inputs"]])
+    plot_bits(assets / "bits.png", history.rounds)
+    logs = sorted(site.state.glob("*-log.json"))
+    plot_curves(assets / "curves.png", {path.stem.removesuffix("-log"): load_json(path) for path in logs})

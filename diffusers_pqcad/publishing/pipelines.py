@@ -1,0 +1,271 @@
+"""What `compress` does with pipelines: every place that knows their denoiser or their scheduler."""
+
+import inspect
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffusers import DDIMScheduler, DiffusionPipeline
+from torch import Tensor
+
+from diffusers_pqcad.compression.calibration import CalibrationSet, check_takes_sigmas
+from diffusers_pqcad.compression.calling import call_arguments_of, distinct_inputs
+from diffusers_pqcad.compression.denoiser import denoiser_name, with_components
+from diffusers_pqcad.compression.grid import ddim_grid
+from diffusers_pqcad.compression.recording import collect_calibration_set
+from diffusers_pqcad.compression.schedulers import deterministic_scheduler
+from diffusers_pqcad.evaluation import evaluate, generate_images, load_extractor
+from diffusers_pqcad.evaluation.generate import Samples, makes_pixels
+from diffusers_pqcad.loading.config import PQCADConfig
+from diffusers_pqcad.loading.convert import match_modules, with_model_exemptions
+from diffusers_pqcad.publishing.settings import CompressConfig
+
+logger = logging.getLogger(__name__)
+
+CALIBRATION_SEED_OFFSET = 1_000_000  # the images that are measured must not be those that were trained on
+LATENCY_BATCH_SIZE = 8
+PIXEL_BATCH_SIZE, LATENT_BATCH_SIZE = 64, 4  # images of a call, by default
+MAX_OWN_STEPS = 50
+
+
+class Row(NamedTuple):
+    """A row to measure: a pipeline in a number of steps, and what it alone is called with."""
+
+    key: str
+    name: str
+    pipeline: Any
+    num_inference_steps: int
+    arguments: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """Where a teacher comes from, a folder or a repository, and what is known of it: its name, for the card, and more.
+
+    `extractor` is the folder of a feature extractor for its images.
+    """
+
+    path: str
+    name: str
+    extractor: str | None = None
+    license: str | None = None
+
+
+def source_of(run: CompressConfig, bundled: TeacherSource | None = None) -> TeacherSource:
+    """Return the source of the run's teacher: the `bundled` one by default and by any path; settings come first."""
+    path = run.pretrained_model_name_or_path
+    if bundled is not None and (path is None or Path(path).resolve() == Path(bundled.path).resolve()):
+        source = bundled
+    elif path is None:
+        raise ValueError("pretrained_model_name_or_path: expected a folder or a repository of the Hub, got None.")
+    else:
+        source = TeacherSource(path, Path(path).resolve().name if Path(path).exists() else path)
+    return replace(source, extractor=run.extractor or source.extractor, license=run.license or source.license)
+
+
+def extractor_of(source: TeacherSource) -> Any | None:
+    """Return the feature extractor for the teacher's images, or None; ValueError where its folder has none."""
+    if source.extractor is None:
+        return None
+    try:
+        return load_extractor(source.extractor)
+    except FileNotFoundError as error:
+        raise ValueError(f"extractor: {error}") from None
+
+
+class Teacher(NamedTuple):
+    """A full-precision pipeline to compress, and the same as its user runs it where the scheduler was replaced."""
+
+    pipeline: Any
+    as_you_run_it: Any | None
+
+
+def load_teacher(path: str) -> Teacher:
+    """Return the full-precision pipeline of a folder or repository, with a scheduler to record trajectories by.
+
+    Raises ValueError for one that cannot be loaded, one without a single denoiser, and a scheduler that has no such.
+    """
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        where = "cannot be loaded" if Path(path).is_dir() else "no such folder, and not to be had from the Hub"
+        raise ValueError(f"pretrained_model_name_or_path: {path!r}: {where}. {error}") from error
+    denoiser_of(pipeline).eval()
+    scheduler, line = deterministic_scheduler(pipeline.scheduler)
+    if line is None:
+        return Teacher(pipeline, None)
+    logger.warning("%s", line)
+    return Teacher(with_components(pipeline, scheduler=scheduler), pipeline)
+
+
+def denoiser_of(pipeline: Any) -> Any:
+    """Return the model that is compressed."""
+    return getattr(pipeline, denoiser_name(pipeline))
+
+
+def own_num_inference_steps(pipeline: Any, run: CompressConfig) -> int:
+    """Return the steps in which `pipeline` is measured as its user runs it: its own default, unless the run says.
+
+    At most MAX_OWN_STEPS of them: DDPM's thousand would take longer than all the rest.
+    """
+    default = inspect.signature(type(pipeline).__call__).parameters["num_inference_steps"].default
+    return run.own_num_inference_steps or min(default, MAX_OWN_STEPS)
+
+
+def sampling_batch_size(pipeline: Any, run: CompressConfig) -> int:
+    """Return how many images a call makes: what the run says, or few where the images are decoded from latents."""
+    return run.sampling_batch_size or (PIXEL_BATCH_SIZE if makes_pixels(pipeline) else LATENT_BATCH_SIZE)
+
+
+def call_arguments(run: CompressConfig) -> dict[str, Any]:
+    """Return the arguments that every call of the run's pipelines gets."""
+    values = {name: getattr(run, name) for name in ("guidance_scale", "height", "width", "max_sequence_length")}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def prompts_of(run: CompressConfig) -> list[str]:
+    """Return the prompts of the run's file, one of each line; none where it has no file.
+
+    Raises ValueError for a file that is missing, is no text, or has no prompt.
+    """
+    if run.prompts_file is None:
+        return []
+    path = Path(run.prompts_file)
+    if not path.is_file():
+        raise ValueError(f"prompts_file: there is no file {str(path)!r}.")
+    try:
+        prompts = [item["prompt"] for item in distinct_inputs(path)]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts_file: {path} cannot be read as text ({error}).") from None
+    if not prompts:
+        raise ValueError(f"prompts_file: {path} has no prompt; write one in each line.")
+    return prompts
+
+
+class RunInputs(NamedTuple):
+    """What a run's pipelines are called with: the inputs that are recorded, and those that are measured."""
+
+    recorded: list[Any] | None
+    measured: list[Any] | None
+
+
+def inputs_of_run(run: CompressConfig) -> RunInputs:
+    """Return the run's inputs: of a file's prompts the first `num_trajectories` are recorded, the others measured.
+
+    Where there are no more, those that were recorded are measured, with other noise. Class labels are recorded and
+    measured alike.
+    """
+    if run.class_labels:
+        labels = [{"class_labels": label} for label in run.class_labels]
+        return RunInputs(labels, labels)
+    if run.prompts_file is None:
+        return RunInputs(None, None)
+    others = {} if run.negative_prompt is None else {"negative_prompt": run.negative_prompt}
+    prompts = [{"prompt": prompt} | others for prompt in prompts_of(run)]
+    recorded = prompts[: run.num_trajectories]
+    return RunInputs(recorded, prompts[run.num_trajectories :] or recorded)
+
+
+def check_teacher(teacher: Any, run: CompressConfig, quantization: PQCADConfig) -> None:
+    """Raise ValueError for inputs that the teacher does not take, and for layers that cannot be quantized so."""
+    inputs, model = inputs_of_run(run), denoiser_of(teacher)
+    call_arguments_of(teacher, distinct_inputs(inputs.recorded), call_arguments(run))
+    accepted = inspect.signature(type(teacher).__call__).parameters
+    if inputs.recorded is None and "batch_size" not in accepted:
+        raise ValueError(f"{type(teacher).__name__}: what is it called with? Give prompts_file (or class_labels).")
+    if not isinstance(teacher.scheduler, DDIMScheduler):
+        check_takes_sigmas(teacher)
+    else:
+        ddim_grid(teacher.scheduler, run.num_inference_steps)
+        ddim_grid(teacher.scheduler, run.num_inference_steps // 2)
+    match_modules(model, with_model_exemptions(model, quantization))
+
+
+def record(teacher: Any, run: CompressConfig, folder: Path, *, progress: bool) -> CalibrationSet:
+    """Return the calibration set of the run, written to `folder` as it is recorded."""
+    return collect_calibration_set(
+        teacher,
+        inputs_of_run(run).recorded,
+        num_trajectories=run.num_trajectories,
+        num_inference_steps=run.num_inference_steps,
+        seed=run.seed + CALIBRATION_SEED_OFFSET,
+        batch_size=sampling_batch_size(teacher, run),
+        output_dir=folder,
+        progress=progress,
+        **call_arguments(run),
+    )
+
+
+def check_recording(calibration: CalibrationSet, teacher: Any) -> None:
+    """Raise ValueError for a calibration set of another teacher, or one that no student can learn on."""
+    calibration.check(denoiser_of(teacher), teacher.scheduler)
+    calibration.check_student_steps()
+    calibration.student_arguments(teacher)
+
+
+def reference_samples(teacher: Any, run: CompressConfig, *, progress: bool) -> Samples:
+    """Return the teacher's final latents at all its steps, and its pictures: what every row is compared with."""
+    return generate_images(
+        teacher,
+        inputs_of_run(run).measured,
+        num_images=run.num_images,
+        num_inference_steps=run.num_inference_steps,
+        seed=run.seed,
+        batch_size=sampling_batch_size(teacher, run),
+        description="teacher's samples",
+        progress=progress,
+        **call_arguments(run),
+    )
+
+
+def measure(
+    row: Row,
+    teacher: Any,
+    run: CompressConfig,
+    *,
+    samples: Samples,
+    extractor: Any,
+    weights: Path,
+    progress: bool,
+) -> dict[str, Any]:
+    """Return what the table says of `row`, as JSON values; its denoiser is saved in `weights`.
+
+    `samples` are the teacher's `reference_samples`.
+    """
+    denoiser_of(row.pipeline).save_pretrained(weights)
+    report = evaluate(
+        row.pipeline,
+        teacher,
+        inputs_of_run(run).measured,
+        num_images=run.num_images,
+        num_inference_steps=row.num_inference_steps,
+        seed=run.seed,
+        extractor=extractor,
+        reference_num_inference_steps=run.num_inference_steps,
+        batch_size=sampling_batch_size(teacher, run),
+        num_latency_rounds=run.num_latency_rounds,
+        latency_batch_size=min(LATENCY_BATCH_SIZE, sampling_batch_size(teacher, run)),
+        reference_samples=samples,
+        weights_path=weights,
+        arguments=row.arguments,
+        progress=progress,
+        **call_arguments(run),
+    )
+    return report.to_dict()
+
+
+def sample_images(row: Row, run: CompressConfig, *, count: int) -> Tensor:
+    """Return the first `count` pictures of a row's pipeline, (count, C, H, W) uint8, as they were measured."""
+    images = generate_images(
+        row.pipeline,
+        inputs_of_run(run).measured,
+        num_images=count,
+        num_inference_steps=row.num_inference_steps,
+        seed=run.seed,
+        batch_size=sampling_batch_size(row.pipeline, run),
+        progress=False,
+        **call_arguments(run) | row.arguments,
+    ).images
+    assert images is not None  # all that generate_images returns has pictures
+    return images

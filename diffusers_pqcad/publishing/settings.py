@@ -1,0 +1,315 @@
+"""Settings of `compress`: the package's own dataclasses, and their fields as flags, presets and YAML files."""
+
+import dataclasses
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+from diffusers_pqcad.compression.distillation import DistillConfig
+from diffusers_pqcad.compression.optimization import check_minimum
+from diffusers_pqcad.compression.progressive import WEIGHT_BITS, ProgressiveConfig
+from diffusers_pqcad.compression.reconstruction import ReconstructionConfig
+from diffusers_pqcad.loading.config import PQCADConfig
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "full": {
+        "num_images": 10_000,
+        "num_trajectories": 512,
+        "rounds_per_stage": 3,
+        "price_batch_size": 32,
+        "reconstruction_iterations": 300,
+        "reconstruction_batch_size": 32,
+        "max_train_steps": 3_000,
+        "evaluation_steps": 100,
+        "ablations": True,
+    },
+    "smoke": {
+        "num_images": 8,
+        "num_trajectories": 8,
+        "num_inference_steps": 4,
+        "rounds_per_stage": 1,
+        "price_batch_size": 4,
+        "reconstruction_iterations": 2,
+        "reconstruction_samples": 16,
+        "max_train_steps": 4,
+        "train_batch_size": 4,
+        "evaluation_steps": 2,
+        "num_latency_rounds": 1,
+    },
+}
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """Settings of a run of `compress` beside those of its methods: what it takes, measures, writes and pushes."""
+
+    pretrained_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "the pipeline: a folder, or a repository of the Hub; None: the bundled teacher"},
+    )
+    output_dir: str = field(
+        default="outputs/distill", metadata={"help": "folder of the result; the same run goes on there after a kill"}
+    )
+    num_inference_steps: int = field(default=20, metadata={"help": "steps of the teacher; the student takes half"})
+    num_trajectories: int = field(
+        default=128, metadata={"help": "full-precision trajectories of the calibration set; an eighth is held out"}
+    )
+    prompts_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "text file with a prompt in each line, for text-to-image pipelines: the first num_trajectories "
+            "are recorded, the others measured; a copy is kept in output_dir"
+        },
+    )
+    negative_prompt: str | None = field(default=None, metadata={"help": "negative prompt of all prompts"})
+    class_labels: list[int] | None = field(default=None, metadata={"help": "classes, for pipelines that take them"})
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "scale of the guidance; None: the pipeline's own"}
+    )
+    height: int | None = field(default=None, metadata={"help": "height of the images; None: the pipeline's own"})
+    width: int | None = field(default=None, metadata={"help": "width of the images; None: the pipeline's own"})
+    max_sequence_length: int | None = field(
+        default=None, metadata={"help": "tokens of a prompt, where the pipeline takes it; None: the pipeline's own"}
+    )
+    own_num_inference_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "steps of the row in which the pipeline runs by its own scheduler, where that was replaced; None: "
+            "the pipeline's default"
+        },
+    )
+    sampling_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "images of one call of the pipeline, in recording and measuring; None: 64 where it makes "
+            "pixels, 4 where it decodes latents"
+        },
+    )
+    num_images: int = field(default=1_000, metadata={"help": "images that are measured for each row of the table"})
+    num_latency_rounds: int = field(
+        default=3, metadata={"help": "rounds of the time measurements, in turns with full precision"}
+    )
+    ablations: bool = field(
+        default=False,
+        metadata={"help": "add rows for what each part of the method is worth; takes several times as long"},
+    )
+    extractor: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder of a feature extractor, for the distance; None: the bundled teacher's, or no distance"
+        },
+    )
+    train_device: str = field(
+        default="cpu",
+        metadata={"help": "where PQ and CAD train, 'cpu' or as 'cuda'; the table is measured on the CPU in any case"},
+    )
+    # accelerate launch sets a single OpenMP thread
+    num_threads: int = field(default=0, metadata={"help": "threads of torch; 0: all cores that this process may use"})
+    seed: int = field(default=42, metadata={"help": "seed of all draws"})
+    push_to_hub: bool = field(default=False, metadata={"help": "publish the folder on the Hub at the end"})
+    hub_model_id: str | None = field(default=None, metadata={"help": "repository to publish in: user/name"})
+    hub_private_repo: bool = field(default=False, metadata={"help": "create that repository as a private one"})
+    license: str | None = field(default=None, metadata={"help": "license of the teacher, for the model card"})
+
+    def __post_init__(self) -> None:
+        check_minimum(self, num_inference_steps=2, num_trajectories=4, num_images=2, num_latency_rounds=1)
+        check_minimum(self, num_threads=0, seed=0)
+        sizes = ("height", "width", "max_sequence_length", "own_num_inference_steps", "sampling_batch_size")
+        check_minimum(self, **{name: 1 for name in sizes if getattr(self, name) is not None})
+        if self.prompts_file is not None and self.class_labels:
+            raise ValueError("class_labels: a pipeline takes prompts or classes; leave one out.")
+        if self.negative_prompt is not None and self.prompts_file is None:
+            raise ValueError("negative_prompt: it goes with prompts; give prompts_file, too.")
+        if self.num_inference_steps % 2:
+            raise ValueError(f"num_inference_steps={self.num_inference_steps} is odd; a student takes half the steps.")
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("push_to_hub needs a hub_model_id: user/name.")
+
+
+class Settings(NamedTuple):
+    """Everything that `compress` takes, in its order."""
+
+    run: CompressConfig
+    quantization: PQCADConfig
+    progressive: ProgressiveConfig
+    distillation: DistillConfig
+
+
+class Part(NamedTuple):
+    """A dataclass and those of its fields that are flags; `prefix` comes before each name."""
+
+    title: str
+    kind: type
+    names: tuple[str, ...]
+    prefix: str = ""
+
+
+def _names(kind: type, *, without: Sequence[str] = ()) -> tuple[str, ...]:
+    return tuple(item.name for item in dataclasses.fields(kind) if item.name not in without)
+
+
+# The run's seed is that of all parts: one flag.
+RUN = Part("run", CompressConfig, _names(CompressConfig))
+QUANTIZATION = Part(
+    "quantized layers",
+    PQCADConfig,
+    ("weight_bits", "bit_choices", "activation_bits", "group_size", "modules_to_not_convert"),
+)
+PROGRESSIVE = Part(
+    "PQ, progressive quantization",
+    ProgressiveConfig,
+    _names(ProgressiveConfig, without=("reconstruction", "seed")),
+)
+RECONSTRUCTION = Part("PQ's reconstruction", ReconstructionConfig, _names(ReconstructionConfig), "reconstruction_")
+DISTILLATION = Part("CAD, distillation", DistillConfig, _names(DistillConfig, without=("seed",)))
+PARTS = (RUN, QUANTIZATION, PROGRESSIVE, RECONSTRUCTION, DISTILLATION)
+
+
+def complete(
+    run: CompressConfig,
+    quantization: PQCADConfig | None = None,
+    progressive: ProgressiveConfig | None = None,
+    distillation: DistillConfig | None = None,
+) -> Settings:
+    """Return the settings of a run, with defaults for what is missing, and the run's seed in all parts.
+
+    Raises ValueError for a `quantization` that says more than its flags do: a recipe would not repeat the run.
+    """
+    quantization = PQCADConfig(weight_bits=WEIGHT_BITS) if quantization is None else quantization
+    others = sorted(set(quantization.to_diff_dict()) - {*QUANTIZATION.names, "quant_method"})
+    if others:
+        raise ValueError(f"quantization: expected settings of {QUANTIZATION.names} alone, got {others}, too.")
+    progressive, distillation = progressive or ProgressiveConfig(), distillation or DistillConfig()
+    return Settings(
+        run,
+        quantization,
+        dataclasses.replace(progressive, seed=run.seed),
+        dataclasses.replace(distillation, seed=run.seed),
+    )
+
+
+def flat(settings: Settings) -> dict[str, Any]:
+    """Return the value of every flag, as YAML has them; `settings_of` turns it back."""
+    run, quantization, progressive, distillation = settings
+    configs = (run, quantization, progressive, progressive.reconstruction, distillation)
+    values = {
+        part.prefix + name: getattr(config, name)
+        for part, config in zip(PARTS, configs, strict=True)
+        for name in part.names
+    }
+    # A flag cannot be None.
+    return values | {
+        "activation_bits": quantization.activation_bits or 0,
+        "bit_choices": list(quantization.bit_choices),
+        "modules_to_not_convert": list(quantization.modules_to_not_convert),
+    }
+
+
+def settings_of(values: dict[str, Any]) -> Settings:
+    """Return the settings of the flags `values`; those that are missing have their defaults.
+
+    Raises ValueError, naming the flag, for an unknown one or a value that cannot be.
+    """
+    check_known(values)
+    values = {"weight_bits": WEIGHT_BITS} | values
+    if values.get("activation_bits") == 0:
+        values["activation_bits"] = None
+    reconstruction = _config_of(RECONSTRUCTION, values)
+    return complete(
+        _config_of(RUN, values),
+        _config_of(QUANTIZATION, values),
+        _config_of(PROGRESSIVE, values, reconstruction=reconstruction),
+        _config_of(DISTILLATION, values),
+    )
+
+
+def _config_of(part: Part, values: dict[str, Any], **others: Any) -> Any:
+    given = {name: values[part.prefix + name] for name in part.names if part.prefix + name in values}
+    try:
+        return part.kind(**given, **others)
+    except ValueError as error:  # it names the field first
+        raise ValueError(f"{part.prefix}{error}") from None
+
+
+def flags_of(part: Part) -> type:
+    """Return a dataclass of the flags of `part`, with types, defaults and help texts, as HfArgumentParser takes it."""
+    types, flags = get_type_hints(part.kind), []
+    for item in dataclasses.fields(part.kind):
+        if item.name not in part.names:
+            continue
+        kind, default = types[item.name], item.default
+        if item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
+        if item.name == "weight_bits":
+            default = WEIGHT_BITS  # the config's own is for loading, without data
+        flag: Any
+        if get_origin(kind) in (list, tuple):
+            kind = list[get_args(kind)[0]]  # type: ignore[misc]
+            flag = field(default_factory=partial(list, default), metadata=item.metadata)
+        else:
+            flag = field(default=default, metadata=item.metadata)
+        flags.append((part.prefix + item.name, kind, flag))
+    return dataclasses.make_dataclass(part.kind.__name__, flags, namespace={"_argument_group_name": part.title})
+
+
+def flag_types() -> dict[str, Any]:
+    """Return the type of every flag by its name."""
+    return {item.name: item.type for part in PARTS for item in dataclasses.fields(flags_of(part))}
+
+
+def check_known(values: dict[str, Any], where: str = "settings") -> None:
+    """Raise ValueError, naming them, for `values` that are no flags."""
+    unknown = sorted(set(values) - set(flag_types()), key=str)
+    if unknown:
+        raise ValueError(f"{where}: unknown settings {unknown}.")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Return the settings of a YAML file as a command line would have them: words, which its parser converts.
+
+    Raises ValueError for a file that is missing, is no mapping, or has unknown settings or a null where none can be.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"--config: there is no file {str(path)!r}.")
+    values = yaml.safe_load(Path(path).read_text())
+    if not isinstance(values, dict | None):
+        raise ValueError(f"{path}: expected lines of `setting: value`, got {type(values).__name__}.")
+    values = values or {}
+    check_known(values, str(path))
+    types = flag_types()
+    for name, value in values.items():
+        if value is None and type(None) not in get_args(types[name]):
+            raise ValueError(f"{path}: {name}: expected a value, got null.")
+        is_list = get_origin(types[name]) is list
+        if is_list and not isinstance(value, list):
+            raise ValueError(f"{path}: {name}: expected a list, got {value!r}.")
+        if value is not None and not is_list:
+            values[name] = str(value)
+    return values
+
+
+def parse_settings(arguments: Sequence[str], description: str | None = None) -> Settings:
+    """Return the settings of a command line: defaults, then `--preset`, then the YAML file `--config`, then flags."""
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", help="YAML file of settings; flags override it")
+    first.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        default="default",
+        help="set of defaults: 'smoke' tries, 'full' takes hours",
+    )
+    chosen, rest = first.parse_known_args(arguments)
+    defaults = PRESETS[chosen.preset] | (read_yaml(chosen.config) if chosen.config else {})
+    parser = HfArgumentParser(
+        [flags_of(part) for part in PARTS], parents=[first], description=description, allow_abbrev=False
+    )
+    parser.set_defaults(**defaults)
+    values = vars(parser.parse_args(rest))
+    return settings_of({name: value for name, value in values.items() if name not in vars(chosen)})

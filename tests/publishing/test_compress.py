@@ -1,0 +1,159 @@
+"""Specification of the whole job in Python: stages that are kept, in their order, on a tiny teacher."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, UNet2DModel
+
+import diffusers_pqcad
+from diffusers_pqcad import DistillConfig, PQCADConfig
+from diffusers_pqcad.compression.checkpoint import model_hash
+from diffusers_pqcad.compression.fake_quant import fake_quant_layers
+from diffusers_pqcad.publishing.compress import (
+    arms_of,
+    cad_teacher,
+    compress,
+    fixed_bits,
+    prepare_process,
+    variants_of,
+)
+from diffusers_pqcad.publishing.settings import PRESETS, CompressConfig, Settings, settings_of
+
+module = importlib.import_module("diffusers_pqcad.publishing.compress")
+
+
+def settings_for(teacher: Path, output: Path, **changes: Any) -> Settings:
+    paths = {"pretrained_model_name_or_path": str(teacher), "output_dir": str(output), "num_threads": 1}
+    return settings_of(PRESETS["smoke"] | paths | changes)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    from conftest import build_tiny_scheduler, build_tiny_unet
+
+    folder = tmp_path_factory.mktemp("teacher")
+    DDIMPipeline(build_tiny_unet(), build_tiny_scheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(teacher: Path, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """The folder of a run, and its metrics."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, compress(*settings_for(teacher, folder), progress=False)
+
+
+def refuse(*arguments: Any, **keywords: Any) -> Any:
+    raise AssertionError("it was made again")
+
+
+def test_compress_is_a_name_of_the_package():
+    assert diffusers_pqcad.compress is compress
+    assert diffusers_pqcad.CompressConfig is CompressConfig
+
+
+def test_metrics_are_what_the_folder_says(finished):
+    folder, metrics = finished
+    # Strict: JSON has no infinity, and other languages refuse Python's.
+    text = (folder / "metrics.json").read_text()
+    assert json.loads(text, parse_constant=refuse) == metrics
+    assert metrics["settings"]["roll_back_tolerance"] == "inf"
+    assert metrics["settings"]["reconstruction_iterations"] == 2
+    keys = ["float", "float_half", "fixed", "pq", "pq_half", "pq_cad"]
+    assert [row["key"] for row in metrics["rows"]] == keys
+    assert metrics["rows"][-1]["num_inference_steps"] == 2
+    assert metrics["cad"]["steps"] == 4
+    card = (folder / "README.md").read_text()
+    assert "quantized teacher, full-precision calibration, gate" in card
+    assert "license:" not in card
+
+
+def test_a_finished_run_makes_nothing_again_and_says_the_same(teacher, finished, monkeypatch, capfd):
+    folder, metrics = finished
+    weights = (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    for name in ("record", "distill", "measure", "reference_samples", "note_training"):
+        monkeypatch.setattr(module, name, refuse)
+    again = compress(*settings_for(teacher, folder), progress=False)
+    assert {**again, "environment": None} == {**metrics, "environment": None}
+    assert (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
+    assert capfd.readouterr().out == ""
+
+
+def test_all_is_trained_before_anything_is_measured(teacher, tmp_path, monkeypatch):
+    def stop(*arguments: Any, **keywords: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "reference_samples", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compress(*settings_for(teacher, tmp_path / "out", ablations=True, reconstruction_iterations=0), progress=False)
+    state = tmp_path / "out" / "state"
+    trained = {arm.key for arm in arms_of(DistillConfig(), True)}
+    trained |= {"pq", *(variant.key for variant in variants_of(settings_of({"ablations": True})))}
+    assert trained <= {path.stem for path in state.glob("*.safetensors")}
+    assert (state / "calibration" / "data.arrow").exists()
+    assert not (state / "rows").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_inference_steps": 6}, "divide"),
+        ({"modules_to_not_convert": ["nowhere"]}, "modules_to_not_convert"),
+        ({"train_device": "abacus"}, "train_device: expected 'cpu' or the kind .* got 'abacus'"),
+        ({"extractor": "nowhere"}, "^extractor: nowhere/config.json: not found"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(teacher, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        compress(*settings_for(teacher, tmp_path / "out", **changes), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_than_one_process_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process so far"):
+        prepare_process(CompressConfig())
+
+
+def test_ablations_change_one_part_of_the_whole_method_each():
+    config = DistillConfig(max_train_steps=7)
+    assert [(arm.key, arm.config) for arm in arms_of(config, False)] == [("pq_cad", config)]
+    changes = {
+        "pq_cad": {},
+        "cad_calibration_only": {"teacher": "none"},
+        "cad_float_teacher": {"teacher": "fp"},
+        "cad_no_gate": {"gate": False},
+        "cad_no_calibration": {"gate": False, "calibration": False},
+    }
+    found = {arm.key: arm.config for arm in arms_of(config, True)}
+    assert found == {key: DistillConfig(max_train_steps=7, **change) for key, change in changes.items()}
+    # The run's own switches are those of its student alone.
+    found = {arm.key: arm.config for arm in arms_of(DistillConfig(max_train_steps=7, teacher="none"), True)}
+    assert found.pop("pq_cad").teacher == "none"
+    assert found == {key: DistillConfig(max_train_steps=7, **change) for key, change in changes.items() if change}
+
+
+def test_variants_of_pq():
+    settings = settings_of({"ablations": True, "weight_bits": 3.5, "beta": 0.5})
+    plain, one_width = variants_of(settings)
+    assert (plain.progressive.beta, plain.quantization) == (0.0, settings.quantization)
+    assert one_width.progressive == settings.progressive
+    assert one_width.quantization == PQCADConfig(weight_bits=3, bit_choices=(3,))
+    assert variants_of(settings_of({})) == []
+    assert fixed_bits(PQCADConfig(weight_bits=7, bit_choices=(8, 4))) == 4
+
+
+def test_the_teacher_of_a_student(tiny_pipeline: DDIMPipeline, tiny_quantized: UNet2DModel):
+    assert cad_teacher(DistillConfig(teacher="none"), tiny_pipeline, tiny_quantized) is None
+    whole = cad_teacher(DistillConfig(teacher="fp"), tiny_pipeline, tiny_quantized)
+    assert whole is not tiny_pipeline.unet
+    assert model_hash(whole) == model_hash(tiny_pipeline.unet)
+    rounded = cad_teacher(DistillConfig(), tiny_pipeline, tiny_quantized)
+    assert fake_quant_layers(tiny_quantized)
+    sample = torch.randn(1, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(rounded(sample, 3).sample, tiny_quantized(sample, 3).sample)

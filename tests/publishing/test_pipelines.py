@@ -1,0 +1,158 @@
+"""What `compress` takes for a teacher, and what it makes of its scheduler."""
+
+from dataclasses import replace
+
+import pytest
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, LCMScheduler
+from pipelines import PIPELINES
+
+from diffusers_pqcad import PQCADConfig
+from diffusers_pqcad.compression.calibration import scheduler_settings
+from diffusers_pqcad.evaluation import extras
+from diffusers_pqcad.evaluation.extras import MissingExtraError
+from diffusers_pqcad.publishing.compress import compress
+from diffusers_pqcad.publishing.pipelines import (
+    TeacherSource,
+    check_teacher,
+    extractor_of,
+    inputs_of_run,
+    load_teacher,
+    own_num_inference_steps,
+    prompts_of,
+    source_of,
+)
+from diffusers_pqcad.publishing.settings import CompressConfig
+
+
+def test_another_scheduler_of_the_kind_is_converted(tiny_unet, tmp_path, caplog):
+    DDPMPipeline(tiny_unet, DDPMScheduler(prediction_type="v_prediction")).save_pretrained(tmp_path)
+    teacher, as_you_run_it = load_teacher(str(tmp_path))
+    scheduler = teacher.scheduler
+    assert type(scheduler).__name__ == "DDIMScheduler"
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert (scheduler.config.timestep_spacing, scheduler.config.clip_sample) == ("trailing", False)
+    assert "DDPMScheduler is replaced by a DDIMScheduler" in caplog.text
+    assert type(as_you_run_it.scheduler).__name__ == "DDPMScheduler"
+    assert as_you_run_it.unet is teacher.unet
+    assert own_num_inference_steps(as_you_run_it, CompressConfig()) == 50  # of the 1000 that its call has
+    assert own_num_inference_steps(as_you_run_it, CompressConfig(own_num_inference_steps=7)) == 7
+
+
+def test_a_teacher_that_fits_stays_as_it_is(tiny_pipeline, tmp_path, caplog):
+    tiny_pipeline.save_pretrained(tmp_path)
+    teacher, as_you_run_it = load_teacher(str(tmp_path))
+    assert as_you_run_it is None
+    assert scheduler_settings(teacher.scheduler) == scheduler_settings(tiny_pipeline.scheduler)
+    assert "scheduler" not in caplog.text
+    assert not teacher.unet.training
+
+
+def test_a_source_is_a_folder_or_a_repository_or_the_bundled_one(tmp_path, monkeypatch):
+    bundled = TeacherSource(str(tmp_path / "ours"), "ours (bundled)", "features", "mit")
+    assert source_of(CompressConfig(), bundled) == bundled
+    assert source_of(CompressConfig(pretrained_model_name_or_path="a/b"), bundled) == TeacherSource("a/b", "a/b")
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert source_of(CompressConfig(pretrained_model_name_or_path="ours"), bundled) == bundled
+    assert source_of(CompressConfig(pretrained_model_name_or_path="./mine")).name == "mine"
+    source = source_of(CompressConfig(extractor="other", license="apache-2.0"), bundled)
+    assert (source.path, source.extractor, source.license) == (bundled.path, "other", "apache-2.0")
+    with pytest.raises(ValueError, match="pretrained_model_name_or_path: expected a folder or a repository"):
+        source_of(CompressConfig())
+
+
+@pytest.mark.parametrize(
+    ("num_inference_steps", "settings", "message"),
+    [
+        (6, {}, "divide"),
+        (4, {"modules_to_not_convert": ["nowhere"]}, "modules_to_not_convert: 'nowhere' matches none"),
+        (4, {"group_size": 7}, "group_size=7 must divide"),
+    ],
+)
+def test_settings_that_do_not_fit_the_teacher_are_refused(tiny_pipeline, num_inference_steps, settings, message):
+    check_teacher(tiny_pipeline, CompressConfig(num_inference_steps=4), PQCADConfig(weight_bits=4))
+    run = CompressConfig(num_inference_steps=num_inference_steps)
+    with pytest.raises(ValueError, match=message):
+        check_teacher(tiny_pipeline, run, PQCADConfig(weight_bits=4, **settings))
+
+
+def test_a_folder_without_an_extractor_is_named_by_its_setting(tmp_path):
+    assert extractor_of(TeacherSource("a/b", "a/b")) is None
+    with pytest.raises(ValueError, match=r"^extractor: .*nothing.config\.json: not found"):
+        extractor_of(TeacherSource("a/b", "a/b", extractor=str(tmp_path / "nothing")))
+
+
+def run_with(path, lines, **settings):
+    path.write_text("\n".join(lines))
+    return CompressConfig(prompts_file=str(path), **settings)
+
+
+def test_the_first_prompts_are_recorded_and_the_others_measured(tmp_path):
+    lines = ["a cat", "", "  a dog ", "a river", "a hat", "a boat"]
+    run = run_with(tmp_path / "a.txt", lines, num_trajectories=4)
+    assert prompts_of(run) == ["a cat", "a dog", "a river", "a hat", "a boat"]
+    recorded, measured = inputs_of_run(run)
+    assert [item["prompt"] for item in recorded] == prompts_of(run)[:4]
+    assert measured == [{"prompt": "a boat"}]
+
+
+def test_too_few_prompts_are_recorded_and_measured(tmp_path):
+    run = run_with(tmp_path / "a.txt", ["a cat", "a dog"], num_trajectories=4, negative_prompt="blur")
+    recorded, measured = inputs_of_run(run)
+    assert recorded == measured == [{"prompt": p, "negative_prompt": "blur"} for p in ("a cat", "a dog")]
+    recorded, measured = inputs_of_run(CompressConfig(class_labels=[3, 5]))
+    assert recorded == measured == [{"class_labels": 3}, {"class_labels": 5}]
+    assert inputs_of_run(CompressConfig()) == (None, None)
+    assert prompts_of(CompressConfig()) == []
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(ValueError, match=r"^prompts_file: .*a\.txt cannot be read as text"):
+        prompts_of(CompressConfig(prompts_file=str(tmp_path / "a.txt")))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Pipelines by name, saved once."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    for name in ("ddim", "sd", "flux", "wan"):
+        PIPELINES[name].build().save_pretrained(folder / name)
+    PIPELINES["sd"].build().save_pretrained(folder / "lcm")
+    DiffusionPipeline.from_pretrained(folder / "lcm", scheduler=LCMScheduler(steps_offset=1)).save_pretrained(
+        folder / "lcm"
+    )
+    (folder / "prompts.txt").write_text("red cat\nblue dog\n")
+    (folder / "empty.txt").write_text("\n \n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("sd", {"prompts_file": "nowhere.txt"}, "^prompts_file: there is no file '.*nowhere.txt'"),
+        ("sd", {"prompts_file": "empty.txt"}, "^prompts_file: .*empty.txt has no prompt"),
+        ("ddim", {"prompts_file": "prompts.txt"}, "^prompt: DDIMPipeline does not take it"),
+        ("sd", {}, "^StableDiffusionPipeline: what is it called with"),
+        ("sd", {"class_labels": [1]}, "^class_labels: StableDiffusionPipeline does not take it"),
+        ("ddim", {"guidance_scale": 5.0}, "^guidance_scale: DDIMPipeline does not take it"),
+        ("flux", {"prompts_file": "prompts.txt", "negative_prompt": "x", "extractor": "no"}, "^extractor: no/"),
+        ("wan", {"prompts_file": "prompts.txt"}, "^WanPipeline: it does not take `sigmas`"),
+        ("lcm", {"prompts_file": "prompts.txt"}, "^scheduler: .*LCMScheduler: its model was distilled"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_before_anything_is_written(folders, tmp_path, name, settings, message):
+    if "prompts_file" in settings:
+        settings = settings | {"prompts_file": str(folders / settings["prompts_file"])}
+    run = CompressConfig(str(folders / name), output_dir=str(tmp_path / "out"), num_threads=1, **settings)
+    with pytest.raises(ValueError, match=message):
+        compress(run, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_package_for_pictures_nothing_begins(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(extras, "_is_installed", lambda name: name != "torchmetrics")
+    run = CompressConfig(str(folders / "sd"), output_dir=str(tmp_path / "out"), num_threads=1)
+    with pytest.raises(MissingExtraError, match="torchmetrics: not installed"):
+        compress(replace(run, prompts_file=str(folders / "prompts.txt")), progress=False)
+    assert not (tmp_path / "out").exists()
