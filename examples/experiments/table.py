@@ -189,13 +189,14 @@ INTRODUCTION = """\
 
 Written by `examples/experiments/table.py` from the JSON rows in `examples/results/method`, which the scripts in
 `examples/experiments` wrote; each row says by which commit, versions and computer. SQNR to the full-precision
-images at 20 steps from the same noise, in dB: of all images / of the median image, means over seeds; 256 images. A
-few images end in another picture, and decide the first figure. Four models: the two bundled ones, and digits (8x8,
-trained by `train_teacher.py`, one for each seed), each with v and with epsilon prediction.
+images at 20 steps from the same noise, in dB: of all images / of the median image, means over seeds; 256 images, of
+the bundled models in PQ and CAD 128. A few images end in another picture, and decide the first figure. Four models:
+the two bundled ones, and digits (8x8, trained by `train_teacher.py`, one for each seed), each with v and with epsilon
+prediction.
 
-Not measured yet: the bundled models in most arms of PQ and CAD, digits with more than one or two seeds there, more
-than four seeds of the controller, and the controller's variants after reconstruction. The controller's rows are of
-a commit that rounded the shortcuts at the output, too.
+Not measured yet: more than one seed in PQ and CAD, some arms there on the bundled models, CAD at its defaults on
+digits, more than four seeds of the controller, and the controller's variants after reconstruction. The controller's
+rows are of a commit that rounded the shortcuts at the output, too.
 """
 SENSITIVITY = """\
 The error of the model's output where one layer alone is rounded: its weights to 4 or 8 bits, or its input to 8.
@@ -228,7 +229,8 @@ Each arm is a whole run of PQ with the settings of `distill.py`, but for what it
 reconstruction without any transitions. "One stage": straight to the budget, in as many rounds. "Weight signal":
 prices are changes of the weights, as the method's abstract words it, and not of the model's output.
 "Reconstruction at 3e-4": one rate for all tensors, the default before; other rates are in rounding steps of each
-layer. Intervals: 95 %, over seeds and images, both drawn anew in pairs. Seconds of one core beside another job.
+layer. Intervals: 95 %, over seeds and images, both drawn anew in pairs. Seconds of one core beside other jobs, on the
+bundled models several at once. Two stages against one, and the momentum against none, cannot be told apart so far.
 Simulated.
 """
 ACTIVATIONS = """\
@@ -239,7 +241,8 @@ CAD = """\
 All arms train one PQ state to take half the steps, with the library's defaults but for what their name says: 320
 updates of 32 images. The teacher is that PQ state at N steps, or the full-precision model; "calibration alone" has
 none, and takes half the time. "16 trajectories": so many in the place of 128, 14 of them to train on. "Fresh error":
-what is left of the trajectory error on noise that neither trained nor chose the state. Simulated.
+what is left of the trajectory error on noise that neither trained nor chose the state. Seconds of one core beside
+several other jobs. Simulated.
 """
 RECOVERY = """\
 All arms train the whole network at N steps, from the PQ state that the library leaves. "Floats r": everything but

@@ -46,12 +46,10 @@ from diffusers_pqcad.compression.recording import (
 from diffusers_pqcad.compression.sampling import image_generator
 from diffusers_pqcad.compression.schedulers import deterministic_scheduler
 
-# Guidance scale, and the order in which the pipeline batches: without the prompt first, except for DiT.
-WEIGHTS = {
-    "ddim": (1.0,), "ddpm": (1.0,), "flux": (1.0,), "sd": (-4.0, 5.0), "sd_img2img": (-4.0, 5.0),
-    "sd_controlnet": (-4.0, 5.0), "sdxl": (-4.0, 5.0), "sd3": (-3.0, 4.0), "dit": (4.0, -3.0), "pixart": (-3.5, 4.5),
-    "wan": (5.0, -4.0),
-}  # fmt: skip
+# Guidance scale, and the order in which the pipeline asks: without the prompt first, except for some.
+SCALES = {kind: PIPELINES[kind].arguments.get("guidance_scale") for kind in PIPELINES}
+WEIGHTS = {kind: (1.0,) if scale is None else (1 - scale, scale) for kind, scale in SCALES.items()}
+WEIGHTS |= {"flux": (1.0,), "dit": WEIGHTS["dit"][::-1], "wan": WEIGHTS["wan"][::-1]}
 BRANCHES = {kind: (len(weights),) for kind, weights in WEIGHTS.items()} | {"wan": (1, 1)}
 SD = PIPELINES["sd"]
 
