@@ -348,7 +348,7 @@ def test_a_template_filled_with_the_columns_is_the_argument(node: Any, count: in
         (1, 2),
         ("1 image", "2 images"),
         (torch.ones(1), None),
-        (object(), object()),
+        pytest.param(object(), object(), id="objects"),
     ],
     ids=str,
 )
