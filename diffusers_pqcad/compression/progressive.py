@@ -347,7 +347,7 @@ class ProgressiveQuantizer:
         return tqdm(names, desc=description, unit=unit, leave=False, disable=not self.shows_progress)
 
     def priced_layers(self, stage: int, round_index: int) -> list[str]:
-        """Return the layers whose prices a round measures: all that were never measured, and a share of the others."""
+        """Return the layers whose prices a round measures: all of which none is known, and a share of the others."""
         movable = self.controller.movable(ignore_frozen=True)
         known = [name for name in movable if self.controller.price(name, self.controller.bits[name]) > 0]
         count = math.ceil(self.settings.price_share * len(movable)) - (len(movable) - len(known))

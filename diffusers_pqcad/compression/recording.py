@@ -328,7 +328,6 @@ class Recorder:
             name: ColumnShape(tuple(value.shape[1:]), value.dtype, name in self.varying)
             for name, value in values.items()
         }
-        self.errors = {"grid": 0.0}
 
     def take(self, steps: list[TappedStep], inputs: Inputs) -> pa.RecordBatch:
         """Return the rows of one batch, once its steps are those that plan and grid describe."""
@@ -347,7 +346,6 @@ class Recorder:
                 )
             k = torch.full((count,), index)
             error = distance(self.grid.step(k, step.state[:count], step.output[:count]), step.next_state[:count])
-            self.errors["grid"] = max(self.errors["grid"], error)
             if error > TOLERANCE:
                 raise ValueError(
                     f"step {index}: the scheduler's next state is {error:.1e} of its size away from that of the "
@@ -452,7 +450,7 @@ def collect_calibration_set(
 def check_replay(calibration: CalibrationSet, model: Any) -> float:
     """Return how far the recorded outputs are from those of `model`, called by what was recorded, in three steps.
 
-    Relative to their size, of the first two trajectories. Raises ValueError above TOLERANCE.
+    Relative to their size, of the first two trajectories. Raises ValueError above `tolerance_of` its plan.
     """
     denoiser, last = calibration.denoiser(model), calibration.num_inference_steps - 1
     rows = torch.arange(min(2, len(calibration)))

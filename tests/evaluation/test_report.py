@@ -12,12 +12,11 @@ import pytest
 import torch
 from diffusers import (
     DDIMPipeline,
-    DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    UNet2DModel,
 )
 from pipelines import PIPELINES
+from test_generate import tiny_pipeline
 
 from diffusers_pqcad import PQCADConfig, inspect, kernels, quantize_
 from diffusers_pqcad.compression.denoiser import pipeline_with
@@ -50,25 +49,6 @@ DISTANCE_FIELDS = (
     "extractor_sha256",
     "extractor_reference_sha256",
 )
-
-
-def tiny_pipeline(sample_size: int = 8, dropout: float = 0.0) -> DDIMPipeline:
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=sample_size,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(4, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=2,
-        dropout=dropout,
-    ).eval()
-    scheduler = DDIMScheduler(
-        num_train_timesteps=1000, prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False
-    )
-    return DDIMPipeline(unet, scheduler)
 
 
 def run_for(pipeline: Any) -> PipelineRun:
