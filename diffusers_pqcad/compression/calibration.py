@@ -7,6 +7,7 @@ conditions of the model's calls. On disk it is memory-mapped, and read where it 
 import hashlib
 import inspect
 import json
+import mmap
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -102,7 +103,7 @@ class CalibrationSet:
 
     `dataset` has a row for each; `rows` are those of this set. `grid` are the recorded steps, `plan` says how each of
     them calls the model. `manifest`: hashes of the model and of the inputs, scheduler, seed, versions. What is drawn
-    is on `device`.
+    is on `device`. `file` is what `dataset` is mapped from, if it is.
     """
 
     def __init__(
@@ -115,8 +116,9 @@ class CalibrationSet:
         *,
         rows: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
+        file: mmap.mmap | None = None,
     ) -> None:
-        self.dataset, self.columns, self.plan, self.manifest = dataset, columns, plan, manifest
+        self.dataset, self.columns, self.plan, self.manifest, self._file = dataset, columns, plan, manifest, file
         self.rows = np.arange(len(dataset)) if rows is None else np.asarray(rows, dtype=np.int64)
         self.device = torch.device(device)
         self._grid = replace(grid, timestep=grid.timestep.to(device))
@@ -161,8 +163,11 @@ class CalibrationSet:
         chunks = np.searchsorted(self._starts, rows, side="right") - 1
         views, local = self._view(name), rows - self._starts[chunks]
         steps = [slice(None)] * len(rows) if step is None else step.cpu().numpy()
-        values = [views[c][row, k] for c, row, k in zip(chunks, local, steps, strict=True)]
-        return torch.from_numpy(np.stack(values)).to(self.device, self.columns[name].dtype)
+        values = np.stack([views[c][row, k] for c, row, k in zip(chunks, local, steps, strict=True)])
+        # Pages that were read stay resident while they are mapped: a long training would hold the whole file.
+        if self._file is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._file.madvise(mmap.MADV_DONTNEED)
+        return torch.from_numpy(values).to(self.device, self.columns[name].dtype)
 
     def states(self, trajectory: Tensor, step: Tensor) -> Tensor:
         """Return the states (n, *S) of the trajectories (n,) before the steps (n,); step N is the final state."""
@@ -232,7 +237,14 @@ class CalibrationSet:
 
     def _with(self, rows: np.ndarray, device: torch.device | str) -> "CalibrationSet":
         return CalibrationSet(
-            self.dataset, self.columns, self._grid, self.plan, self.manifest, rows=rows.tolist(), device=device
+            self.dataset,
+            self.columns,
+            self._grid,
+            self.plan,
+            self.manifest,
+            rows=rows.tolist(),
+            device=device,
+            file=self._file,
         )
 
     def split(self) -> tuple["CalibrationSet", "CalibrationSet"]:
@@ -322,10 +334,10 @@ class CalibrationSet:
         return steps // 2
 
     @classmethod
-    def _of(cls, dataset: Dataset, about: dict[str, Any]) -> "CalibrationSet":
+    def _of(cls, dataset: Dataset, about: dict[str, Any], file: mmap.mmap | None = None) -> "CalibrationSet":
         columns = {name: ColumnShape.from_dict(values) for name, values in about["columns"].items()}
         plan, manifest = StepPlan.from_dict(about["plan"]), json.loads(about["manifest"])
-        return cls(dataset, columns, Grid(**about["grid"]), plan, manifest)
+        return cls(dataset, columns, Grid(**about["grid"]), plan, manifest, file=file)
 
     def student_arguments(self, pipeline: Any) -> dict[str, Any]:
         """Return what to call a student's `pipeline` with, so that it takes every second of the recorded steps.
@@ -371,15 +383,15 @@ class CalibrationSet:
         if path.is_dir():
             about = load_checkpoint(path / ABOUT)
             try:
-                dataset = Dataset.from_file(str(path / DATA))
-            except (OSError, pa.ArrowInvalid) as error:
+                dataset, file = mapped_dataset(path / DATA, about["sha256"])
+            except (OSError, ValueError) as error:  # pyarrow's are ValueErrors, mmap's of an empty file too
                 raise ValueError(f"{path / DATA}: this file is damaged ({error}). Record the set again.") from None
             if len(dataset) != about["num_rows"] or sha256_of(path / DATA) != about["sha256"]:
                 raise ValueError(
                     f"{path / DATA}: this file is damaged, or not the one that was written with {path / ABOUT} (its "
                     "contents have another SHA-256). Record the set again."
                 )
-            return cls._of(dataset, about)
+            return cls._of(dataset, about, file)
         state = load_checkpoint(path)
         if "trajectory" not in state:
             raise ValueError(f"{path}: not a calibration set; it holds {sorted(state)}.")
@@ -431,6 +443,16 @@ def check_replaceable(folder: Path) -> None:
     """Raise ValueError where `folder` exists and is anything but a calibration set's: it would be deleted."""
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {DATA, ABOUT}):
         raise ValueError(f"{folder}: it exists and is no calibration set's folder. Name another, or delete it.")
+
+
+def mapped_dataset(path: Path, fingerprint: str) -> tuple[Dataset, mmap.mmap]:
+    """Return the data set of an Arrow file, memory-mapped, and the map.
+
+    As `Dataset.from_file` does, which keeps the map to itself: the memory of pages that were read is given back by it.
+    """
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return Dataset(pa.ipc.open_stream(pa.py_buffer(mapped)).read_all(), fingerprint=fingerprint), mapped
 
 
 def sha256_of(path: Path) -> str:
