@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from enum import IntEnum
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +65,18 @@ logger = logging.getLogger(__name__)
 MIN_RECONSTRUCTION_SAMPLES = 8
 BATCH_SIZE = 64  # images of one pass, where nothing is trained; as many rows again for each branch of guidance
 WEIGHT_BITS = 4.0  # the average that PQ is meant for; loading without data needs more for the same images
+END_OF_STAGE = 1_000  # the round of what follows a stage's own rounds
+
+
+class Stream(IntEnum):
+    """What a run draws at random; each has seeds of its own. A resumed run depends on the numbers."""
+
+    PRICES = 1
+    HELD_OUT = 2
+    SAMPLES = 3
+    RECONSTRUCTION = 4
+    BIASES = 6
+    PRICED_LAYERS = 7
 
 
 @dataclass(frozen=True)
@@ -304,10 +317,10 @@ class ProgressiveQuantizer:
         """Average bits of the stages."""
         return stage_budgets(self.config.weight_bits, self.controller.bit_choices[0])
 
-    def seed(self, *position: int) -> int:
+    def seed(self, stream: Stream, *position: int) -> int:
         """Return a seed for one place of the run, so that a resumed run draws what an uninterrupted one would."""
         value = self.settings.seed
-        for part in position:
+        for part in (stream, *position):
             value = (value * 1_000_003 + part + 1) % (2**62)
         return value
 
@@ -327,7 +340,7 @@ class ProgressiveQuantizer:
 
     def held_out_calls(self, stage: int) -> Calls:
         """Return what the output error is measured on: the same calls throughout a stage, before and after a move."""
-        return self.held_out.draw(self.num_check_samples, self.seed(2, stage))
+        return self.held_out.draw(self.num_check_samples, self.seed(Stream.HELD_OUT, stage))
 
     def observe(self, stage: int, round_index: int) -> None:
         """Update the momentum of every layer's price with this round's images."""
@@ -335,7 +348,7 @@ class ProgressiveQuantizer:
             self.perturbations = weight_prices(self.reference, self.controller, self.config.group_size)
         else:
             frozen = self.calibration.denoiser(freeze_(copy.deepcopy(self.model)))
-            calls = self.train_set.draw(self.settings.price_batch_size, self.seed(1, stage, round_index))
+            calls = self.train_set.draw(self.settings.price_batch_size, self.seed(Stream.PRICES, stage, round_index))
             names = self.bar(self.priced_layers(stage, round_index), "prices", "layer")
             self.perturbations = transition_prices(self.model, frozen, self.controller, calls, names)
         self.controller.observe(self.perturbations)
@@ -351,7 +364,7 @@ class ProgressiveQuantizer:
         movable = self.controller.movable(ignore_frozen=True)
         known = [name for name in movable if self.controller.price(name, self.controller.bits[name]) > 0]
         count = math.ceil(self.settings.price_share * len(movable)) - (len(movable) - len(known))
-        generator = torch.Generator().manual_seed(self.seed(7, stage, round_index))
+        generator = torch.Generator().manual_seed(self.seed(Stream.PRICED_LAYERS, stage, round_index))
         order = torch.randperm(len(known), generator=generator).tolist()
         skipped = {known[index] for index in order[max(count, 0) :]}
         return [name for name in movable if name not in skipped]
@@ -379,7 +392,7 @@ class ProgressiveQuantizer:
             by_unit.setdefault(self.unit_of(move.layer), []).append(move)
         layers = fake_quant_layers(self.model)
         held_out = self.held_out_calls(stage)
-        samples = self.train_set.draw(num_samples, self.seed(3, stage, round_index))
+        samples = self.train_set.draw(num_samples, self.seed(Stream.SAMPLES, stage, round_index))
         passes = passes_of(self.denoiser, samples)
         error = output_error(self.denoiser, held_out)
         rolled_back = []
@@ -390,7 +403,7 @@ class ProgressiveQuantizer:
                 set_bits_(layers[move.layer], move.to_bits)
             if settings.iterations:
                 io = capture_io(self.model, self.reference, name, passes, samples.weight)
-                seed = self.seed(4, stage, round_index)
+                seed = self.seed(Stream.RECONSTRUCTION, stage, round_index)
                 result = reconstruct(unit, io, settings, name=name, seed=seed)
                 self.history.units.append(asdict(result) | {"stage": stage, "round": round_index})
             if not unit_moves:
@@ -453,7 +466,7 @@ class ProgressiveQuantizer:
         """Meet the stage's budget, whatever is frozen; in the last stage spend what is left of it."""
         controller, last = self.controller, stage == len(self.budgets) - 1
         if controller.over(self.budgets[stage]):
-            self.observe(stage, 1_000)
+            self.observe(stage, END_OF_STAGE)
         controller.forced_moves(self.budgets[stage])
         if last:
             controller.polish_moves(self.budgets[stage])
@@ -465,13 +478,13 @@ class ProgressiveQuantizer:
         ]
         # Bits are final after the last stage: every unit is reconstructed once more, on the inputs it will see.
         units, share = (self.order, 1.0) if last else ((), self.settings.round_share)
-        self.move_units(net, stage, 1_000, may_roll_back=False, share=share, units=units)
+        self.move_units(net, stage, END_OF_STAGE, may_roll_back=False, share=share, units=units)
         self.record(stage, len(self.history.rounds), "forced", net, [])
 
     def correct_biases(self, stage: int) -> None:
         """Correct the layers' mean outputs; kept only if the held-out output error falls."""
         layers = fake_quant_layers(self.model)
-        calls = self.train_set.draw(self.num_check_samples, self.seed(6, stage))
+        calls = self.train_set.draw(self.num_check_samples, self.seed(Stream.BIASES, stage))
         held_out = self.held_out_calls(stage)
         before, error = clone_state(self.model), output_error(self.denoiser, held_out)
         first = passes_of(self.denoiser, calls)[0]  # a step's other calls, where there are any, differ by the prompt
@@ -482,7 +495,8 @@ class ProgressiveQuantizer:
         if not after < error:
             copy_state_(self.model, before)
         self.history.units.append(
-            asdict(UnitResult("bias correction", error, after, after < error)) | {"stage": stage, "round": -1}
+            asdict(UnitResult("bias correction", error, after, after < error))
+            | {"stage": stage, "round": END_OF_STAGE}
         )
 
     def calibrate_activations(self) -> None:
