@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from subjects import RESULTS, SUBJECTS
+from subjects import NUM_STEPS, RESULTS, SUBJECTS
 
 from diffusers_pqcad.loading.depth import gains_by_depth
 
@@ -184,6 +184,19 @@ def activations_table(rows: list[Row]) -> str:
     return markdown(header, lines)
 
 
+def departures_table(rows: list[Row]) -> str:
+    """Return in which steps images left that the arm "PQ" ends in another picture, by quarters of all steps."""
+    rows = [row for row in rows if row["arm"] == "PQ"]
+    lines, quarter = [], NUM_STEPS // 4
+    for subject in present(rows):
+        found = [row for row in rows if row["subject"] == subject]
+        images, steps = sum(len(row["images"]) for row in found), [k for row in found for k in row["departures"]]
+        counts = [sum(start <= k < start + quarter for k in steps) for start in range(0, NUM_STEPS, quarter)]
+        lines.append([subject, str(len(found)), str(images), str(len(steps)), *map(str, counts)])
+    quarters = [f"steps {start + 1} to {start + quarter}" for start in range(0, NUM_STEPS, quarter)]
+    return markdown(["model", "seeds", "images", "below 15 dB", *quarters], lines)
+
+
 INTRODUCTION = """\
 # What each part of the method is worth
 
@@ -236,6 +249,10 @@ Simulated.
 ACTIVATIONS = """\
 The state that the arm "PQ" leaves, with the ranges of its 8-bit activations chosen in other ways, or none rounded.
 Simulated.
+"""
+DEPARTURES = """\
+Of the images that the arm "PQ" ends below 15 dB: in which of the 20 steps they left. An image has left in the first
+step from which on its squared error stays above 10 times that of the median image. Simulated.
 """
 CAD = """\
 All arms train one PQ state to take half the steps, with the library's defaults but for what their name says: 320
@@ -303,6 +320,7 @@ def document(results: Path) -> str:
     for bits in sorted({row["bits"] for row in parts}, reverse=True):
         found = [row for row in parts if row["bits"] == bits]
         sections.append(section(f"PQ, {bits:g} bits", PARTS, partial(arms_table, base="PQ"), found))
+        sections.append(section(f"Images that end elsewhere, {bits:g} bits", DEPARTURES, departures_table, found))
         sections.append(section(f"Activations, {bits:g} bits", ACTIVATIONS, activations_table, found))
     for task, text, base in (
         ("cad", CAD, "none"),
