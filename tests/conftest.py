@@ -86,7 +86,6 @@ def quick_progressive() -> ProgressiveConfig:
         price_batch_size=4,
         reconstruction=ReconstructionConfig(iterations=1, batch_size=4),
         reconstruction_samples=16,
-        roll_back_tolerance=0.5,
     )
 
 

@@ -7,7 +7,6 @@ block reconstruction.
 
 import copy
 import json
-import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -42,7 +41,6 @@ from diffusers_pqcad.compression.fake_quant import (
     load_fake_quant_state_,
     prepare_,
     set_bits_,
-    weight_quantizer,
 )
 from diffusers_pqcad.compression.optimization import check_minimum
 from diffusers_pqcad.compression.reconstruction import (
@@ -59,8 +57,6 @@ from diffusers_pqcad.loading.config import PQCADConfig
 from diffusers_pqcad.loading.convert import match_modules, relative_weight_error, with_model_exemptions
 from diffusers_pqcad.numerics.allocation import BitController, Move, stage_budgets
 from diffusers_pqcad.numerics.qparams import WeightSpec
-
-logger = logging.getLogger(__name__)
 
 MIN_RECONSTRUCTION_SAMPLES = 8
 BATCH_SIZE = 64  # images of one pass, where nothing is trained; as many rows again for each branch of guidance
@@ -98,19 +94,9 @@ class ProgressiveConfig:
             "help": "added to the perturbation that `trust` doubles; of the output's power: what 8 bits cost anyway"
         },
     )
-    # A round's move may cost up to 1 + this times its prediction, or is rolled back, and other layers move in its
-    # place. On digits with epsilon prediction 0.5 cost 1 dB (one seed, simulated: examples/results/method.md). With
-    # infinity only a NaN is rolled back.
-    roll_back_tolerance: float = field(
-        default=math.inf,
-        metadata={
-            "help": "a round's move may cost 1 + this times its prediction, or is rolled back; inf: only a NaN is"
-        },
-    )
-    cooldown: int = field(default=2, metadata={"help": "rounds for which a layer that was rolled back does not move"})
     rounds_per_stage: int = field(
         default=2,
-        metadata={"help": "planned rounds of each stage; the trust region and roll-backs may take as many again"},
+        metadata={"help": "planned rounds of each stage; the trust region may take as many again"},
     )
     price_share: float = field(
         default=1.0,
@@ -136,23 +122,17 @@ class ProgressiveConfig:
             raise ValueError(f"signal: expected 'output' or 'weight', got {self.signal!r}.")
         if not 0 <= self.beta < 1:
             raise ValueError(f"beta: expected 0 (no momentum) to below 1, got {self.beta}.")
-        check_minimum(self, trust=0, perturbation_floor=0, cooldown=0)
+        check_minimum(self, trust=0, perturbation_floor=0)
         check_minimum(self, rounds_per_stage=1, price_batch_size=1)
         check_minimum(self, reconstruction_samples=MIN_RECONSTRUCTION_SAMPLES)
         for name in ("round_share", "price_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share above 0 and up to 1, got {getattr(self, name)}.")
 
-    def allowed(self, moves: Iterable[Move]) -> float:
-        """Return how much the output's error may grow by `moves` before they are rolled back."""
-        if math.isinf(self.roll_back_tolerance):  # also where a prediction is 0
-            return self.roll_back_tolerance
-        return (1 + self.roll_back_tolerance) * sum(move.predicted for move in moves)
-
 
 @dataclass
 class History:
-    """What PQ did: `rounds` (bits, prices, momenta, moves, roll-backs of each), `units`, `summary`."""
+    """What PQ did: `rounds` (bits, prices, momenta, moves of each), `units`, `summary`."""
 
     rounds: list[dict[str, Any]] = field(default_factory=list)
     units: list[dict[str, Any]] = field(default_factory=list)
@@ -232,7 +212,7 @@ def transition_prices(
     layers = fake_quant_layers(model)
     before = frozen(calls.state, calls.timestep, calls.condition)
     prices = {}
-    for name in controller.movable(ignore_frozen=True) if names is None else names:
+    for name in controller.movable() if names is None else names:
         narrower = controller.narrower(name)
         assert narrower is not None
         rounded = frozen.model.get_parameter(f"{name}.weight")
@@ -248,7 +228,7 @@ def transition_prices(
 def weight_prices(reference: nn.Module, controller: BitController, group_size: int | None = None) -> dict[str, float]:
     """Return each layer's added relative weight error in its next transition: the abstract's signal."""
     prices = {}
-    for name in controller.movable(ignore_frozen=True):
+    for name in controller.movable():
         layer, narrower = reference.get_submodule(name), controller.narrower(name)
         assert narrower is not None
         groups = group_size if isinstance(layer, nn.Linear) else None
@@ -285,9 +265,7 @@ class ProgressiveQuantizer:
         if config.method == "fixed":  # one width everywhere; reconstruction as with any other
             config = replace(config, method="progressive", bit_choices=(int(config.weight_bits),))
         num_weights = {name: layer.weight.numel() for name, layer in searched.items()}
-        self.controller = BitController(
-            num_weights, config.bit_choices, settings.beta, settings.trust, settings.cooldown
-        )
+        self.controller = BitController(num_weights, config.bit_choices, settings.beta, settings.trust)
         self.controller.check_budget(config.weight_bits)
         self.model, self.config, self.settings = model, config, settings
         # A copy, because the latents move away from the original weights, which the targets need.
@@ -361,7 +339,7 @@ class ProgressiveQuantizer:
 
     def priced_layers(self, stage: int, round_index: int) -> list[str]:
         """Return the layers whose prices a round measures: all of which none is known, and a share of the others."""
-        movable = self.controller.movable(ignore_frozen=True)
+        movable = self.controller.movable()
         known = [name for name in movable if self.controller.price(name, self.controller.bits[name]) > 0]
         count = math.ceil(self.settings.price_share * len(movable)) - (len(movable) - len(known))
         generator = torch.Generator().manual_seed(self.seed(Stream.PRICED_LAYERS, stage, round_index))
@@ -375,11 +353,10 @@ class ProgressiveQuantizer:
         stage: int,
         round_index: int,
         *,
-        may_roll_back: bool,
         share: float,
         units: Iterable[str] = (),
-    ) -> list[str]:
-        """Carry out `moves` unit by unit, in execution order, with reconstruction; return what was rolled back.
+    ) -> None:
+        """Carry out `moves` unit by unit, in execution order, with reconstruction.
 
         `share` is that of the reconstruction's iterations and samples; `units` names further units to reconstruct
         although none of their layers moves.
@@ -391,37 +368,19 @@ class ProgressiveQuantizer:
         for move in moves:
             by_unit.setdefault(self.unit_of(move.layer), []).append(move)
         layers = fake_quant_layers(self.model)
-        held_out = self.held_out_calls(stage)
         samples = self.train_set.draw(num_samples, self.seed(Stream.SAMPLES, stage, round_index))
         passes = passes_of(self.denoiser, samples)
-        error = output_error(self.denoiser, held_out)
-        rolled_back = []
         for name in self.bar(sorted(by_unit, key=self.order.index), "reconstruction", "unit"):
-            unit, unit_moves = self.units[name], by_unit[name]
-            before, before_bits = clone_state(unit), {move.layer: move.from_bits for move in unit_moves}
-            for move in unit_moves:
+            unit = self.units[name]
+            for move in by_unit[name]:
                 set_bits_(layers[move.layer], move.to_bits)
             if settings.iterations:
                 io = capture_io(self.model, self.reference, name, passes, samples.weight)
                 seed = self.seed(Stream.RECONSTRUCTION, stage, round_index)
                 result = reconstruct(unit, io, settings, name=name, seed=seed)
                 self.history.units.append(asdict(result) | {"stage": stage, "round": round_index})
-            if not unit_moves:
-                continue
-            after = output_error(self.denoiser, held_out)
-            # "not <=": a NaN is rolled back too.
-            if may_roll_back and not after - error <= self.settings.allowed(unit_moves):
-                for move in unit_moves:
-                    quantizer = weight_quantizer(layers[move.layer])
-                    quantizer.spec = WeightSpec(before_bits[move.layer], quantizer.spec.group_size)
-                    self.controller.roll_back(move, (after - error) / len(unit_moves))
-                    rolled_back.append(move.layer)
-                copy_state_(unit, before)
-            else:
-                error = after
-        return rolled_back
 
-    def record(self, stage: int, round_index: int, kind: str, moves: list[Move], rolled_back: list[str]) -> None:
+    def record(self, stage: int, round_index: int, kind: str, moves: list[Move]) -> None:
         """Append one round to the history."""
         controller = self.controller
         error = output_error(self.denoiser, self.held_out_calls(stage))
@@ -434,7 +393,6 @@ class ProgressiveQuantizer:
                 "average_bits": controller.average_bits(),
                 "held_out_error": error,
                 "moves": [asdict(move) for move in moves],
-                "rolled_back": rolled_back,
                 "bits": dict(controller.bits),
                 "perturbation": self.perturbations,
                 "price": self.prices,
@@ -456,14 +414,12 @@ class ProgressiveQuantizer:
         left = max(self.settings.rounds_per_stage - round_index, 1)
         moves = controller.propose(budget, rounds_left=left, perturbation=perturbation)
         controller.commit(moves)
-        may_roll_back, share = self.settings.signal == "output", self.settings.round_share
-        rolled_back = self.move_units(moves, stage, round_index, may_roll_back=may_roll_back, share=share)
-        controller.end_round()
-        self.record(stage, round_index, "round", moves, rolled_back)
+        self.move_units(moves, stage, round_index, share=self.settings.round_share)
+        self.record(stage, round_index, "round", moves)
         return True
 
     def force(self, stage: int) -> None:
-        """Meet the stage's budget, whatever is frozen; in the last stage spend what is left of it."""
+        """Meet the stage's budget, whatever a move costs; in the last stage spend what is left of it."""
         controller, last = self.controller, stage == len(self.budgets) - 1
         if controller.over(self.budgets[stage]):
             self.observe(stage, END_OF_STAGE)
@@ -478,8 +434,8 @@ class ProgressiveQuantizer:
         ]
         # Bits are final after the last stage: every unit is reconstructed once more, on the inputs it will see.
         units, share = (self.order, 1.0) if last else ((), self.settings.round_share)
-        self.move_units(net, stage, END_OF_STAGE, may_roll_back=False, share=share, units=units)
-        self.record(stage, len(self.history.rounds), "forced", net, [])
+        self.move_units(net, stage, END_OF_STAGE, share=share, units=units)
+        self.record(stage, len(self.history.rounds), "forced", net)
 
     def correct_biases(self, stage: int) -> None:
         """Correct the layers' mean outputs; kept only if the held-out output error falls."""
@@ -540,7 +496,6 @@ class ProgressiveQuantizer:
         total = len(self.budgets) * (settings.rounds_per_stage + 1)
         with tqdm(total=total, desc="PQ", disable=not progress) as bar:
             for stage in range(self.progress["stage"], len(self.budgets)):
-                # A round that was rolled back whole changes nothing but the momentum, so rounds are bounded.
                 for round_index in range(self.progress["round"], 2 * settings.rounds_per_stage):
                     if not self.round(stage, round_index):
                         break

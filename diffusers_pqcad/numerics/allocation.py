@@ -7,8 +7,7 @@ the weights, or of the model's output) and saves n_l (b - b') bits; its price is
 moving average of the price is the layer's priority: cheap layers move first. What that momentum is worth was measured
 (examples/results/method.md): at 2, 8 and 32 images a price, the median image of two small models differs by less than
 1 dB from that without it, in either direction. The noise of prices is no bottleneck there.
-A trust region bounds the perturbation of one round, a transition that the caller rolls back is frozen for some
-rounds, and a forced phase makes sure that the budget is met.
+A trust region bounds the perturbation of one round, and a forced phase makes sure that the budget is met.
 """
 
 import math
@@ -54,7 +53,6 @@ class BitController:
         bit_choices: widths, any order; every layer starts at the widest.
         beta: momentum of the prices; 0 switches it off.
         trust: a round's predicted perturbation may be at most `trust` times (what is there already + the floor).
-        cooldown: rounds for which a rolled-back layer is frozen; the second time it is frozen for good.
 
     Raises ValueError for an empty model or a budget (`check_budget`) that no allocation meets.
     """
@@ -63,11 +61,8 @@ class BitController:
     bit_choices: tuple[int, ...]
     beta: float = 0.9
     trust: float = 1.0
-    cooldown: int = 2
     bits: dict[str, int] = field(default_factory=dict)
     momenta: dict[tuple[str, int], Momentum] = field(default_factory=dict)  # keyed by layer and the width it leaves
-    frozen_for: dict[str, float] = field(default_factory=dict)
-    roll_backs: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.num_weights:
@@ -102,13 +97,9 @@ class BitController:
         position = self.bit_choices.index(self.bits[layer])
         return self.bit_choices[position + 1] if position + 1 < len(self.bit_choices) else None
 
-    def movable(self, *, ignore_frozen: bool = False) -> list[str]:
-        """Return the layers that may move down, in the order given."""
-        return [
-            layer
-            for layer in self.num_weights
-            if self.narrower(layer) is not None and (ignore_frozen or not self.frozen_for.get(layer))
-        ]
+    def movable(self) -> list[str]:
+        """Return the layers that can move down, in the order given."""
+        return [layer for layer in self.num_weights if self.narrower(layer) is not None]
 
     def observe(self, perturbations: Mapping[str, float]) -> None:
         """Update the momentum of each layer's next transition with its measured perturbation (>= 0)."""
@@ -154,7 +145,7 @@ class BitController:
         """Return this round's moves: the cheapest layers, within the round's share of the budget and the trust region.
 
         `perturbation` is what the allocation costs already (plus the floor). At least one move is returned unless
-        every layer is frozen or at the narrowest width.
+        every layer is at the narrowest width.
         """
         share = self.excess_bits(budget) / max(rounds_left, 1)
         moves: list[Move] = []
@@ -173,23 +164,11 @@ class BitController:
         for move in moves:
             self.bits[move.layer] = move.to_bits
 
-    def roll_back(self, move: Move, realised: float) -> None:
-        """Undo `move`, teach its momentum what it really cost, and freeze the layer: the second time for good."""
-        self.bits[move.layer] = move.from_bits
-        if math.isfinite(realised):  # a NaN would stay in the average for good
-            self.observe({move.layer: realised})
-        self.roll_backs[move.layer] = self.roll_backs.get(move.layer, 0) + 1
-        self.frozen_for[move.layer] = self.cooldown + 1 if self.roll_backs[move.layer] == 1 else math.inf
-
-    def end_round(self) -> None:
-        """Let the frozen layers cool down by one round."""
-        self.frozen_for = {layer: left - 1 for layer, left in self.frozen_for.items() if left > 1}
-
     def forced_moves(self, budget: float) -> list[Move]:
-        """Carry out, and return, the cheapest transitions that bring the average down to `budget`, frozen or not."""
+        """Carry out, and return, the cheapest transitions that bring the average down to `budget`."""
         moves: list[Move] = []
         while self.over(budget):
-            move = self._move(min(self.movable(ignore_frozen=True), key=self.priority))
+            move = self._move(min(self.movable(), key=self.priority))
             self.commit([move])
             moves.append(move)
         return moves
@@ -219,16 +198,12 @@ class BitController:
         return {
             "bits": dict(self.bits),
             "momenta": [[*key, value.count, value.average] for key, value in self.momenta.items()],
-            "frozen_for": {layer: -1 if math.isinf(left) else left for layer, left in self.frozen_for.items()},
-            "roll_backs": dict(self.roll_backs),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.bits = dict(state["bits"])
         self.momenta = {(layer, bits): Momentum(*rest) for layer, bits, *rest in state["momenta"]}
-        self.frozen_for = {layer: math.inf if left < 0 else left for layer, left in state["frozen_for"].items()}
-        self.roll_backs = dict(state["roll_backs"])
 
 
 def stage_budgets(target: float, widest: int) -> tuple[float, ...]:
@@ -248,7 +223,7 @@ def allocate(
     """Return bits per layer for an average of `budget`, from a perturbation that needs no data.
 
     `perturbation(layer, bits)` is the layer's cost at a width, such as its relative weight error. The same controller
-    and the same two stages as with data; rounds take the place of calibration batches, and nothing is rolled back.
+    and the same two stages as with data; rounds take the place of calibration batches.
     """
     controller = BitController(num_weights, bit_choices)
     controller.check_budget(budget)

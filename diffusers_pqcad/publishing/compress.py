@@ -421,7 +421,6 @@ def metrics_of(
             "average_bits": history.summary["average_bits"],
             "num_rounds": len(rounds),
             "num_stages": len({entry["stage"] for entry in rounds}),
-            "num_roll_backs": sum(len(entry["rolled_back"]) for entry in rounds),
             "bits": history.summary["bits"],
         },
         "cad": {

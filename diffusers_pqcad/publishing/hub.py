@@ -250,8 +250,7 @@ def method(metrics: dict[str, Any]) -> str:
         f"1. Calibration set: {settings['num_trajectories']} full-precision trajectories{of_inputs} of "
         f"{settings['num_inference_steps']} steps, seed {metrics['calibration_seed']}; {metrics['num_held_out']} held "
         f"out{replaced}.\n"
-        f"2. PQ: {pq['num_rounds']} rounds in {pq['num_stages']} stages, {pq['num_roll_backs']} transitions "
-        "rolled back.\n"
+        f"2. PQ: {pq['num_rounds']} rounds in {pq['num_stages']} stages.\n"
         f"3. CAD: {settings['max_train_steps']} updates, {cad_terms(settings)}; {outcome}.\n"
         f"4. {float_layers(metrics['float_layers'])}"
     )

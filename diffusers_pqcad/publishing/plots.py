@@ -60,11 +60,9 @@ def plot_bits(path: str | Path, rounds: list[dict[str, Any]]) -> None:
     for column, entry in enumerate(rounds):
         for line, layer in enumerate(layers):
             axis.barh(line, 0.96, left=column - 0.48, color=BIT_COLOURS[entry["bits"][layer]], height=0.9)
-            if layer in entry["rolled_back"]:
-                axis.text(column, line, "x", ha="center", va="center", fontsize=6)
     axis.set_yticks(range(len(layers)), layers, fontsize=5)
     axis.invert_yaxis()
-    axis.set_xlabel("round (x: rolled back)")
+    axis.set_xlabel("round")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in BIT_COLOURS.values()]
     top.legend(handles, [f"{bits} bits" for bits in BIT_COLOURS], ncol=5, fontsize=7, loc="upper right")
     figure.tight_layout()

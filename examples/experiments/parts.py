@@ -8,6 +8,7 @@ a killed run goes on from there.
 """
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,7 +77,7 @@ ARMS = {
     "one stage": Arm({"rounds_per_stage": 2 * ROUNDS}, context=one_stage),
     "no momentum": Arm({"beta": 0.0}),
     "weight signal": Arm({"signal": "weight"}),
-    "roll-back beyond 1.5": Arm({"roll_back_tolerance": 0.5}),
+    "no trust region": Arm({"trust": math.inf}),
     "no reconstruction": Arm(reconstruction={"iterations": 0}),
     "reconstruction at 3e-4": Arm(context=one_learning_rate),
     "reconstruction at 3e-2": Arm(reconstruction={"step_rate": 3e-2}),
@@ -166,7 +167,7 @@ def row(name: str, seed: int, bits: float, context: dict[str, Any]) -> dict[str,
     about = {"subject": context["subject"], "arm": name, "bits": bits, "seed": seed, "seconds": seconds}
     about |= {"activations": kinds, "trajectory_error": history.summary["trajectory_error"]}
     about |= {"stages": len({entry["stage"] for entry in history.rounds})}
-    about |= {"departures": departures, "roll_backs": sum(len(entry["rolled_back"]) for entry in history.rounds)}
+    about |= {"departures": departures, "rounds": len(history.rounds)}
     return about | measured(model)
 
 

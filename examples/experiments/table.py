@@ -240,7 +240,9 @@ columns are paired with "no momentum" at the same number of images, with a 95 % 
 PARTS = """\
 Each arm is a whole run of PQ with the settings of `distill.py`, but for what its name says. "One width": the same
 reconstruction without any transitions. "One stage": straight to the budget, in as many rounds. "Weight signal":
-prices are changes of the weights, as the method's abstract words it, and not of the model's output.
+prices are changes of the weights, as the method's abstract words it, and not of the model's output. "Roll-back
+beyond 1.5": as the library did before, a move that cost more than 1.5 times its prediction was undone, and other
+layers moved instead.
 "Reconstruction at 3e-4": one rate for all tensors, the default before; other rates are in rounding steps of each
 layer. Intervals: 95 %, over seeds and images, both drawn anew in pairs. Seconds of one core beside other jobs, on the
 bundled models several at once. Two stages against one, and the momentum against none, cannot be told apart so far.

@@ -46,7 +46,7 @@ from diffusers_pqcad.compression.recording import collect_calibration_set
 from diffusers_pqcad.compression.schedulers import deterministic_scheduler
 from diffusers_pqcad.kernels import use
 from diffusers_pqcad.loading.convert import match_modules, with_model_exemptions
-from diffusers_pqcad.numerics.allocation import BitController, Move
+from diffusers_pqcad.numerics.allocation import BitController
 from diffusers_pqcad.runtime.memory_format import remove_channels_last_
 
 W4 = PQCADConfig(weight_bits=4)
@@ -209,7 +209,7 @@ def test_the_model_keeps_its_layers_and_its_static_ranges(pq_run: PQ, tiny_unet:
     assert all(quantizer.enabled and quantizer.scale is not None for quantizer in input_quantizers(model))
 
 
-def test_the_history_tells_bits_prices_momenta_and_roll_backs_of_every_round(pq_run: PQ, tmp_path: Path) -> None:
+def test_the_history_tells_bits_prices_and_momenta_of_every_round(pq_run: PQ, tmp_path: Path) -> None:
     model, history = pq_run
     history.save(tmp_path / "history.json")
     assert History(**json.loads((tmp_path / "history.json").read_text())) == history
@@ -220,10 +220,8 @@ def test_the_history_tells_bits_prices_momenta_and_roll_backs_of_every_round(pq_
         for move in entry["moves"]:
             assert bits[move["layer"]] == move["from_bits"]
             assert move["predicted"] >= 0
-            if move["layer"] not in entry["rolled_back"]:
-                bits[move["layer"]] = move["to_bits"]
+            bits[move["layer"]] = move["to_bits"]
         assert bits == entry["bits"]  # the moves explain the bits
-        assert set(entry["rolled_back"]) <= {move["layer"] for move in entry["moves"]}
         assert entry["held_out_error"] > 0
     assert any(value > 0 for value in history.rounds[0]["momentum"].values())
     assert history.units
@@ -312,61 +310,6 @@ def test_the_budget_is_met_with_a_share_of_the_prices(
     assert len(history.rounds[1]["price"]) < len(history.rounds[0]["price"])
 
 
-def test_a_roll_back_restores_bits_weights_and_scales(
-    tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig
-) -> None:
-    strict = dataclasses.replace(quick_progressive, roll_back_tolerance=-1e9)
-    run = runner(tiny_unet, tiny_calibration_set, strict)
-    before, bits = clone_state(tiny_unet), bits_by_module(tiny_unet)
-    with torch.no_grad():
-        sample = torch.randn(2, 1, 8, 8)
-        output = tiny_unet(sample, 500).sample
-    assert run.round(0, 0)
-    entry = run.history.rounds[-1]
-    assert sorted(entry["rolled_back"]) == sorted(move["layer"] for move in entry["moves"])
-    assert entry["moves"]
-    assert bits_by_module(tiny_unet) == bits == run.controller.bits == entry["bits"]
-    assert all(torch.equal(value, before[name]) for name, value in tiny_unet.state_dict().items())
-    with torch.no_grad():
-        assert torch.equal(tiny_unet(sample, 500).sample, output)
-    assert set(run.controller.frozen_for) == set(entry["rolled_back"])
-
-
-def test_only_the_units_that_disappoint_are_rolled_back(
-    tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    settings = dataclasses.replace(quick_progressive, reconstruction=ReconstructionConfig(iterations=0), trust=1e9)
-    run = runner(tiny_unet, tiny_calibration_set, settings)
-    run.observe(0, 0)
-    moves = run.controller.propose(6.0)
-    units = {run.unit_of(move.layer) for move in moves}
-    assert len(units) > 2
-    run.controller.commit(moves)
-    errors = iter([0.0, *([1e9] + [0.0] * len(units))])  # the first unit is a disaster, the others cost nothing
-    monkeypatch.setattr(progressive_module, "output_error", lambda *_: next(errors))
-    rolled_back = run.move_units(moves, 0, 0, may_roll_back=True, share=1.0)
-    assert {run.unit_of(layer) for layer in rolled_back} == {min(units, key=run.order.index)}
-    assert bits_by_module(tiny_unet) == run.controller.bits
-    for move in moves:
-        expected = move.from_bits if move.layer in rolled_back else move.to_bits
-        assert run.controller.bits[move.layer] == expected
-
-
-def test_a_move_that_ends_in_nan_is_rolled_back(
-    tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    settings = dataclasses.replace(quick_progressive, reconstruction=ReconstructionConfig(iterations=0))
-    run = runner(tiny_unet, tiny_calibration_set, settings)
-    run.observe(0, 0)
-    moves = run.controller.propose(6.0)[:1]
-    run.controller.commit(moves)
-    errors = iter([1.0, float("nan")])
-    monkeypatch.setattr(progressive_module, "output_error", lambda *_: next(errors))
-    assert run.move_units(moves, 0, 0, may_roll_back=True, share=1.0) == [moves[0].layer]
-
-
 @pytest.mark.parametrize("after", [2.0, 1.0, float("nan")])
 def test_a_bias_correction_that_does_not_help_is_undone(
     tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig,
@@ -379,30 +322,6 @@ def test_a_bias_correction_that_does_not_help_is_undone(
     run.correct_biases(0)
     assert all(torch.equal(value, before[name]) for name, value in tiny_unet.state_dict().items())
     assert not run.history.units[-1]["accepted"]
-
-
-@pytest.mark.fast
-def test_what_a_move_may_cost() -> None:
-    """By default anything, also where nothing was predicted; a NaN is above every limit."""
-    moves = [Move("a", 8, 6, 20, 0.25), Move("b", 8, 6, 20, 0.5)]
-    assert ProgressiveConfig(roll_back_tolerance=0.5).allowed(moves) == pytest.approx(1.125)
-    free = [Move("a", 8, 6, 20, 0.0)]
-    for some in (moves, free):
-        assert 1e30 <= ProgressiveConfig().allowed(some)
-        assert not float("nan") <= ProgressiveConfig().allowed(some)
-
-
-def test_the_budget_is_met_even_if_every_round_is_rolled_back(
-    tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet, quick_progressive: ProgressiveConfig
-) -> None:
-    changes = {"roll_back_tolerance": -1e9, "reconstruction": ReconstructionConfig(iterations=0)}
-    config = PQCADConfig(weight_bits=4, bit_choices=(8, 4))
-    history = quantize(tiny_unet, tiny_calibration_set, quick_progressive, config, **changes)
-    rounds = [entry for entry in history.rounds if entry["kind"] == "round"]
-    assert rounds
-    assert all(len(entry["rolled_back"]) == len(entry["moves"]) for entry in rounds)
-    assert average(tiny_unet) <= 4
-    assert bits_by_module(tiny_unet) == history.summary["bits"]
 
 
 # Models with conditions
@@ -495,7 +414,6 @@ def test_ablations_meet_the_budget_on_other_ways(
         assert waiting
         assert all(first["momentum"][name] == pytest.approx(first["price"][name]) for name in waiting)
     else:
-        assert not any(entry["rolled_back"] for entry in history.rounds)
         assert history.summary["bits"] != pq_run[1].summary["bits"]
 
 

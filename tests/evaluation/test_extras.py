@@ -190,7 +190,7 @@ def test_an_extra_holds_what_is_imported(extra, scripts):
     ("module", "call"),
     [
         ("matplotlib", lambda: plot_samples("x.png", {"a": torch.zeros(1, 1, 2, 2, dtype=torch.uint8)})),
-        ("matplotlib", lambda: plot_bits("x.png", [{"bits": {"a": 8}, "average_bits": 8, "rolled_back": []}])),
+        ("matplotlib", lambda: plot_bits("x.png", [{"bits": {"a": 8}, "average_bits": 8}])),
         ("matplotlib", lambda: plot_curves("x.png", {})),
         ("torchmetrics", lambda: kernel_distance(torch.zeros(4, 2), torch.zeros(4, 2), subset_size=2)),
         ("torchmetrics", lambda: structural_similarity(torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 8))),

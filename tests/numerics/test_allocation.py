@@ -1,7 +1,6 @@
-"""Specification of the bit controller: prices, momentum, moves, roll-backs, and a budget that is always met."""
+"""Specification of the bit controller: prices, momentum, moves, and a budget that is always met."""
 
 import json
-import math
 import random
 
 import numpy as np
@@ -43,16 +42,12 @@ def average(num_weights: dict[str, int], bits: dict[str, int]) -> float:
 
 
 def drive_round(controller: BitController, budget: float, cost, chance: random.Random, rounds_left: int) -> list[Move]:
-    """One round as with data: noisy prices, moves, some of which disappoint."""
+    """One round as with data: noisy prices, moves."""
     controller.observe(
         {layer: cost(layer, controller.narrower(layer)) * chance.uniform(-0.1, 2) for layer in controller.movable()}
     )
     moves = controller.propose(budget, rounds_left=rounds_left, perturbation=chance.uniform(0, 10))
     controller.commit(moves)
-    for move in moves:
-        if chance.random() < 0.4:
-            controller.roll_back(move, move.predicted * 3)
-    controller.end_round()
     return moves
 
 
@@ -66,9 +61,7 @@ def test_allocate_meets_every_budget(problem: tuple[dict[str, int], tuple[int, .
 
 
 @given(problems(), st.integers(0, 8))
-def test_a_driver_with_roll_backs_meets_every_budget(
-    problem: tuple[dict[str, int], tuple[int, ...], float, int], rounds: int
-) -> None:
+def test_a_driver_meets_every_budget(problem: tuple[dict[str, int], tuple[int, ...], float, int], rounds: int) -> None:
     num_weights, palette, budget, seed = problem
     chance, cost = random.Random(seed), random_cost(seed)
     controller = BitController(num_weights, palette)
@@ -154,35 +147,6 @@ def test_propose_stops_at_its_share_and_at_the_trust_region() -> None:
     assert [move.layer for move in fresh().propose(4.0, rounds_left=2)] == ["d", "c"]
     assert [move.layer for move in fresh().propose(4.0, perturbation=6.5)] == ["d", "c", "b"]
     assert [move.layer for move in fresh().propose(4.0, perturbation=0.1)] == ["d"]  # one at least
-    controller = fresh()
-    controller.frozen_for = dict.fromkeys("abcd", math.inf)
-    assert controller.propose(4.0) == []
-
-
-@pytest.mark.parametrize("cooldown", [1, 2, 3])
-def test_a_roll_back_freezes_for_the_cooldown_and_then_for_good(cooldown: int) -> None:
-    controller = BitController({"a": 10, "b": 10}, (8, 4), cooldown=cooldown)
-
-    def disappoint() -> None:
-        (move,) = [move for move in controller.propose(4.0) if move.layer == "a"]
-        controller.commit([move])
-        assert controller.bits["a"] == 4
-        controller.roll_back(move, 5.0)
-        assert controller.bits["a"] == 8
-        controller.end_round()
-
-    disappoint()
-    assert controller.price("a", 8) == pytest.approx(5.0 / 40)
-    for _ in range(cooldown):
-        assert controller.movable() == ["b"]
-        controller.end_round()
-    assert controller.movable() == ["a", "b"]
-    disappoint()
-    for _ in range(100):
-        assert controller.movable() == ["b"]
-        controller.end_round()
-    assert controller.movable(ignore_frozen=True) == ["a", "b"]
-    assert {move.layer for move in controller.forced_moves(4.0)} == {"a", "b"}
 
 
 @given(problems(), st.integers(0, 5))

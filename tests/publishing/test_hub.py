@@ -78,7 +78,7 @@ def metrics() -> dict[str, Any]:
         "shown_inputs": [],
         "calibration_seed": 1_000_047,
         "num_held_out": 15,
-        "pq": {"average_bits": 3.858, "num_rounds": 13, "num_stages": 2, "num_roll_backs": 17},
+        "pq": {"average_bits": 3.858, "num_rounds": 13, "num_stages": 2},
         "cad": {"best_step": 251, "best_error": 0.02},
         "rows": [
             teacher,
@@ -229,7 +229,6 @@ CHANGES = {
     "pq/average_bits": 3.7,
     "pq/num_rounds": 14,
     "pq/num_stages": 3,
-    "pq/num_roll_backs": 18,
     "cad/best_step": 252,
     "teacher_id": "someone/else",
     "rows/0/num_images": 1014,

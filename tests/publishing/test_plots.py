@@ -41,8 +41,8 @@ def test_every_width_has_a_colour() -> None:
 
 def test_bits(tmp_path: Path) -> None:
     rounds = [
-        {"bits": {"a": 8, "b": 6}, "average_bits": 7.0, "rolled_back": ["a"]},
-        {"bits": {"a": 2, "b": 3}, "average_bits": 2.5, "rolled_back": []},
+        {"bits": {"a": 8, "b": 6}, "average_bits": 7.0},
+        {"bits": {"a": 2, "b": 3}, "average_bits": 2.5},
     ]
     plot_bits(tmp_path / "bits.png", rounds)
     assert_picture(tmp_path / "bits.png")

@@ -64,7 +64,7 @@ def test_every_flag_has_a_help_text_that_says_its_default(capsys):
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "What it does." in text
-    assert "a NaN is (default: inf)" in text
+    assert "0: PQ without momentum (default: 0.9)" in text
     assert "--signal {output,weight}" in text
     assert "--no_gate" in text
     assert "(default: 4.0)" in text
@@ -89,8 +89,8 @@ def test_names_that_two_dataclasses_have_are_two_flags():
 @pytest.mark.parametrize(
     ("arguments", "part", "name", "value"),
     [
-        (("--roll_back_tolerance", "inf"), "progressive", "roll_back_tolerance", math.inf),
-        (("--roll-back-tolerance", "0.5"), "progressive", "roll_back_tolerance", 0.5),
+        (("--trust", "inf"), "progressive", "trust", math.inf),
+        (("--perturbation-floor", "0.5"), "progressive", "perturbation_floor", 0.5),
         (("--signal", "weight"), "progressive", "signal", "weight"),
         (("--teacher", "fp"), "distillation", "teacher", "fp"),
         (("--gate", "False"), "distillation", "gate", False),
@@ -185,7 +185,7 @@ def test_a_recipe_comes_after_the_preset_and_before_the_flags(tmp_path):
 
 
 def test_what_is_written_is_what_is_read(tmp_path):
-    flags = ["--roll_back_tolerance", "inf", "--no_gate", "--activation_bits", "0", "--bit_choices", "8", "4"]
+    flags = ["--trust", "inf", "--no_gate", "--activation_bits", "0", "--bit_choices", "8", "4"]
     settings = parse_settings([*flags, "--modules_to_not_convert", "mid_block", "--license", "mit"])
     assert parse_settings(written(tmp_path, yaml.safe_dump(flat(settings)))) == settings
     settings = parse_settings(written(tmp_path, "step_rate: 1e-2\nactivation_bits: null\ngate: off\n"))
