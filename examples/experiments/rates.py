@@ -154,8 +154,8 @@ DISTILLATION = {
 
 def cad_arm(**changes: Any) -> Arm:
     """Return CAD at the library's defaults, but for `changes`."""
-    steps = DistillConfig.evaluation_steps
-    return Arm(DistillConfig.step_rate, updates=DistillConfig.max_train_steps, evaluation_steps=steps, **changes)
+    defaults = {"updates": DistillConfig.max_train_steps, "evaluation_steps": DistillConfig.evaluation_steps}
+    return Arm(DistillConfig.step_rate, **defaults | changes)
 
 
 CAD = {
@@ -165,6 +165,7 @@ CAD = {
     "full-precision teacher": cad_arm(teacher="fp"),
     "gate off": cad_arm(gate=False),
     "no calibration": cad_arm(gate=False, calibration=False),
+    "twice the updates": cad_arm(updates=2 * DistillConfig.max_train_steps),
     "16 trajectories": cad_arm(num_trajectories=16),
     "16 trajectories, calibration alone": cad_arm(teacher="none", num_trajectories=16),
 }
