@@ -154,7 +154,10 @@ DISTILLATION = {
 
 def cad_arm(**changes: Any) -> Arm:
     """Return CAD at the library's defaults, but for `changes`."""
-    defaults = {"updates": DistillConfig.max_train_steps, "evaluation_steps": DistillConfig.evaluation_steps}
+    defaults: dict[str, Any] = {
+        "updates": DistillConfig.max_train_steps,
+        "evaluation_steps": DistillConfig.evaluation_steps,
+    }
     return Arm(DistillConfig.step_rate, **defaults | changes)
 
 
