@@ -211,7 +211,7 @@ def allocation(
             sizes = [PRICE_BATCHES * images] if one else [images] * PRICE_BATCHES
             batches = [calibration.draw(size, draws + index) for index, size in enumerate(sizes)]
             draws += PRICE_BATCHES
-            evaluations += sum(sizes) * (1 + len(controller.movable(ignore_frozen=True)))
+            evaluations += sum(sizes) * (1 + len(controller.movable()))
             frozen = calibration.denoiser(freeze_(copy.deepcopy(model)))
             for batch in batches:
                 controller.observe(transition_prices(model, frozen, controller, batch))
