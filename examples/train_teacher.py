@@ -11,7 +11,6 @@ run that was killed goes on from its last checkpoint to the same weights.
 import dataclasses
 import json
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +19,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from diffusers.optimization import get_cosine_schedule_with_warmup
-from diffusers.training_utils import EMAModel
 from digits import DIGITS_NOTICE, SKLEARN_ID, load_digits
 from fashion_mnist import HUB_ID, LICENCE_NOTICE, load_split
-from torch import Tensor
-from tqdm.auto import tqdm
+from torch import Tensor, nn
+from training_loop import Place, Recipe, fit
 from transformers import HfArgumentParser
-
-from diffusers_pqcad.compression.checkpoint import load_checkpoint, save_checkpoint
 
 # What the network learns to say, of (scheduler, clean images, noise, timesteps).
 TARGETS: dict[str, Callable[[DDIMScheduler, Tensor, Tensor, Tensor], Tensor]] = {
@@ -148,15 +143,10 @@ def build_scheduler(prediction_type: str = "v_prediction") -> DDIMScheduler:
     )
 
 
-def batch_of(images: Tensor, step: int, settings: Settings, rank: int, world: int) -> tuple[Tensor, Tensor, Tensor]:
+def batch_of(images: Tensor, step: int, place: Place) -> tuple[Tensor, Tensor, Tensor]:
     """Return the clean images in [-1, 1], the noise and the timesteps of one update of one process."""
-    per_update = settings.train_batch_size * world
-    updates_per_epoch = len(images) // per_update
-    epoch, position = divmod(step, updates_per_epoch)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed * 100_003 + epoch))
-    start = position * per_update + rank * settings.train_batch_size
-    clean = images[order[start : start + settings.train_batch_size]].float() / 127.5 - 1
-    draws = torch.Generator().manual_seed((settings.seed * 1_000_003 + step) * world + rank)
+    clean = images[place.rows(len(images), step)].float() / 127.5 - 1
+    draws = place.draws(step)
     noise = torch.randn(clean.shape, generator=draws)
     return clean, noise, torch.randint(0, 1000, (len(clean),), generator=draws)
 
@@ -170,79 +160,31 @@ def train(settings: Settings) -> UNet2DModel:
     images = DATASETS[settings.dataset].load(settings.train_data_dir)
     scheduler = build_scheduler(settings.prediction_type)
     unet = build_unet(settings.dataset)
-    ema = EMAModel(unet.parameters(), decay=settings.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    ema.to(accelerator.device)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
-    world = accelerator.num_processes
-    num_steps = settings.num_train_epochs * (len(images) // (settings.train_batch_size * world))
-    lr_schedule = get_cosine_schedule_with_warmup(optimizer, settings.lr_warmup_steps, num_steps)
-    unet, optimizer = accelerator.prepare(unet, optimizer)
+    place = Place(settings.seed, settings.train_batch_size, accelerator.process_index, accelerator.num_processes)
 
-    checkpoint = Path(settings.checkpoint_dir) / "state.safetensors"
-    log = Path(settings.checkpoint_dir) / "log.jsonl"
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    first_step, running_loss = 0, 0.0
-    if checkpoint.exists():
-        state = load_checkpoint(checkpoint)
-        accelerator.unwrap_model(unet).load_state_dict(state["unet"])
-        ema.load_state_dict(state["ema"])
-        ema.to(accelerator.device)
-        optimizer.load_state_dict(state["optimizer"])
-        lr_schedule.load_state_dict(state["lr_schedule"])
-        first_step, running_loss = state["step"], state["running_loss"]
-
-    bar = tqdm(
-        range(first_step, num_steps),
-        initial=first_step,
-        total=num_steps,
-        desc="train teacher",
-        disable=not accelerator.is_local_main_process,
-    )
-    started = time.perf_counter()
-    for step in bar:
-        clean, noise, timesteps = (
-            tensor.to(accelerator.device)
-            for tensor in batch_of(images, step, settings, accelerator.process_index, world)
-        )
+    def loss_of(model: nn.Module, step: int) -> Tensor:
+        clean, noise, timesteps = (tensor.to(accelerator.device) for tensor in batch_of(images, step, place))
         noisy = scheduler.add_noise(clean, noise, timesteps)
         target = TARGETS[settings.prediction_type](scheduler, clean, noise, timesteps)
-        with accelerator.autocast():
-            prediction = unet(noisy, timesteps).sample
-        loss = torch.nn.functional.mse_loss(prediction.float(), target)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(unet.parameters(), settings.max_grad_norm)
-        optimizer.step()
-        lr_schedule.step()
-        optimizer.zero_grad()
-        ema.step(unet.parameters())
-        if not accelerator.is_main_process:
-            continue
-        running_loss = loss.item() if step == 0 else 0.99 * running_loss + 0.01 * loss.item()
-        if (step + 1) % 100 == 0:
-            bar.set_postfix(loss=f"{running_loss:.4f}")
-            row = {"step": step + 1, "loss": running_loss, "seconds": time.perf_counter() - started}
-            with log.open("a") as stream:
-                stream.write(json.dumps(row) + "\n")
-        if (step + 1) % settings.checkpointing_steps == 0 or step + 1 == num_steps:
-            state = {
-                "unet": accelerator.unwrap_model(unet).state_dict(),
-                "ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "lr_schedule": lr_schedule.state_dict(),
-                "step": step + 1,
-                "running_loss": running_loss,
-            }
-            save_checkpoint(checkpoint, state)
+        return torch.nn.functional.mse_loss(model(noisy, timesteps).sample.float(), target)
 
-    accelerator.wait_for_everyone()
-    unet = accelerator.unwrap_model(unet)
-    ema.copy_to(unet.parameters())
+    num_steps = settings.num_train_epochs * place.updates_per_epoch(len(images))
+    recipe = Recipe(
+        num_steps=num_steps,
+        batch_size=settings.train_batch_size,
+        learning_rate=settings.learning_rate,
+        lr_warmup_steps=settings.lr_warmup_steps,
+        max_grad_norm=settings.max_grad_norm,
+        ema_decay=settings.ema_decay,
+        checkpointing_steps=settings.checkpointing_steps,
+    )
+    final_loss = fit(unet, loss_of, recipe, accelerator, Path(settings.checkpoint_dir), "train teacher")
     if accelerator.is_main_process:
         DDIMPipeline(unet, scheduler).save_pretrained(settings.output_dir)
-        recipe = dataclasses.asdict(settings) | {"num_steps": num_steps, "final_loss": running_loss}
-        recipe |= {"torch": torch.__version__, "machine": platform.machine()}
-        Path(settings.output_dir, "training.json").write_text(json.dumps(recipe, indent=2) + "\n")
-        Path(settings.output_dir, "README.md").write_text(card(recipe, sum(p.numel() for p in unet.parameters())))
+        facts = dataclasses.asdict(settings) | {"num_steps": num_steps, "final_loss": final_loss}
+        facts |= {"torch": torch.__version__, "machine": platform.machine()}
+        Path(settings.output_dir, "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+        Path(settings.output_dir, "README.md").write_text(card(facts, sum(p.numel() for p in unet.parameters())))
     return unet
 
 

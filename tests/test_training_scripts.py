@@ -55,6 +55,7 @@ def test_another_file_is_refused(scripts, tmp_path):
 
 def test_a_killed_training_ends_with_the_same_weights(scripts, idx_folder, tmp_path, monkeypatch):
     train_teacher, _ = scripts
+    import training_loop
 
     def settings(name):
         return train_teacher.Settings(
@@ -74,16 +75,16 @@ def test_a_killed_training_ends_with_the_same_weights(scripts, idx_folder, tmp_p
     class Killed(Exception):
         pass
 
-    save = train_teacher.save_checkpoint
+    save = training_loop.save_checkpoint
 
     def save_then_die(path, state):
         save(path, state)
         raise Killed
 
-    monkeypatch.setattr(train_teacher, "save_checkpoint", save_then_die)
+    monkeypatch.setattr(training_loop, "save_checkpoint", save_then_die)
     with pytest.raises(Killed):
         train_teacher.train(settings("killed"))
-    monkeypatch.setattr(train_teacher, "save_checkpoint", save)
+    monkeypatch.setattr(training_loop, "save_checkpoint", save)
     resumed = train_teacher.train(settings("killed")).state_dict()
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
