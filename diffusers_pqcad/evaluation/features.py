@@ -3,14 +3,14 @@
 A distance between feature distributions means nothing without the extractor and the reference set behind it, so both
 live in one folder under one name, and both files are verified by SHA-256. The format is read and written only here:
 
-    config.json             name, SHA-256 of both files, sizes of the classifier, where the numbers come from
+    config.json             name, SHA-256 of both files, sizes and labels of the classifier, origin of the numbers
     model.safetensors       weights of the classifier
     reference.safetensors   mean (D,) and covariance (D, D) float64, features (M, D) float16
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +55,18 @@ class FeatureExtractor(nn.Module):
 
 
 class SmallClassifier(nn.Module):
-    """Three convolutions and two linear layers for grey images; the first linear layer's output are the features.
+    """Three convolutions and two linear layers for small images; the first linear layer's output are the features.
 
-    `image_size` is the height and width (at least 8; 28 for the MNIST family), `channels` the widths of the three
-    convolutions. Each is followed by batch norm, ReLU and max-pooling by 2.
+    `image_size` is the height and width (at least 8; 28 for the MNIST family), `in_channels` 1 for grey images and 3
+    for colour, `channels` the widths of the three convolutions. Each is followed by batch norm, ReLU and max-pooling
+    by 2.
     """
 
     def __init__(
         self,
         *,
         image_size: int = 28,
+        in_channels: int = 1,
         channels: tuple[int, int, int] = (32, 64, 128),
         num_features: int = 128,
         num_classes: int = 10,
@@ -72,13 +74,13 @@ class SmallClassifier(nn.Module):
         super().__init__()
         self.architecture = {
             "image_size": image_size,
+            "in_channels": in_channels,
             "channels": list(channels),
             "num_features": num_features,
             "num_classes": num_classes,
         }
-        self.image_size = image_size
+        self.image_shape = (in_channels, image_size, image_size)
         stages: list[nn.Module] = []
-        in_channels = 1
         for out_channels in channels:
             stages += [
                 nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
@@ -92,15 +94,14 @@ class SmallClassifier(nn.Module):
         self.head = nn.Linear(num_features, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the features (N, num_features), >= 0, of `images` (N, 1, image_size, image_size) uint8.
+        """Return the features (N, num_features), >= 0, of `images` (N, in_channels, H, W) uint8.
 
         Raises ValueError for another dtype or shape.
         """
-        expected = (1, self.image_size, self.image_size)
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != expected:
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.image_shape:
             raise ValueError(
-                f"images: expected uint8 of shape (N, {', '.join(map(str, expected))}), got {images.dtype} of shape "
-                f"{tuple(images.shape)}. Convert samples in [-1, 1] with diffusers_pqcad.evaluation.to_uint8."
+                f"images: expected uint8 of shape (N, {', '.join(map(str, self.image_shape))}), got {images.dtype} of "
+                f"shape {tuple(images.shape)}. Convert samples in [-1, 1] with diffusers_pqcad.evaluation.to_uint8."
             )
         x = images.to(self.head.weight.device).float() / 127.5 - 1
         return self.penultimate(self.convolutions(x).flatten(1)).relu()
@@ -111,16 +112,45 @@ class SmallClassifier(nn.Module):
 
 
 class ClassifierExtractor(FeatureExtractor):
-    """The extractor whose features are the penultimate activations of a `SmallClassifier`."""
+    """The extractor whose features are the penultimate activations of a `SmallClassifier`.
 
-    def __init__(self, classifier: SmallClassifier, **reference: Any) -> None:
+    `labels` are the names that its logits stand for, by attribute and in order: {"emoji": [...], "colour": [...]} of
+    one that tells both. Without them nothing can be recognized.
+    """
+
+    def __init__(
+        self, classifier: SmallClassifier, labels: Mapping[str, Sequence[str]] | None = None, **reference: Any
+    ) -> None:
         super().__init__(**reference)
         self.classifier = classifier.eval().requires_grad_(False)
+        self.labels = {attribute: list(names) for attribute, names in (labels or {}).items()}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the features (N, D) float32, on the CPU, of `images` (N, 1, H, W) uint8."""
+        """Return the features (N, D) float32, on the CPU, of `images` (N, C, H, W) uint8."""
         with torch.no_grad():
             return self.classifier.features(images).float().cpu()
+
+    def recognize(self, images: Tensor) -> list[dict[str, str]]:
+        """Return the most likely label of each attribute, for each of `images` (N, C, H, W) uint8.
+
+        Raises ValueError where the extractor was stored without `labels`.
+        """
+        if not self.labels:
+            raise ValueError(
+                f"{self.name}: expected an extractor with labels in its {CONFIG_FILE}, which say what the classifier "
+                "finds; this one has none. Store it with save_extractor(..., labels=...)."
+            )
+        with torch.no_grad():
+            logits = self.classifier(images)
+        parts = split_logits(logits, self.labels).items()
+        found = [[self.labels[key][place] for place in part.argmax(dim=1).tolist()] for key, part in parts]
+        return [dict(zip(self.labels, row, strict=True)) for row in zip(*found, strict=True)]
+
+
+def split_logits(logits: Tensor, labels: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+    """Return the part of `logits` (N, num_classes) for each attribute of `labels`, in their order."""
+    parts = logits.split([len(names) for names in labels.values()], dim=1)
+    return dict(zip(labels, parts, strict=True))
 
 
 def save_extractor(
@@ -132,13 +162,16 @@ def save_extractor(
     covariance: Tensor,
     features: Tensor,
     facts: Mapping[str, Any],
+    labels: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Write `classifier` and its reference statistics to `folder`, for `load_extractor`.
 
     `mean` (D,) and `covariance` (D, D) are stored as float64, `features` (M, D) as float16. `facts` are further
-    entries of config.json: JSON values that say where the numbers come from (data, accuracy, seeds).
+    entries of config.json: JSON values that say where the numbers come from (data, accuracy, seeds). `labels` are
+    those of `ClassifierExtractor`.
 
-    Raises ValueError if `name` calls the metric FID: that name belongs to Inception-v3 features.
+    Raises ValueError for another number of labels than of logits, and if `name` calls the metric FID: that name
+    belongs to Inception-v3 features.
     """
     if "fid" in name.lower():
         raise ValueError(
@@ -146,6 +179,7 @@ def save_extractor(
             "'FMNIST-classifier Frechet distance (d=128)'."
         )
     folder = Path(folder)
+    check_labels(labels or {}, classifier, folder / CONFIG_FILE)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {key: value.detach().cpu().contiguous() for key, value in classifier.state_dict().items()}
     save_file(weights, folder / WEIGHTS_FILE)
@@ -156,6 +190,7 @@ def save_extractor(
         "sha256": file_sha256(folder / WEIGHTS_FILE),
         "reference_sha256": file_sha256(folder / REFERENCE_FILE),
         "architecture": classifier.architecture,
+        **({"labels": {attribute: list(names) for attribute, names in labels.items()}} if labels else {}),
         **facts,
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
@@ -178,11 +213,13 @@ def load_extractor(folder: str | Path) -> ClassifierExtractor:
         name, architecture = config["name"], config["architecture"]
         expected = {WEIGHTS_FILE: config["sha256"], REFERENCE_FILE: config["reference_sha256"]}
         classifier = SmallClassifier(**(architecture | {"channels": tuple(architecture["channels"])}))
+        labels = config.get("labels", {})
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder / CONFIG_FILE}: expected JSON with name, sha256, reference_sha256 and architecture, but reading "
             f"it failed with {type(error).__name__}: {error}. Restore it or run examples/train_classifier.py again."
         ) from error
+    check_labels(labels, classifier, folder / CONFIG_FILE)
     for file, digest in expected.items():
         arrived = file_sha256(folder / file)
         if arrived != digest:
@@ -194,6 +231,7 @@ def load_extractor(folder: str | Path) -> ClassifierExtractor:
     reference = load_file(folder / REFERENCE_FILE)
     return ClassifierExtractor(
         classifier,
+        labels,
         name=name,
         sha256=expected[WEIGHTS_FILE],
         reference_sha256=expected[REFERENCE_FILE],
@@ -201,6 +239,13 @@ def load_extractor(folder: str | Path) -> ClassifierExtractor:
         reference_covariance=reference["covariance"],
         reference_features=reference["features"].float(),
     )
+
+
+def check_labels(labels: Mapping[str, Sequence[str]], classifier: SmallClassifier, path: Path) -> None:
+    """Raise ValueError, naming the file, where there are `labels`, and not as many as `classifier` has logits."""
+    num_labels, num_classes = sum(map(len, labels.values())), classifier.architecture["num_classes"]
+    if labels and num_labels != num_classes:
+        raise ValueError(f"{path}: labels: expected {num_classes} in all, one for each logit, got {num_labels}.")
 
 
 def extract_features(extractor: Callable[[Tensor], Tensor], images: Tensor, batch_size: int = 256) -> Tensor:

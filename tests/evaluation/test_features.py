@@ -50,6 +50,12 @@ class TestSmallClassifier:
         assert classifier.features(uint8_images(5)).shape == (5, 12)
         assert classifier(uint8_images(5)).shape == (5, 3)
 
+    def test_colour_images(self):
+        classifier = SmallClassifier(image_size=8, in_channels=3, channels=(4, 6, 8), num_features=12, num_classes=3)
+        assert classifier(torch.zeros(5, 3, 8, 8, dtype=torch.uint8)).shape == (5, 3)
+        with pytest.raises(ValueError, match=r"expected uint8 of shape \(N, 3, 8, 8\)"):
+            classifier(uint8_images(5))
+
     def test_defaults_are_for_the_mnist_family(self):
         images = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
         assert SmallClassifier().features(images).shape == (2, 128)
@@ -88,6 +94,28 @@ class TestLoadExtractor:
         assert extractor.reference_mean.dtype == extractor.reference_covariance.dtype == torch.float64
         assert torch.equal(extractor.reference_features, expected[:20].half().float())
         assert json.loads((folder / CONFIG_FILE).read_text())["test_accuracy"] == 0.5
+
+    def test_labels_are_found_by_attribute(self, tmp_path):
+        classifier = tiny_classifier()
+        statistics = {"mean": torch.zeros(12), "covariance": torch.eye(12), "features": torch.zeros(2, 12)}
+        labels = {"kind": ["a"], "size": ["small", "large"]}
+        save_extractor(tmp_path, classifier, name=NAME, facts={}, labels=labels, **statistics)
+        extractor = load_extractor(tmp_path)
+        assert extractor.labels == labels
+        with torch.no_grad():
+            is_large = classifier(uint8_images(9))[:, 1:].argmax(dim=1)
+        expected = [{"kind": "a", "size": labels["size"][place]} for place in is_large.tolist()]
+        assert extractor.recognize(uint8_images(9)) == expected
+
+    def test_without_labels_nothing_is_recognized(self, folder):
+        with pytest.raises(ValueError, match="expected an extractor with labels"):
+            load_extractor(folder).recognize(uint8_images(2))
+
+    def test_refuses_labels_of_another_classifier(self, folder):
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        (folder / CONFIG_FILE).write_text(json.dumps(config | {"labels": {"kind": ["a", "b"]}}))
+        with pytest.raises(ValueError, match=r"config\.json: labels: expected 3 in all, one for each logit, got 2"):
+            load_extractor(folder)
 
     def test_its_own_reference_is_at_distance_zero(self, folder):
         extractor = load_extractor(folder)
