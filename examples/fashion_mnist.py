@@ -1,4 +1,4 @@
-"""Fashion-MNIST as tensors, from a local IDX folder or from the Hub."""
+"""Fashion-MNIST as tensors, from a local IDX folder or from the Hub, and its prompts: "a photo of a sneaker"."""
 
 import gzip
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import load_dataset
+from prompted_pictures import PromptedPictures
 from torch import Tensor
 
 HUB_ID = "zalando-datasets/fashion_mnist"
@@ -28,6 +29,19 @@ WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEM
 COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
 OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
+CLASSES = {  # of the labels 0 to 9; the first is what the data set calls them
+    "T-shirt/top": "a t-shirt",
+    "Trouser": "trousers",
+    "Pullover": "a pullover",
+    "Dress": "a dress",
+    "Coat": "a coat",
+    "Sandal": "a sandal",
+    "Shirt": "a shirt",
+    "Sneaker": "a sneaker",
+    "Bag": "a bag",
+    "Ankle boot": "an ankle boot",
+}
+TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "an image of {}")
 IDX_PREFIX = {"train": "train", "test": "t10k"}
 
 
@@ -61,3 +75,27 @@ def load_split(split: str, data_dir: str | None = None) -> tuple[Tensor, Tensor]
         rows = load_dataset(HUB_ID, split=split).with_format("numpy")
         images, labels = np.asarray(rows["image"]), np.asarray(rows["label"])
     return torch.from_numpy(images.copy()).unsqueeze(1), torch.from_numpy(labels.astype(np.int64))
+
+
+def wanted(prompt: str) -> dict[str, str]:
+    """Return what a picture of `prompt` has to show: {"class": "Sneaker"} for "a photo of a sneaker".
+
+    Raises ValueError for a prompt that is none of this data set's.
+    """
+    for label, words in CLASSES.items():
+        if prompt in [template.format(words) for template in TEMPLATES]:
+            return {"class": label}
+    raise ValueError(f"prompt: expected one of {TEMPLATES} with one of {tuple(CLASSES.values())}, got {prompt!r}.")
+
+
+def prompted_fashion(data_dir: str | None = None) -> PromptedPictures:
+    """Return the training split with four prompts for each picture; `data_dir` as in `load_split`."""
+    images, labels = load_split("train", data_dir)
+    return PromptedPictures(
+        draw=lambda rows: images[rows],
+        prompts=[template.format(words) for words in CLASSES.values() for template in TEMPLATES],
+        choices=labels.unsqueeze(1) * len(TEMPLATES) + torch.arange(len(TEMPLATES)),
+        held_out_prompts=(),
+        labels={"class": tuple(CLASSES)},
+        wanted=wanted,
+    )

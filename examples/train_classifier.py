@@ -1,23 +1,26 @@
-"""Train the bundled feature extractor, a small Fashion-MNIST classifier, and measure its noise floor.
+"""Train a bundled feature extractor, a small classifier of Fashion-MNIST or of emoji, and measure its noise floor.
 
     python examples/train_classifier.py
+    python examples/train_classifier.py --subject emoji
     python examples/train_classifier.py --measure_noise_floor
     python examples/train_classifier.py --measure_teacher examples/models/fashion-mnist
 
-The first writes weights, reference statistics, config.json and the card, noise floor included; the second measures
-the floor of the stored extractor again, the third adds a teacher pipeline's distances. Every figure of the card
+The first two write weights, reference statistics, config.json and the card, noise floor included; the third measures
+the floor of the stored extractor again, the fourth adds an unconditional teacher's distances. Every figure of the card
 comes from config.json.
 """
 
 import json
 import os
 import platform
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from fashion_mnist import LICENCE_NOTICE, load_split
+from emoji import EMOJI_NOTICE, copy_emoji_licences, load_emoji, prompted_emoji
+from fashion_mnist import CLASSES, LICENCE_NOTICE, load_split
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
@@ -29,15 +32,121 @@ from diffusers_pqcad.evaluation.features import (
     extract_features,
     load_extractor,
     save_extractor,
+    split_logits,
 )
 from diffusers_pqcad.evaluation.metrics import feature_statistics, frechet_distance, kernel_distance
+
+NUM_EMOJI_PICTURES = {"train": 40_960, "test": 10_240}
+MAX_NOISE = 32.0  # standard deviation of 255 levels
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images (N, C, H, W) uint8 and the `labels` (N, A) int64 of their A attributes, places in the lists of `names`.
+
+    `in_reference` (N,) bool says which of them the distances are measured from.
+    """
+
+    images: Tensor
+    labels: Tensor
+    names: Mapping[str, Sequence[str]]
+    in_reference: Tensor
+
+
+def fashion_examples(split: str, data_dir: str | None) -> Examples:
+    """Return a split of Fashion-MNIST."""
+    images, labels = load_split(split, data_dir)
+    return Examples(images, labels.unsqueeze(1), {"class": tuple(CLASSES)}, torch.ones(len(images), dtype=torch.bool))
+
+
+def emoji_examples(split: str, data_dir: str | None) -> Examples:
+    """Return random pictures of emoji, other ones for each split. Pairs that are held out are not in the reference."""
+    data = prompted_emoji(load_emoji(data_dir), with_held_out=True)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    rows = order[: NUM_EMOJI_PICTURES["train"]] if split == "train" else order[-NUM_EMOJI_PICTURES["test"] :]
+    places = {attribute: {name: place for place, name in enumerate(names)} for attribute, names in data.labels.items()}
+    wanted = [data.wanted(prompt) for prompt in data.prompts]
+    labels = torch.tensor([[places[attribute][name] for attribute, name in each.items()] for each in wanted])
+    held_out = set(data.held_out_prompts)
+    in_reference = torch.tensor([prompt not in held_out for prompt in data.prompts])
+    prompts = data.choices[rows, 0]
+    return Examples(data.draw(rows), labels[prompts], data.labels, in_reference[prompts])
+
+
+def add_noise(images: Tensor, generator: torch.Generator, settings: "Settings") -> Tensor:
+    """Return `images` (B, C, H, W) uint8 with noise of up to MAX_NOISE: a model's are not exact."""
+    strength = MAX_NOISE * torch.rand(len(images), 1, 1, 1, generator=generator)
+    noise = strength * torch.randn(images.shape, generator=generator)
+    return (images + noise).round().clamp(0, 255).to(torch.uint8)
+
+
+def augment(images: Tensor, generator: torch.Generator, settings: "Settings") -> Tensor:
+    """Return `images` (B, 1, H, W) uint8, shifted together by up to `max_shift` pixels, half of them mirrored."""
+    height, width = images.shape[2:]
+    max_shift = settings.max_shift
+    padded = torch.nn.functional.pad(images, (max_shift,) * 4)
+    top, left = torch.randint(0, 2 * max_shift + 1, (2,), generator=generator).tolist()
+    shifted = padded[:, :, top : top + height, left : left + width]
+    mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+    return torch.where(mirrored, shifted.flip(3), shifted)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is told apart: `load(split, train_data_dir)` has the images, `augment` varies those of a batch.
+
+    `output_dir` and `name` are the extractor's, the others are for its config and card; `copy_licences` puts the texts
+    of the data's licences into its folder.
+    """
+
+    load: Callable[[str, str | None], Examples]
+    augment: Callable[[Tensor, torch.Generator, "Settings"], Tensor]
+    output_dir: str
+    name: str
+    dataset: str
+    title: str
+    images: str
+    classes: str
+    licence: str
+    notice: str
+    copy_licences: Callable[[Path], None] = lambda folder: None
+
+
+SUBJECTS = {
+    "fashion-mnist": Subject(
+        load=fashion_examples,
+        augment=augment,
+        output_dir="examples/models/fashion-mnist-features",
+        name="FMNIST-classifier Frechet distance",
+        dataset="Fashion-MNIST, training split, as it is (28x28, no padding)",
+        title="Fashion-MNIST",
+        images="28x28 grey images",
+        classes="10 classes",
+        licence="mit",
+        notice=LICENCE_NOTICE,
+    ),
+    "emoji": Subject(
+        load=emoji_examples,
+        augment=add_noise,
+        output_dir="examples/models/emoji-features",
+        name="emoji-classifier Frechet distance",
+        dataset="Noto Color Emoji on 8 colours, shifted and mirrored (32x32), without the pairs that are held out",
+        title="emoji on coloured backgrounds",
+        images="32x32 pictures of emoji",
+        classes="256 emoji and 8 colours, both right",
+        licence="ofl-1.1",
+        notice=EMOJI_NOTICE,
+        copy_licences=copy_emoji_licences,
+    ),
+}
 
 
 @dataclass
 class Settings:
     """Settings of one run; the defaults made `examples/models/fashion-mnist-features`."""
 
-    output_dir: str = "examples/models/fashion-mnist-features"
+    subject: str = "fashion-mnist"  # or emoji
+    output_dir: str = ""  # default: examples/models/, by the subject
     train_data_dir: str | None = None  # a folder of IDX files; default: the Debian package, else the Hub
     num_train_epochs: int = 5
     train_batch_size: int = 128
@@ -54,21 +163,21 @@ class Settings:
     measure_teacher: str | None = None  # a pipeline folder: measure it with the stored extractor instead of training
     num_inference_steps: int = 20  # of the measured teacher
 
-
-def augment(images: Tensor, generator: torch.Generator, max_shift: int) -> Tensor:
-    """Return `images` (B, 1, H, W) uint8, shifted together by up to `max_shift` pixels, half of them mirrored."""
-    height, width = images.shape[2:]
-    padded = torch.nn.functional.pad(images, (max_shift,) * 4)
-    top, left = torch.randint(0, 2 * max_shift + 1, (2,), generator=generator).tolist()
-    shifted = padded[:, :, top : top + height, left : left + width]
-    mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
-    return torch.where(mirrored, shifted.flip(3), shifted)
+    def __post_init__(self) -> None:
+        if self.subject not in SUBJECTS:
+            raise ValueError(f"subject: expected one of {tuple(SUBJECTS)}, got {self.subject!r}.")
+        self.output_dir = self.output_dir or SUBJECTS[self.subject].output_dir
 
 
-def train(settings: Settings, images: Tensor, labels: Tensor) -> SmallClassifier:
-    """Return the classifier, in eval mode, after training on `images` (N, 1, 28, 28) uint8 and `labels` (N,)."""
+def train(settings: Settings, examples: Examples) -> SmallClassifier:
+    """Return the classifier, in eval mode, after training on `examples`."""
     torch.manual_seed(settings.seed)
-    classifier = SmallClassifier(image_size=images.shape[-1])
+    images, labels = examples.images, examples.labels
+    classifier = SmallClassifier(
+        image_size=images.shape[-1],
+        in_channels=images.shape[1],
+        num_classes=sum(len(names) for names in examples.names.values()),
+    )
     optimizer = torch.optim.AdamW(
         classifier.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
@@ -80,9 +189,13 @@ def train(settings: Settings, images: Tensor, labels: Tensor) -> SmallClassifier
     for _ in range(settings.num_train_epochs):
         order = torch.randperm(len(images), generator=draws)[: batches_per_epoch * settings.train_batch_size]
         for rows in order.split(settings.train_batch_size):
-            batch = augment(images[rows], draws, settings.max_shift)
-            logits = classifier(batch)
-            loss = torch.nn.functional.cross_entropy(logits, labels[rows], label_smoothing=settings.label_smoothing)
+            logits = classifier(SUBJECTS[settings.subject].augment(images[rows], draws, settings))
+            loss = torch.stack(
+                [
+                    torch.nn.functional.cross_entropy(part, wanted, label_smoothing=settings.label_smoothing)
+                    for part, wanted in zip(split_logits(logits, examples.names).values(), labels[rows].T, strict=True)
+                ]
+            ).sum()
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -94,13 +207,14 @@ def train(settings: Settings, images: Tensor, labels: Tensor) -> SmallClassifier
 
 
 @torch.no_grad()
-def accuracy(classifier: SmallClassifier, images: Tensor, labels: Tensor) -> float:
-    """Return the share of `images` that `classifier` labels correctly, in [0, 1]."""
-    correct = [
-        (classifier(batch).argmax(dim=1) == wanted).sum()
-        for batch, wanted in zip(images.split(500), labels.split(500), strict=True)
-    ]
-    return sum(correct).item() / len(images)
+def accuracy(classifier: SmallClassifier, examples: Examples) -> float:
+    """Return the share of `examples` in which `classifier` gets every attribute right, in [0, 1]."""
+    correct = 0
+    for batch, wanted in zip(examples.images.split(500), examples.labels.split(500), strict=True):
+        parts = split_logits(classifier(batch), examples.names).values()
+        found = torch.stack([part.argmax(dim=1) for part in parts], dim=1)  # (B, A)
+        correct += int((found == wanted).all(dim=1).sum())
+    return correct / len(examples.images)
 
 
 def noise_floor(features: Tensor, num_images: int, settings: Settings) -> dict[str, Any]:
@@ -135,20 +249,21 @@ def mean_and_sd(values: list[float]) -> tuple[float, float]:
 
 def build(settings: Settings) -> None:
     """Train the classifier and write the extractor folder."""
-    images, labels = load_split("train", settings.train_data_dir)
-    test_images, test_labels = load_split("test", settings.train_data_dir)
-    classifier = train(settings, images, labels)
-    facts: dict[str, Any] = {"test_accuracy": accuracy(classifier, test_images, test_labels)}
+    subject = SUBJECTS[settings.subject]
+    examples, others = (subject.load(split, settings.train_data_dir) for split in ("train", "test"))
+    classifier = train(settings, examples)
+    facts: dict[str, Any] = {"subject": settings.subject, "test_accuracy": accuracy(classifier, others)}
+    facts["num_test_images"] = len(others.images)
     print(f"test accuracy {facts['test_accuracy']:.4f}")
     with torch.no_grad():
-        features = extract_features(classifier.features, images)  # (N, D)
-        test_features = extract_features(classifier.features, test_images)
+        features = extract_features(classifier.features, examples.images[examples.in_reference])  # (N, D)
+        test_features = extract_features(classifier.features, others.images[others.in_reference])
     mean, covariance = feature_statistics(features)
     drawn = torch.randperm(len(features), generator=torch.Generator().manual_seed(settings.seed))
     test_distance = frechet_distance(*feature_statistics(test_features), mean, covariance)
     facts |= {
-        "dataset": "Fashion-MNIST, training split, as it is (28x28, no padding)",
-        "num_reference_images": len(images),
+        "dataset": subject.dataset,
+        "num_reference_images": len(features),
         "num_reference_features": settings.num_reference_features,
         "reference_features_seed": settings.seed,
         "training": {
@@ -162,23 +277,25 @@ def build(settings: Settings) -> None:
             "torch": torch.__version__,
             "machine": f"{platform.machine()}, {settings.num_threads} of {os.cpu_count()} threads",
         },
-        "test_split": {"num_images": len(test_images), "frechet_distance": test_distance},
+        "test_split": {"num_images": len(test_features), "frechet_distance": test_distance},
     }
     save_extractor(
         settings.output_dir,
         classifier,
-        name=f"FMNIST-classifier Frechet distance (d={features.shape[1]})",
+        name=f"{subject.name} (d={features.shape[1]})",
         mean=mean,
         covariance=covariance,
         features=features[drawn[: settings.num_reference_features]],
         facts=facts,
+        labels=examples.names,
     )
+    subject.copy_licences(Path(settings.output_dir))
 
 
 def measure_noise_floor(settings: Settings) -> list[dict[str, Any]]:
     """Return the noise floor of the stored extractor, one row for each number of images."""
-    images, _ = load_split("train", settings.train_data_dir)
-    features = extract_features(load_extractor(settings.output_dir), images)
+    examples = SUBJECTS[settings.subject].load("train", settings.train_data_dir)
+    features = extract_features(load_extractor(settings.output_dir), examples.images[examples.in_reference])
     return [noise_floor(features, count, settings) for count in settings.noise_floor_images]
 
 
@@ -243,21 +360,23 @@ def card(config: dict[str, Any]) -> str:
         f"| {row['kernel_distance']:.6f} ± {row['kernel_distance_sd']:.6f} |"
         for row in config["noise_floor"]
     ]
+    subject = SUBJECTS[config.get("subject", "fashion-mnist")]  # the first extractor's config, of before, says none
     teachers = teachers_section(config)
     training, test_split = config["training"], config["test_split"]
+    num_test_images = config.get("num_test_images", test_split["num_images"])
     newline = "\n"
     return f"""---
-license: mit
-tags: [feature-extraction, fashion-mnist]
+license: {subject.licence}
+tags: [feature-extraction, {config.get("subject", "fashion-mnist")}]
 ---
 
 # {config["name"]}
 
-A three-convolution classifier of Fashion-MNIST. The distance between the distributions of its penultimate features
-ranks generative models of 28x28 grey images. It is **not FID**, which uses Inception-v3, and its numbers compare only
+A three-convolution classifier of {subject.title}. The distance between the distributions of its penultimate features
+ranks generative models of {subject.images}. It is **not FID**, which uses Inception-v3, and its numbers compare only
 with numbers from this folder (weights SHA-256 `{config["sha256"][:16]}…`) at the same number of images n.
 
-Test accuracy {100 * config["test_accuracy"]:.2f} % (10 classes, {test_split["num_images"]} images) after
+Test accuracy {100 * config["test_accuracy"]:.2f} % ({subject.classes}, {num_test_images} images) after
 {training["num_train_epochs"]} epochs, seed {training["seed"]}, torch {training["torch"]}, {training["machine"]}.
 
 ## Noise floor
@@ -283,7 +402,7 @@ Load it with `diffusers_pqcad.evaluation.features.load_extractor(folder)`, which
 
 ## Licence of the data
 
-{LICENCE_NOTICE}"""
+{subject.notice}"""
 
 
 def main(settings: Settings) -> dict[str, Any]:
