@@ -58,7 +58,8 @@ ABOUT = {
         pictures="28x28 grey pictures of 10 kinds of clothes",
         network=(
             "a `StableDiffusion3Pipeline` with an `SD3Transformer2DModel` (an MMDiT, flow matching with a shift), two "
-            "CLIP text encoders trained along, no T5, and an `AutoencoderKL` of 14x14x4 latents"
+            "CLIP text encoders trained along, and an `AutoencoderKL` of 14x14x4 latents. There is no T5: one of 13 "
+            "thousand weights, whose output is zero, is there because diffusers loads no such pipeline without one"
         ),
         licence="mit",
         datasets=f"\ndatasets: [{HUB_ID}]",
@@ -224,8 +225,8 @@ Prompts that it knows are in `{PROMPTS_FILE}`.{combined}
 {facts["num_vae_images"]} pictures in batches of {facts["vae_batch_size"]}, then the denoiser and its text encoders
 together on {facts["num_train_images"]} in batches of {facts["train_batch_size"]}, one prompt in ten left out; of
 {facts["num_pictures"]} different ones. AdamW at {facts["vae_learning_rate"]:g} and {facts["learning_rate"]:g} with a
-cosine schedule, EMA {facts["ema_decay"]}, {facts["mixed_precision"]} autocast, seed {facts["seed"]}, torch {facts["torch"]} on
-{facts["machine"]} CPUs; final training losses (moving averages) {facts["final_vae_loss"]:.5f} and
+cosine schedule, EMA {facts["ema_decay"]}, {facts["mixed_precision"]} autocast, seed {facts["seed"]}, torch
+{facts["torch"]} on {facts["machine"]} CPUs; final training losses (moving averages) {facts["final_vae_loss"]:.5f} and
 {facts["final_loss"]:.4f}. Saved in fp16, the text encoders in fp32. All settings: `{RECIPE_FILE}`.
 {remark}
 ## Licence of the data

@@ -74,10 +74,7 @@ class Recipe:
 
 
 def plain_attention(device: torch.device) -> AbstractContextManager[None]:
-    """Return what takes attention apart into products on a CPU, where the fused one is several times slower backwards.
-
-    So a small UNet in bf16 trains 1.5 times faster, a transformer 1.7 times.
-    """
+    """Return what takes attention apart on a CPU, where the fused one is several times slower backwards, in bf16."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
