@@ -177,6 +177,14 @@ def test_the_distances_of_several_teachers_stand_beside_each_other(scripts, tmp_
     assert all(f"| `{name}` |" in card for name in before["teachers"])
 
 
+def test_the_card_of_the_bundled_features_is_what_the_script_writes(scripts):
+    import train_classifier
+
+    folder = ROOT / "examples" / "models" / "fashion-mnist-features"
+    config = json.loads((folder / "config.json").read_text())
+    assert train_classifier.card(config) == (folder / "README.md").read_text()
+
+
 def test_the_bundled_teacher_is_what_the_script_builds(scripts):
     train_teacher, _ = scripts
     bundled = DiffusionPipeline.from_pretrained(ROOT / "examples" / "models" / "fashion-mnist")
