@@ -52,6 +52,7 @@ from diffusers_pqcad.publishing.pipelines import (
 from diffusers_pqcad.publishing.plots import plot_bits, plot_curves, plot_samples
 from diffusers_pqcad.publishing.run_folder import (
     LOCAL_SETTINGS,
+    PROMPT_SETTINGS,
     PROMPTS_FILE,
     Site,
     cached,
@@ -109,15 +110,16 @@ def compress(
         require("train", "torchmetrics")
     prepare_process(run)
 
-    prompts, extractor = prompts_of(run), extractor_of(source)
+    prompts, extractor = prompts_of(run, source.path), extractor_of(source)
     teacher, as_you_run_it = load_teacher(source.path)
     if not makes_pixels(teacher):
         require("train", "torchmetrics")  # for the decoded pictures
-    check_teacher(teacher, run, settings.quantization)
+    check_teacher(teacher, run, settings.quantization, prompts)
     folder = Path(run.output_dir)
     claim_folder(folder, settings, prompts)
-    if prompts:
-        run = replace(run, prompts_file=str(folder / PROMPTS_FILE))  # the other one may change meanwhile
+    if prompts:  # where they came from may change meanwhile
+        copy_of_prompts = str(folder / PROMPTS_FILE)
+        run = replace(run, prompts_file=copy_of_prompts, dataset_name=None, dataset_config_name=None)
     site = Site(folder / "state", run.train_device, progress)
 
     site.say(f"calibration set: {run.num_trajectories} full-precision trajectories")
@@ -411,7 +413,8 @@ def metrics_of(
     """Return what `metrics.json` holds, from which tables and cards are written; `stats` are the student's."""
     best, rounds = stats[-1], history.rounds
     infinite = {key: "inf" for key, value in flat(settings).items() if value == math.inf}  # JSON has none
-    values = {key: value for key, value in (flat(settings) | infinite).items() if key not in LOCAL_SETTINGS}
+    left_out = (*LOCAL_SETTINGS, *PROMPT_SETTINGS)
+    values = {key: value for key, value in (flat(settings) | infinite).items() if key not in left_out}
     return {
         "teacher_id": source.name,
         "settings": values,

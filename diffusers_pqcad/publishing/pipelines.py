@@ -2,10 +2,12 @@
 
 import inspect
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datasets import load_dataset
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from diffusers_pqcad.evaluation import evaluate, generate_images, load_extractor
 from diffusers_pqcad.evaluation.generate import Samples, makes_pixels
 from diffusers_pqcad.loading.config import PQCADConfig
 from diffusers_pqcad.loading.convert import match_modules, with_model_exemptions
+from diffusers_pqcad.publishing.run_folder import PROMPTS_FILE
 from diffusers_pqcad.publishing.settings import CompressConfig
 
 logger = logging.getLogger(__name__)
@@ -27,6 +30,7 @@ CALIBRATION_SEED_OFFSET = 1_000_000  # the images that are measured must not be 
 LATENCY_BATCH_SIZE = 8
 PIXEL_BATCH_SIZE, LATENT_BATCH_SIZE = 64, 4  # images of a call, by default
 MAX_OWN_STEPS = 50
+SHUFFLED_ROWS = 10_000  # of a data set of prompts
 
 
 class Row(NamedTuple):
@@ -124,14 +128,21 @@ def call_arguments(run: CompressConfig) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def prompts_of(run: CompressConfig) -> list[str]:
-    """Return the prompts of the run's file, one of each line; none where it has no file.
+def prompts_of(run: CompressConfig, teacher: str | None = None) -> list[str]:
+    """Return the prompts of the run's file or data set, else those in the folder of its `teacher`; none without.
 
-    Raises ValueError for a file that is missing, is no text, or has no prompt.
+    Raises ValueError for a file or a data set that is missing, is no text, or has no prompt.
     """
-    if run.prompts_file is None:
-        return []
-    path = Path(run.prompts_file)
+    if run.dataset_name is not None:
+        return prompts_of_dataset(run)
+    if run.prompts_file is not None:
+        return prompts_of_file(Path(run.prompts_file))
+    beside = None if teacher is None else Path(teacher) / PROMPTS_FILE
+    return prompts_of_file(beside) if beside is not None and beside.is_file() and not run.class_labels else []
+
+
+def prompts_of_file(path: Path) -> list[str]:
+    """Return the prompts of a text file, one of each line."""
     if not path.is_file():
         raise ValueError(f"prompts_file: there is no file {str(path)!r}.")
     try:
@@ -143,6 +154,35 @@ def prompts_of(run: CompressConfig) -> list[str]:
     return prompts
 
 
+def prompts_of_dataset(run: CompressConfig) -> list[str]:
+    """Return as many different prompts of the run's data set as it records and measures, in the order of its seed.
+
+    The rows are streamed: of a large data set, only those of the shuffled buffer are read. White space becomes single
+    spaces, as a prompt is a line of the copy.
+    """
+    name, column = run.dataset_name or "", run.prompt_column
+    try:
+        rows = load_dataset(name, run.dataset_config_name, split="train", streaming=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"dataset_name: {name!r} cannot be loaded ({error}).") from error
+    if column in (rows.column_names or []):
+        rows = rows.select_columns([column])  # pictures beside it are not decoded
+    found: dict[str, None] = {}
+    for row in rows.shuffle(seed=run.seed, buffer_size=SHUFFLED_ROWS):
+        text = row.get(column, ...)
+        if not isinstance(text, str | None):
+            arrived = f"none; there are {sorted(row)}" if text is ... else f"a {type(text).__name__}"
+            raise ValueError(f"prompt_column: expected a column {column!r} of texts in {name!r}, got {arrived}.")
+        prompt = " ".join((text or "").split())
+        if prompt:
+            found[prompt] = None
+        if len(found) == run.num_trajectories + run.num_images:
+            break
+    if not found:
+        raise ValueError(f"dataset_name: {name!r} has no prompt in its column {column!r}.")
+    return list(found)
+
+
 class RunInputs(NamedTuple):
     """What a run's pipelines are called with: the inputs that are recorded, and those that are measured."""
 
@@ -150,30 +190,37 @@ class RunInputs(NamedTuple):
     measured: list[Any] | None
 
 
-def inputs_of_run(run: CompressConfig) -> RunInputs:
-    """Return the run's inputs: of a file's prompts the first `num_trajectories` are recorded, the others measured.
+def inputs_of_run(run: CompressConfig, prompts: Sequence[str] | None = None) -> RunInputs:
+    """Return the run's inputs: of its `prompts` the first `num_trajectories` are recorded, the others measured.
 
     Where there are no more, those that were recorded are measured, with other noise. Class labels are recorded and
-    measured alike.
+    measured alike. `prompts` are by default those of the run's file. Raises ValueError for a negative prompt alone.
     """
     if run.class_labels:
         labels = [{"class_labels": label} for label in run.class_labels]
         return RunInputs(labels, labels)
-    if run.prompts_file is None:
+    prompts = prompts_of(run) if prompts is None else prompts
+    if run.negative_prompt is not None and not prompts:
+        raise ValueError("negative_prompt: it goes with prompts; give prompts_file or dataset_name, too.")
+    if not prompts:
         return RunInputs(None, None)
     others = {} if run.negative_prompt is None else {"negative_prompt": run.negative_prompt}
-    prompts = [{"prompt": prompt} | others for prompt in prompts_of(run)]
-    recorded = prompts[: run.num_trajectories]
-    return RunInputs(recorded, prompts[run.num_trajectories :] or recorded)
+    inputs = [{"prompt": prompt} | others for prompt in prompts]
+    recorded = inputs[: run.num_trajectories]
+    return RunInputs(recorded, inputs[run.num_trajectories :] or recorded)
 
 
-def check_teacher(teacher: Any, run: CompressConfig, quantization: PQCADConfig) -> None:
+def check_teacher(
+    teacher: Any, run: CompressConfig, quantization: PQCADConfig, prompts: Sequence[str] | None = None
+) -> None:
     """Raise ValueError for inputs that the teacher does not take, and for layers that cannot be quantized so."""
-    inputs, model = inputs_of_run(run), denoiser_of(teacher)
+    inputs, model = inputs_of_run(run, prompts), denoiser_of(teacher)
     call_arguments_of(teacher, distinct_inputs(inputs.recorded), call_arguments(run))
     accepted = inspect.signature(type(teacher).__call__).parameters
     if inputs.recorded is None and "batch_size" not in accepted:
-        raise ValueError(f"{type(teacher).__name__}: what is it called with? Give prompts_file (or class_labels).")
+        raise ValueError(
+            f"{type(teacher).__name__}: what is it called with? Give prompts_file or dataset_name (or class_labels)."
+        )
     if not isinstance(teacher.scheduler, DDIMScheduler):
         check_takes_sigmas(teacher)
     else:

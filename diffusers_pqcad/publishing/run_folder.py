@@ -23,7 +23,9 @@ NEUTRAL_SETTINGS = (
     "ablations",
 )
 # Paths of one computer.
-LOCAL_SETTINGS = ("pretrained_model_name_or_path", "output_dir", "extractor", "prompts_file")
+LOCAL_SETTINGS = ("pretrained_model_name_or_path", "output_dir", "extractor")
+# Where a run's prompts come from: its copy of them is what counts, and what a recipe is repeated with.
+PROMPT_SETTINGS = ("prompts_file", "dataset_name", "dataset_config_name", "prompt_column")
 PROMPTS_FILE, PROMPTS = (
     "prompts.txt",
     "prompts_sha256",
@@ -48,7 +50,7 @@ class Site(NamedTuple):
 def claim_folder(folder: Path, settings: Settings, prompts: Sequence[str] = ()) -> None:
     """Take the folder for these settings, or refuse one that was begun with others, or holds something else.
 
-    `prompts`, those of the run's `prompts_file`, are copied to the folder: they are what counts, not where they were.
+    `prompts`, those of the run, are copied to the folder: they are what counts, not where they were.
     """
     begun, text = folder / "state" / "settings.yaml", "".join(f"{prompt}\n" for prompt in prompts)
     mine = flat(settings) | ({PROMPTS: hashlib.sha256(text.encode()).hexdigest()} if prompts else {})
@@ -64,7 +66,7 @@ def claim_folder(folder: Path, settings: Settings, prompts: Sequence[str] = ()) 
                 "over."
             )
         changed = {key: (theirs.get(key), mine.get(key)) for key in theirs if theirs[key] != mine.get(key)}
-        changed = {key: values for key, values in changed.items() if key not in (*NEUTRAL_SETTINGS, "prompts_file")}
+        changed = {key: values for key, values in changed.items() if key not in (*NEUTRAL_SETTINGS, *PROMPT_SETTINGS)}
         if changed:
             raise ValueError(
                 f"{folder} was begun with other settings; (there, now): {changed}. Give another output_dir, or delete "
@@ -85,7 +87,8 @@ def _prompts(folder: Path, begun: dict[str, Any]) -> str:
 
 def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that repeat a run anywhere: nothing of this computer, or of whoever pushes it."""
-    recipe = {key: value for key, value in values.items() if key not in (*NEUTRAL_SETTINGS, *LOCAL_SETTINGS, PROMPTS)}
+    left_out = (*NEUTRAL_SETTINGS, *LOCAL_SETTINGS, *PROMPT_SETTINGS, PROMPTS)
+    recipe = {key: value for key, value in values.items() if key not in left_out}
     path = values["pretrained_model_name_or_path"]
     if path is not None and not Path(path).exists():  # on the Hub
         recipe["pretrained_model_name_or_path"] = path

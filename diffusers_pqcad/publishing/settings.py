@@ -65,9 +65,21 @@ class CompressConfig:
         default=None,
         metadata={
             "help": "text file with a prompt in each line, for text-to-image pipelines: the first num_trajectories "
-            "are recorded, the others measured; a copy is kept in output_dir"
+            "are recorded, the others measured; a copy is kept in output_dir. None: those of dataset_name, or of "
+            "prompts.txt in the pipeline's folder"
         },
     )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "data set with prompts, in the place of prompts_file: a repository of the Hub or a folder, of "
+            "whose split 'train' as many rows are drawn as are recorded and measured"
+        },
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "configuration of that data set; None: its only one"}
+    )
+    prompt_column: str = field(default="text", metadata={"help": "column of that data set that holds the prompts"})
     negative_prompt: str | None = field(default=None, metadata={"help": "negative prompt of all prompts"})
     class_labels: list[int] | None = field(default=None, metadata={"help": "classes, for pipelines that take them"})
     guidance_scale: float | None = field(
@@ -123,10 +135,12 @@ class CompressConfig:
         check_minimum(self, num_threads=0, seed=0)
         sizes = ("height", "width", "max_sequence_length", "own_num_inference_steps", "sampling_batch_size")
         check_minimum(self, **{name: 1 for name in sizes if getattr(self, name) is not None})
-        if self.prompts_file is not None and self.class_labels:
+        if self.prompts_file is not None and self.dataset_name is not None:
+            raise ValueError("dataset_name: prompts come from it or from prompts_file; leave one out.")
+        if self.dataset_config_name is not None and self.dataset_name is None:
+            raise ValueError("dataset_config_name: of which data set? Give dataset_name, too.")
+        if self.class_labels and (self.prompts_file is not None or self.dataset_name is not None):
             raise ValueError("class_labels: a pipeline takes prompts or classes; leave one out.")
-        if self.negative_prompt is not None and self.prompts_file is None:
-            raise ValueError("negative_prompt: it goes with prompts; give prompts_file, too.")
         if self.num_inference_steps % 2:
             raise ValueError(f"num_inference_steps={self.num_inference_steps} is odd; a student takes half the steps.")
         if self.push_to_hub and not self.hub_model_id:

@@ -96,7 +96,8 @@ def test_everything_is_in_the_folder(finished: Path) -> None:
         assert len(grid.convert("RGB").getcolors(2**24)) > 50
     for name in ("README.md", "metrics.json", "history.json", "recipe.yaml"):
         assert str(finished.parents[1]) not in (finished / name).read_text()
-    assert "prompts_file" not in yaml.safe_load((finished / "recipe.yaml").read_text())
+    recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
+    assert not {"prompts_file", "dataset_name", "prompt_column"} & recipe.keys()
 
 
 def test_the_rows_are_those_of_a_pipeline_with_latents(finished: Path) -> None:
@@ -192,6 +193,12 @@ def test_killed_in_pq_and_in_cad_it_ends_with_the_same_bits(
     copied.write_bytes((folder / "prompts.txt").read_bytes())  # the same prompts from another place
     with pytest.raises(Killed):
         main(arguments(folder, "sd", output, "--prompts_file", str(copied)))
+    (folder / "sd" / "prompts.txt").write_bytes(copied.read_bytes())  # and from a place that is not named
+    given = arguments(folder, "sd", output)
+    place = given.index("--prompts_file")
+    with pytest.raises(Killed):
+        main(given[:place] + given[place + 2 :])
+    (folder / "sd" / "prompts.txt").unlink()
     for name in ("pq", "pq_cad"):
         resumed, whole = (load_file(path / "state" / f"{name}.safetensors") for path in (output, finished))
         assert resumed.keys() == whole.keys()

@@ -1,5 +1,6 @@
 """What `compress` takes for a teacher, and what it makes of its scheduler."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -106,6 +107,58 @@ def test_too_few_prompts_are_recorded_and_measured(tmp_path):
     assert prompts_of(CompressConfig()) == []
 
 
+def data_set(folder, **columns):
+    """Return the settings of a data set that `datasets` reads from a folder, with these columns."""
+    folder.mkdir(exist_ok=True)
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    (folder / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return {"dataset_name": str(folder), "prompt_column": next(iter(columns))}
+
+
+def test_a_seeded_sample_of_a_data_set_is_recorded_and_measured(tmp_path):
+    texts = [f"prompt {index}" for index in range(30)]
+    of_set = data_set(tmp_path / "set", caption=texts, label=list(range(30)))
+    run = CompressConfig(num_trajectories=4, num_images=5, **of_set)
+    prompts = prompts_of(run)
+    assert len(prompts) == len(set(prompts)) == 9
+    assert set(prompts) < set(texts)
+    assert prompts == prompts_of(run) != texts[:9]
+    assert prompts != prompts_of(replace(run, seed=7))
+    recorded, measured = inputs_of_run(run, prompts)
+    assert [item["prompt"] for item in (*recorded, *measured)] == prompts
+    assert len(recorded) == 4
+
+
+def test_prompts_of_a_data_set_are_different_lines(tmp_path):
+    texts = [" a\n cat ", "a cat", "", "a dog", None, "a dog"]
+    run = CompressConfig(num_trajectories=4, **data_set(tmp_path / "set", text=texts))
+    assert sorted(prompts_of(run)) == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "message"),
+    [
+        ({"text": ["", " "]}, {}, "^dataset_name: .* has no prompt in its column 'text'"),
+        ({"text": ["a"]}, {"prompt_column": "prompt"}, r"^prompt_column: .*'prompt' .*none; there are \['text'\]"),
+        ({"text": [["a", "b"]]}, {}, "^prompt_column: expected a column 'text' of texts in .*, got a list"),
+        ({"text": ["a"]}, {"dataset_config_name": "fr"}, "^dataset_name: .* cannot be loaded .*fr"),
+    ],
+)
+def test_a_data_set_without_prompts_is_refused(tmp_path, columns, settings, message):
+    run = CompressConfig(**data_set(tmp_path / "set", **columns) | settings)
+    with pytest.raises(ValueError, match=message):
+        prompts_of(run)
+
+
+def test_the_prompts_in_the_folder_of_a_teacher_are_used_where_a_run_names_none(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    assert prompts_of(CompressConfig(), str(tmp_path)) == ["a cat", "a dog"]
+    assert prompts_of(run_with(tmp_path / "mine.txt", ["a boat"]), str(tmp_path)) == ["a boat"]
+    assert prompts_of(CompressConfig(class_labels=[1]), str(tmp_path)) == []
+    assert prompts_of(CompressConfig(), str(tmp_path / "elsewhere")) == []
+    assert prompts_of(CompressConfig(), "a/repository") == []
+
+
 def test_a_file_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(ValueError, match=r"^prompts_file: .*a\.txt cannot be read as text"):
@@ -135,6 +188,8 @@ def folders(tmp_path_factory):
         ("ddim", {"prompts_file": "prompts.txt"}, "^prompt: DDIMPipeline does not take it"),
         ("sd", {}, "^StableDiffusionPipeline: what is it called with"),
         ("sd", {"class_labels": [1]}, "^class_labels: StableDiffusionPipeline does not take it"),
+        ("sd", {"negative_prompt": "x"}, "^negative_prompt: it goes with prompts; give prompts_file or dataset_name"),
+        ("sd", {"dataset_name": "/nowhere/at/all"}, "^dataset_name: '/nowhere/at/all' cannot be loaded"),
         ("ddim", {"guidance_scale": 5.0}, "^guidance_scale: DDIMPipeline does not take it"),
         ("flux", {"prompts_file": "prompts.txt", "negative_prompt": "x", "extractor": "no"}, "^extractor: no/"),
         ("wan", {"prompts_file": "prompts.txt"}, "^WanPipeline: it does not take `sigmas`"),
