@@ -1,12 +1,15 @@
 """Progressive quantization and calibration-assisted distillation for diffusers.
 
 Importing this package registers its quantization method with diffusers, and with transformers for the text encoders of
-its pipelines: as "pqcad", and under the name in saved configs, "diffusers_pqcad". Everything else loads on first use.
+its pipelines: as "pqcad", and under the name in saved configs, "diffusers_pqcad"; and the schedulers of students, as
+components of pipelines. Everything else loads on first use.
 """
 
+import sys
 from importlib import import_module
 from typing import Any
 
+from diffusers import pipelines as _pipelines
 from diffusers.quantizers import auto as _diffusers
 from transformers.quantizers import auto as _transformers
 
@@ -25,6 +28,8 @@ _LAZY = {
     "PQCADConv3d": "layers.quantized",
     "PQCADLinear": "layers.quantized",
     "ProgressiveConfig": "compression.progressive",
+    "StudentDDIMScheduler": "loading.schedulers",
+    "StudentFlowMatchEulerDiscreteScheduler": "loading.schedulers",
     "collect_calibration_set": "compression.recording",
     "compress": "publishing.compress",
     "convert_": "compression.fake_quant",
@@ -41,6 +46,8 @@ for _mappings, _quantizer in ((_diffusers, PQCADQuantizer), (_transformers, PQCA
     for _name in METHOD_NAMES:
         _mappings.AUTO_QUANTIZER_MAPPING[_name] = _quantizer
         _mappings.AUTO_QUANTIZATION_CONFIG_MAPPING[_name] = PQCADConfig
+# Components of pipelines are looked up in the modules here. The table of libraries beside them takes longer to import.
+setattr(_pipelines, __name__, sys.modules[__name__])
 
 
 def __getattr__(name: str) -> Any:

@@ -323,11 +323,12 @@ def freeze_(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def convert_(model: nn.Module, *, num_inference_steps: int | None = None) -> nn.Module:
+def convert_(model: nn.Module, *, num_inference_steps: int | None = None, guidance_folded: bool = False) -> nn.Module:
     """Turn a fake-quantized `model` (a copy, if the latents are still needed) into packed layers, in place.
 
     Levels, scales and activation ranges are exactly those that fake quantization computed with.
-    `num_inference_steps` is recorded in the config as the steps that a student was distilled for.
+    `num_inference_steps` is recorded in the config as the steps that a student was distilled for, `guidance_folded` as
+    whether it answers in one branch.
     """
     layers = fake_quant_layers(model)
     if not layers:
@@ -336,7 +337,7 @@ def convert_(model: nn.Module, *, num_inference_steps: int | None = None) -> nn.
     config.weight_bits_by_module = bits_by_module(model)
     config.method = "progressive"
     config.timestep_boundaries = timestep_boundaries(model)
-    config.num_inference_steps = num_inference_steps
+    config.num_inference_steps, config.guidance_folded = num_inference_steps, guidance_folded
     config.format_version = FORMAT_VERSION
     specs = {name: weight_quantizer(layer).spec for name, layer in layers.items()}
     scales = {name: weight_quantizer(layer).scale.detach().clone().clamp(min=1e-12) for name, layer in layers.items()}

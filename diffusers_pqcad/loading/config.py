@@ -149,6 +149,7 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         timestep_boundaries: boundaries of the static activation ranges' timestep groups, increasing numbers: integers,
             or floats for models that are called with t / 1000; `None`: dynamic ranges.
         num_inference_steps: the number of sampling steps that a student was distilled for.
+        guidance_folded: whether a student answers in one branch what guidance made of its teacher's two.
         packed_share: the packed weights as a share (0 to 1) of all weights of the model; filled on quantization.
         format_version: version of the stored format that a file has; what is saved has the newest.
 
@@ -180,6 +181,7 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
     weight_bits_by_module: dict[str, int] = field(default_factory=dict)
     timestep_boundaries: list[int | float] | None = None
     num_inference_steps: int | None = None
+    guidance_folded: bool = False
     packed_share: float | None = None
     format_version: int = FORMAT_VERSION
     quant_method: PQCADMethod = PQCADMethod.PQCAD
@@ -193,8 +195,9 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
             raise ValueError(f"method: expected 'progressive' or 'fixed', got {self.method!r}.")
         if self.weight_bits is None:
             self.weight_bits = DEFAULT_WEIGHT_BITS[self.method]
-        if not isinstance(self.search_all_modules, bool):
-            raise ValueError(f"search_all_modules: expected True or False, got {self.search_all_modules!r}.")
+        for name in ("search_all_modules", "guidance_folded"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}.")
         self.bit_choices = choices_of_bits(self.bit_choices)
         self._check_weight_bits()
         if not (self.activation_bits is None or is_integer(self.activation_bits)) or (

@@ -29,6 +29,7 @@ CHANGED = {
     "weight_bits_by_module": {"mid_block.resnets.0.conv1": 3},
     "timestep_boundaries": [250, 500],
     "num_inference_steps": 4,
+    "guidance_folded": True,
     "packed_share": 0.75,
     "format_version": 1,
 }
@@ -51,6 +52,7 @@ def test_the_defaults_are_the_documented_ones():
         "weight_bits_by_module": {},
         "timestep_boundaries": None,
         "num_inference_steps": None,
+        "guidance_folded": False,
         "packed_share": None,
         "format_version": FORMAT_VERSION,
         "quant_method": "diffusers_pqcad",
@@ -176,6 +178,7 @@ BAD_VALUES = [
     ({"group_size": -1}, "group_size: expected a positive integer or None, got -1"),
     ({"method": "magic"}, "method: expected 'progressive' or 'fixed', got 'magic'"),
     ({"weight_bits_by_module": {"a": 5}}, r"weight_bits_by_module: expected widths out of .* got \{'a': 5\}"),
+    ({"guidance_folded": 1}, "guidance_folded: expected True or False, got 1"),
     ({"num_inference_steps": 0}, "num_inference_steps: expected a positive integer or None, got 0"),
     ({"timestep_boundaries": [500, 250]}, "timestep_boundaries: expected a list of increasing numbers"),
     ({"timestep_boundaries": [250, 250]}, "timestep_boundaries: expected a list of increasing numbers"),
