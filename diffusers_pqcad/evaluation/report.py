@@ -128,6 +128,7 @@ class Cost:
     packed_share: float  # of all weights
     kernel_cache_bytes: int  # int8 copies that kernels held in memory beside the packed weights
     kernels: dict[str, int]  # quantized layers by the kernel that computes them, in these times
+    model_evaluations: int  # of the denoiser for an image: steps times branches
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def evaluate(
     it are not used.
 
     The error along the trajectory is that of the first MAX_TRAJECTORY_IMAGES images at the timesteps of both, where
-    the schedulers are of one class, and the timesteps of one are among those of the other.
+    the scheduler of one is of the other's class, and the timesteps of one are among those of the other.
 
     Raises ValueError for fewer than two images, too few or misshapen `reference_samples`, arguments that a pipeline
     does not take, and models whose samples differ in shape; MissingExtraError, before any sample, where a package of
@@ -237,7 +238,7 @@ def evaluate(
         _fidelity(run, wanted, found),
         _trajectory(run, reference_run, states, wanted_states),
         _distribution(extractor, found, seed),
-        _cost(getattr(pipeline, denoiser_name(pipeline)), weights_path),
+        _cost(run, states, weights_path),
         _speed((run, states), (reference_run, wanted_states), latency_batch_size, num_latency_rounds),
     )
     return EvaluationReport(**{name: value for part in parts for name, value in vars(part).items()})
@@ -365,7 +366,9 @@ def _trajectory(
 ) -> Trajectory:
     """Return the error at the timesteps that both runs took; no fields where neither's grid holds the other's."""
     pairs = _common_steps(states.timesteps, wanted.timesteps)
-    if pairs is None or type(run.pipeline.scheduler) is not type(reference_run.pipeline.scheduler):
+    one, two = run.pipeline.scheduler, reference_run.pipeline.scheduler
+    are_alike = isinstance(one, type(two)) or isinstance(two, type(one))  # a student's is derived from its teacher's
+    if pairs is None or not are_alike:
         return Trajectory(None, None, None)
     count = min(states.states.shape[1], wanted.states.shape[1])
     rows, wanted_rows = ([*indices, -1] for indices in zip(*pairs, strict=True))
@@ -412,8 +415,9 @@ def _distribution(extractor: FeatureExtractor | None, samples: Samples, seed: in
     )
 
 
-def _cost(model: nn.Module, weights_path: str | Path | None) -> Cost:
-    """Return what the denoiser `model` takes; after a run, as kernels make their copies in it."""
+def _cost(run: PipelineRun, states: Trajectories, weights_path: str | Path | None) -> Cost:
+    """Return what the denoiser of `run` takes; after it, as kernels make their copies in it."""
+    model = getattr(run.pipeline, denoiser_name(run.pipeline))
     bits, bits_of_all = _average_bits(model)
     covered = coverage(model)
     return Cost(
@@ -424,7 +428,25 @@ def _cost(model: nn.Module, weights_path: str | Path | None) -> Cost:
         packed_share=covered.share(covered.packed),
         kernel_cache_bytes=kernel_cache_bytes(model),
         kernels=layers_by_kernel(model),
+        model_evaluations=_evaluations(run, model, len(states.timesteps)),
     )
+
+
+def _evaluations(run: PipelineRun, model: nn.Module, num_steps: int) -> int:
+    """Return for how many rows `model` is called for one image of `run`, in `num_steps` steps: counted."""
+    rows = 0
+
+    def count(module: nn.Module, inputs: Any, output: Any) -> None:
+        nonlocal rows
+        rows += len(output[0])
+
+    hook = model.register_forward_hook(count)
+    try:
+        with untouched(run.pipeline):
+            call(replace(run, decodes=False), 0, 1, stop_after(num_steps))
+    finally:
+        hook.remove()
+    return rows
 
 
 def _average_bits(model: nn.Module) -> tuple[float, float]:

@@ -38,6 +38,7 @@ from diffusers_pqcad.evaluation.report import MAX_TRAJECTORY_IMAGES
 from diffusers_pqcad.evaluation.speed import Latency, tensor_bytes
 from diffusers_pqcad.layers.find import kernel_cache_bytes, packed_layers
 from diffusers_pqcad.loading.convert import match_modules
+from diffusers_pqcad.loading.schedulers import StudentSteps, student_scheduler
 
 FAST = {"num_latency_rounds": 1, "latency_batch_size": 2, "progress": False}
 DISTANCE_FIELDS = (
@@ -444,6 +445,13 @@ class TestTrajectories:
         assert report.trajectory_timesteps is report.trajectory_error is report.trajectory_num_images is None
         assert math.isfinite(report.sqnr_db)
 
+    def test_a_students_scheduler_is_of_its_teachers_kind(self):
+        reference, student = PIPELINES["sd"].build(), PIPELINES["sd"].build()
+        student.scheduler = student_scheduler(reference.scheduler, StudentSteps(2, 50))
+        for one, two in ((student, reference), (reference, student)):
+            report = evaluate_kind("sd", one, two, num_inference_steps=2)
+            assert report.trajectory_error == pytest.approx((0, 0, 0), abs=1e-6)
+
     def test_only_some_videos_are_kept(self, pipeline, monkeypatch):
         monkeypatch.setattr(generate, "MAX_STATE_BYTES", 2 * 6 * 8 * 8 * 4)
         report = evaluate(
@@ -472,6 +480,16 @@ def test_each_pipeline_may_have_arguments_of_its_own():
         "sd", pipeline, pipeline, arguments={"guidance_scale": 2.0}, reference_arguments={"guidance_scale": 2.0}
     )
     assert same.sqnr_db == math.inf
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "evaluations"), [("sd3", {}, 6), ("sd3", {"guidance_scale": 1.0}, 3), ("wan", {}, 6)]
+)
+def test_model_evaluations_are_steps_times_branches(kind, arguments, evaluations):
+    """Whether in one call or in one for each branch: of one image, whatever the batch."""
+    pipeline = PIPELINES[kind].build()
+    report = evaluate_kind(kind, pipeline, pipeline, arguments=arguments, num_inference_steps=3, decode=False)
+    assert report.model_evaluations == evaluations
 
 
 def test_random_steps_repeat():
