@@ -103,7 +103,8 @@ class CalibrationSet:
 
     `dataset` has a row for each; `rows` are those of this set. `grid` are the recorded steps, `plan` says how each of
     them calls the model. `manifest`: hashes of the model and of the inputs, scheduler, seed, versions. What is drawn
-    is on `device`. `file` is what `dataset` is mapped from, if it is.
+    is on `device`. `stride`: how many recorded steps one of this set's steps is (`every`). `file` is what `dataset` is
+    mapped from, if it is.
     """
 
     def __init__(
@@ -116,12 +117,14 @@ class CalibrationSet:
         *,
         rows: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
+        stride: int = 1,
         file: mmap.mmap | None = None,
     ) -> None:
         self.dataset, self.columns, self.plan, self.manifest, self._file = dataset, columns, plan, manifest, file
         self.rows = np.arange(len(dataset)) if rows is None else np.asarray(rows, dtype=np.int64)
-        self.device = torch.device(device)
-        self._grid = replace(grid, timestep=grid.timestep.to(device))
+        self.device, self.stride = torch.device(device), stride
+        self._recorded_grid = replace(grid, timestep=grid.timestep.to(device))
+        self._grid = self._recorded_grid.every(stride)
         chunks = dataset.data[STATE].chunks
         self._starts = np.cumsum([0, *(len(chunk) for chunk in chunks)])
         self._views: dict[str, list[np.ndarray]] = {}
@@ -131,7 +134,7 @@ class CalibrationSet:
 
     @property
     def num_inference_steps(self) -> int:
-        """N, the number of steps of the recorded trajectories."""
+        """N, the number of steps of the trajectories."""
         return len(self._grid)
 
     @property
@@ -140,7 +143,7 @@ class CalibrationSet:
         return self._grid.timestep
 
     def grid(self) -> Grid:
-        """Return the recorded steps; their timesteps are on the device of the set."""
+        """Return the steps; their timesteps are on the device of the set."""
         return self._grid
 
     def denoiser(self, model: nn.Module) -> Denoiser:
@@ -171,16 +174,21 @@ class CalibrationSet:
 
     def states(self, trajectory: Tensor, step: Tensor) -> Tensor:
         """Return the states (n, *S) of the trajectories (n,) before the steps (n,); step N is the final state."""
-        return self._read(STATE, trajectory, step)
+        return self._read(STATE, trajectory, self.stride * step)
 
     def outputs(self, trajectory: Tensor, step: Tensor) -> Tensor:
-        """Return the guided outputs (n, *S) of the trajectories (n,) in the steps (n,)."""
-        return self._read(OUTPUT, trajectory, step)
+        """Return the guided outputs (n, *S) of the trajectories (n,) in the steps (n,).
+
+        Those of a set of every few steps are the outputs that land on its states.
+        """
+        if self.stride == 1:
+            return self._read(OUTPUT, trajectory, step)
+        return self._grid.output_to(step, self.states(trajectory, step), self.states(trajectory, step + 1))
 
     def condition(self, trajectory: Tensor, step: Tensor) -> Condition:
         """Return the condition of the trajectories (n,) in the steps (n,)."""
         return {
-            name: self._read(name, trajectory, step if column.per_step else None)
+            name: self._read(name, trajectory, self.stride * step if column.per_step else None)
             for name, column in self.columns.items()
             if name not in (STATE, OUTPUT)
         }
@@ -201,12 +209,15 @@ class CalibrationSet:
     @property
     def trajectory(self) -> Tensor:
         """All states, (M, N + 1, *S): read whole into memory."""
-        return self._read(STATE, torch.arange(len(self)), None)
+        return self._read(STATE, torch.arange(len(self)), None)[:, :: self.stride]
 
     @property
     def model_output(self) -> Tensor:
         """All guided outputs, (M, N, *S): read whole into memory."""
-        return self._read(OUTPUT, torch.arange(len(self)), None)
+        rows = torch.arange(len(self))
+        if self.stride == 1:
+            return self._read(OUTPUT, rows, None)
+        return torch.stack([self.outputs(rows, torch.full_like(rows, k)) for k in range(len(self._grid))], dim=1)
 
     def draw(self, count: int, seed: int) -> Calls:
         """Return `count` random calls."""
@@ -229,22 +240,28 @@ class CalibrationSet:
 
     def to(self, device: torch.device | str) -> "CalibrationSet":
         """Return the set as one that is drawn from on `device`: the model's, while it is trained."""
-        return self._with(self.rows, device)
+        return self._with(device=device)
 
     def select(self, rows: Any) -> "CalibrationSet":
         """Return the set of the trajectories `rows`: a slice, or indices."""
-        return self._with(self.rows[rows.cpu().numpy() if isinstance(rows, Tensor) else rows], self.device)
+        return self._with(rows=self.rows[rows.cpu().numpy() if isinstance(rows, Tensor) else rows])
 
-    def _with(self, rows: np.ndarray, device: torch.device | str) -> "CalibrationSet":
+    def every(self, stride: int) -> "CalibrationSet":
+        """Return a view of the set in every `stride`-th of its steps: the trajectories of a student's teacher."""
+        return self._with(stride=stride * self.stride)
+
+    def folded(self) -> "CalibrationSet":
+        """Return a view of the set for a model that answers in one branch what was recorded in two.
+
+        Its plan is `StepPlan.folded`; states and outputs are the guided ones. Raises ValueError where the recording is
+        not guided so.
+        """
+        return self._with(plan=self.plan.folded())
+
+    def _with(self, **changes: Any) -> "CalibrationSet":
+        values = {name: getattr(self, name) for name in ("plan", "rows", "device", "stride")} | changes
         return CalibrationSet(
-            self.dataset,
-            self.columns,
-            self._grid,
-            self.plan,
-            self.manifest,
-            rows=rows.tolist(),
-            device=device,
-            file=self._file,
+            self.dataset, self.columns, self._recorded_grid, manifest=self.manifest, file=self._file, **values
         )
 
     def split(self) -> tuple["CalibrationSet", "CalibrationSet"]:
@@ -314,24 +331,27 @@ class CalibrationSet:
                 "again with collect_calibration_set."
             )
 
-    def check_student_steps(self) -> int:
-        """Return N / 2, the steps of a student.
+    def check_student_steps(self, stride: int = 2) -> int:
+        """Return N / `stride`, the steps of a student.
 
-        Raises ValueError where N is odd, and where the student's first step would amplify an error without bound.
+        Raises ValueError where that is no whole number, and where the student's first step would amplify an error
+        without bound.
         """
         steps = self.num_inference_steps
-        if steps % 2:
+        if steps % stride:
             raise ValueError(
                 f"num_inference_steps={steps} is odd; a student takes half the steps, so record an even number."
+                if stride == 2
+                else f"num_inference_steps={steps}: a student takes one in {stride} steps, so record a multiple."
             )
-        gain = self._grid.every(2).gain()[0].item()
+        gain = self._grid.every(stride).gain()[0].item()
         if not gain <= MAX_STEP_GAIN:
             raise ValueError(
                 f"the first step of a student, from timestep {self.timestep[0].item()}, multiplies an error of the "
                 f"model by {gain:.0f} (limit {MAX_STEP_GAIN:.0f}): there is no signal left there. Record more steps, "
                 "or use a model that predicts v or the sample."
             )
-        return steps // 2
+        return steps // stride
 
     @classmethod
     def _of(cls, dataset: Dataset, about: dict[str, Any], file: mmap.mmap | None = None) -> "CalibrationSet":
@@ -339,28 +359,40 @@ class CalibrationSet:
         plan, manifest = StepPlan.from_dict(about["plan"]), json.loads(about["manifest"])
         return cls(dataset, columns, Grid(**about["grid"]), plan, manifest, file=file)
 
-    def student_arguments(self, pipeline: Any) -> dict[str, Any]:
-        """Return what to call a student's `pipeline` with, so that it takes every second of the recorded steps.
+    @property
+    def takes_all_steps(self) -> bool:
+        """Whether the pipeline took as many steps as it was asked for: image-to-image leaves out the first ones."""
+        return self.asked_steps == len(self._recorded_grid)
+
+    @property
+    def asked_steps(self) -> int:
+        """The number of steps that the recorded pipeline was called with; older sets took what was asked."""
+        return self.manifest.get("num_inference_steps", len(self._recorded_grid))
+
+    def student_arguments(self, pipeline: Any, stride: int = 2) -> dict[str, Any]:
+        """Return what to call a student's `pipeline` with, so that it takes every `stride`-th of the recorded steps.
 
         The grids of DDIM nest. Those of flow matching do not, and the student's pipeline is handed its `sigmas`.
         Raises ValueError for a pipeline that does not take them.
         """
-        asked = self.manifest.get("num_inference_steps", self.num_inference_steps)  # older sets took what was asked
-        arguments: dict[str, Any] = {"num_inference_steps": asked // 2}
-        if isinstance(pipeline.scheduler, DDIMScheduler):
+        asked = self.asked_steps
+        arguments: dict[str, Any] = {"num_inference_steps": asked // stride}
+        if isinstance(pipeline.scheduler, DDIMScheduler) or stride == 1:
             return arguments
-        if asked != self.num_inference_steps:
+        if not self.takes_all_steps:
             raise ValueError(
                 f"{type(pipeline).__name__}: it took {self.num_inference_steps} of {asked} steps (strength), and "
                 "would leave out some of the sigmas that it is handed, too: a student's steps cannot be told. "
                 "Use PQ alone."
             )
         check_takes_sigmas(pipeline)
-        sigma = self._grid.every(2).sigma
+        sigma = self._recorded_grid.every(stride).sigma
         return arguments | {"sigmas": sigmas_for(pipeline.scheduler, sigma, mu=self.manifest["mu"])}
 
     def _about(self) -> dict[str, Any]:
-        return about_of(self.columns, self._grid, self.plan, self.manifest)
+        if self.stride != 1:
+            raise ValueError(f"this is a view of one in {self.stride} steps of a set; save that set.")
+        return about_of(self.columns, self._recorded_grid, self.plan, self.manifest)
 
     def _batches(self) -> Iterable[pa.RecordBatch]:
         """Give the rows of this set, a few at a time."""

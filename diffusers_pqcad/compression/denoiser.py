@@ -22,13 +22,18 @@ from diffusers_pqcad.compression.grid import Grid
 Condition = dict[str, Tensor]
 DENOISERS = ("unet", "transformer")  # components of a pipeline, by name
 STEP_ARGUMENTS = ("model_output", "timestep", "sample")  # of every scheduler's `step`
+WEIGHTS_TOLERANCE = 1e-3  # of the branches' weights, which are fitted and rounded to four places
 
 
 class Column(NamedTuple):
-    """The place of a tensor with a batch axis in the arguments of a call: `rows` of its batch belong to an image."""
+    """The place of a tensor with a batch axis in the arguments of a call: `rows` of its batch belong to an image.
+
+    They are the recorded ones from `start` on: a folded plan has those of one branch.
+    """
 
     name: str
     rows: int
+    start: int = 0
 
 
 class Repeated(NamedTuple):
@@ -52,6 +57,28 @@ class StepPlan:
     weights: tuple[float, ...] = (1.0,)
     arguments: tuple[dict[str, Any], ...] = ({},)
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether two branches are combined by (1 - g, g), in any order, with a guidance scale g above 1."""
+        return len(self.weights) == 2 and max(self.weights) > 1 and abs(sum(self.weights) - 1) < WEIGHTS_TOLERANCE
+
+    def folded(self) -> "StepPlan":
+        """Return the plan of a model that answers in one call for one branch what this one gives in two.
+
+        The branch is the conditional one, that of the weight g. Raises ValueError where there is no such branch, and
+        for an argument whose rows cannot be shared out among the branches.
+        """
+        if not self.is_guided:
+            raise ValueError(
+                f"fold_guidance: expected a model that is guided by two branches of weights (1 - g, g), g above 1, "
+                f"got weights {self.weights}. There is nothing to fold: leave fold_guidance out, or record with a "
+                "guidance_scale above 1."
+            )
+        branch = self.weights.index(max(self.weights))
+        call, place = (0, branch) if len(self.branches) == 1 else (branch, 0)
+        arguments = _of_branch(self.arguments[call], place, self.branches[call])
+        return StepPlan(self.state_name, (1,), (1.0,), (arguments,))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as dictionaries and lists over tensors and plain values."""
         return {
@@ -71,7 +98,7 @@ class StepPlan:
 def _plain(node: Any) -> Any:
     """Return a node of a plan's arguments as dictionaries and lists; one key says what a dictionary stands for."""
     if isinstance(node, Column):
-        return {"column": [node.name, node.rows]}
+        return {"column": [*node]}
     if isinstance(node, Repeated):
         return {"repeated": [_plain(node.item), node.rows]}
     if isinstance(node, dict):
@@ -92,10 +119,30 @@ def _unplain(node: Any) -> Any:
     return {key: _unplain(item) for key, item in value.items()}
 
 
+def _of_branch(node: Any, branch: int, branches: int) -> Any:
+    """Return a node of a plan's arguments for one of the `branches` of a call, which follow each other in its rows."""
+    if isinstance(node, dict):
+        return {key: _of_branch(item, branch, branches) for key, item in node.items()}
+    if isinstance(node, list):
+        return [_of_branch(item, branch, branches) for item in node]
+    if not isinstance(node, Column | Repeated):
+        return node
+    rows, rest = divmod(node.rows, branches)
+    if rest:
+        name = node.name if isinstance(node, Column) else "a list"
+        raise ValueError(
+            f"fold_guidance: {name} has {node.rows} rows for each image, which {branches} branches cannot share. Set "
+            "fold_guidance to False: the student keeps both branches then."
+        )
+    if isinstance(node, Repeated):
+        return Repeated(node.item, rows)
+    return Column(node.name, rows, node.start + branch * rows)
+
+
 def _filled(node: Any, condition: Condition, like: Tensor) -> Any:
     """Return a node of a plan's arguments for the images of `like` (n, ...), branch by branch as pipelines do it."""
     if isinstance(node, Column):
-        return condition[node.name].transpose(0, 1).flatten(0, 1)
+        return condition[node.name][:, node.start : node.start + node.rows].transpose(0, 1).flatten(0, 1)
     if isinstance(node, Repeated):
         return [_filled(node.item, condition, like)] * (node.rows * len(like))
     if isinstance(node, dict):

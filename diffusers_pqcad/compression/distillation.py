@@ -1,15 +1,16 @@
 """CAD, calibration-assisted distillation: half the steps, a quantized teacher, full-precision calibration.
 
-The student learns to land in one DDIM step where the teacher lands in two (Salimans & Ho 2022, arXiv:2202.00512). A
-quantized teacher's landing points are biased, and more data do not help; recorded full-precision trajectories are
-not. Inspired by the abstract of PQCAD-DM (arXiv:2506.16776): both terms together, and a momentum of the two errors
-that lets the teacher speak only while it is better than the student.
+The student learns to land in one DDIM step where the teacher lands in two (Salimans & Ho 2022, arXiv:2202.00512), and,
+of a guided model, to answer in one branch what the teacher gives in two (Meng et al. 2023, arXiv:2210.03142, at one
+guidance scale). A quantized teacher's landing points are biased, and more data do not help; recorded full-precision
+trajectories are not. Inspired by the abstract of PQCAD-DM (arXiv:2506.16776): both terms together, and a momentum of
+the two errors that lets the teacher speak only while it is better than the student.
 """
 
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from diffusers_pqcad.compression.checkpoint import (
     save_checkpoint,
     tensors_hash,
 )
-from diffusers_pqcad.compression.denoiser import Condition, Denoiser, states_of
+from diffusers_pqcad.compression.denoiser import Condition, Denoiser, StepPlan, states_of
 from diffusers_pqcad.compression.fake_quant import (
     RANGE_TRAJECTORIES,
     bits_by_module,
@@ -78,6 +79,13 @@ class DistillConfig:
         },
     )
     max_grad_norm: float = field(default=1.0, metadata={"help": "norm to which CAD clips the gradients"})
+    fold_guidance: bool | None = field(
+        default=None,
+        metadata={
+            "help": "whether CAD's student answers in one branch what guidance makes of its teacher's two, to be "
+            "sampled with guidance_scale=1; None: where the model is guided so"
+        },
+    )
     calibration_weight: float = field(
         default=1.0, metadata={"help": "weight of CAD's calibration term; the teacher's is 1"}
     )
@@ -105,6 +113,15 @@ class DistillConfig:
                 f"{self.calibration_weight} leaves nothing to learn from."
             )
 
+    def folds(self, plan: StepPlan) -> bool:
+        """Return whether the student of a model that is called by `plan` answers in one branch.
+
+        Raises ValueError where it is asked to, and cannot.
+        """
+        if self.fold_guidance:
+            plan.folded()
+        return plan.is_guided if self.fold_guidance is None else self.fold_guidance
+
 
 @dataclass(frozen=True)
 class StepStats:
@@ -122,10 +139,8 @@ class StepStats:
 
 
 @torch.no_grad()
-def two_step_landing(
-    teacher: Denoiser, grid: Grid, k: Tensor, state: Tensor, conditions: tuple[Condition, Condition]
-) -> Tensor:
-    """Return where two steps of `teacher` take `state` (B, *S), from the steps `k` (B,) of its `grid`."""
+def landing_of(teacher: Denoiser, grid: Grid, k: Tensor, state: Tensor, conditions: Sequence[Condition]) -> Tensor:
+    """Return where `teacher` takes `state` (B, *S) from steps `k` (B,) of its `grid`: a step for each condition."""
     for index, condition in enumerate(conditions):
         timestep = grid.timestep[k + index].to(state.device)
         state = grid.step(k + index, state, teacher(state, timestep, condition))
@@ -152,7 +167,10 @@ class Gate:
 
 
 class Distillation:
-    """One run of CAD: draws batches, computes the two terms, measures errors on the held-out trajectories."""
+    """One run of CAD: draws batches, computes the two terms, measures errors on the held-out trajectories.
+
+    A jump is a step of the student: `stride` steps of `calibration`, which are the teacher's.
+    """
 
     def __init__(
         self,
@@ -161,8 +179,10 @@ class Distillation:
         calibration: CalibrationSet,
         config: DistillConfig,
         data: Tensor | None = None,
+        *,
+        stride: int = 2,
     ) -> None:
-        self.num_steps = calibration.check_student_steps()
+        self.num_steps = calibration.check_student_steps(stride)
         if not fake_quant_layers(student):
             raise ValueError("student: expected a fake-quantized model, as progressive_quantize leaves it.")
         if (teacher is None) != (config.teacher == "none"):
@@ -177,22 +197,24 @@ class Distillation:
             raise ValueError("teacher='fp': this is not the model that the calibration set was recorded with.")
         if data is not None and calibration.condition(torch.arange(1), torch.zeros(1, dtype=torch.long)):
             raise ValueError("data: fresh inputs of a model with conditions need theirs; leave data out.")
-        self.config, self.calibration, self.data = config, calibration, data
+        self.config, self.data, self.stride = config, data, stride
         self.student, self.teacher = student.eval(), teacher
-        self.train_set, self.held_out = calibration.split()
+        self.teacher_plan = calibration.plan
+        self.calibration = calibration.folded() if config.folds(calibration.plan) else calibration  # of the student
+        self.train_set, self.held_out = self.calibration.split()
         self.grid = calibration.grid()
-        self.student_grid = self.grid.every(2)  # a jump is a step of the student: two of the teacher
+        self.student_grid = self.grid.every(stride)
         self.weight = calibration.gains(self.num_steps).square()
         self.terms = {name: term for name, term in TERMS.items() if term.weight(config)}
 
     def outputs(self, model: nn.Module, jump: Tensor, state: Tensor, condition: Condition) -> Tensor:
-        """Return the outputs of `model` for states (B, *S) before the jumps (B,)."""
+        """Return the outputs of `model`, called as the student is, for states (B, *S) before the jumps (B,)."""
         timestep = self.student_grid.timestep[jump.to(self.student_grid.timestep.device)]
         return self.calibration.denoiser(model)(state, timestep, condition)
 
     def recorded(self, data: CalibrationSet, trajectory: Tensor, jump: Tensor) -> tuple[Tensor, Tensor]:
         """Return full-precision states before the jumps, and the outputs that land on the recorded states."""
-        state, landing = data.states(trajectory, 2 * jump), data.states(trajectory, 2 * jump + 2)
+        state, landing = (data.states(trajectory, self.stride * index) for index in (jump, jump + 1))
         return state, self.student_grid.output_to(jump, state, landing)
 
     def fresh_states(self, jump: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -205,7 +227,7 @@ class Distillation:
         count = len(self.train_set) if self.data is None else len(self.data)
         picked = torch.randint(0, count, (len(jump),), generator=generator)
         if self.calibration.varies:
-            return picked, self.train_set.states(picked, 2 * jump)
+            return picked, self.train_set.states(picked, self.stride * jump)
         if self.data is None:
             clean = self.train_set.states(picked, torch.full_like(jump, len(self.grid)))
         else:
@@ -216,38 +238,42 @@ class Distillation:
     def teacher_target(
         self, model: nn.Module, data: CalibrationSet, trajectory: Tensor, jump: Tensor, state: Tensor
     ) -> Tensor:
-        """Return the outputs that land where two steps of the teacher `model` do, from `state` before the jumps."""
-        conditions = data.condition(trajectory, 2 * jump), data.condition(trajectory, 2 * jump + 1)
-        landing = two_step_landing(self.calibration.denoiser(model), self.grid, 2 * jump, state, conditions)
+        """Return the outputs that land where the steps of the teacher `model` do, from `state` before the jumps."""
+        first = self.stride * jump
+        conditions = [data.condition(trajectory, first + index) for index in range(self.stride)]
+        landing = landing_of(Denoiser(model, self.teacher_plan), self.grid, first, state, conditions)
         return self.student_grid.output_to(jump, state, landing)
 
     @torch.no_grad()
-    def held_out_error_per_jump(self, model: nn.Module, *, two_steps: bool) -> Tensor:
-        """Return the mean squared output error on the held-out trajectories for each jump, (K,)."""
+    def held_out_error_per_jump(self, model: nn.Module, *, as_teacher: bool) -> Tensor:
+        """Return the mean squared output error on the held-out trajectories for each jump, (K,).
+
+        Of a `model` in the student's steps, or `as_teacher` in the teacher's.
+        """
         data, trajectory = self.held_out, torch.arange(min(len(self.held_out), GATE_TRAJECTORIES))
         errors = []
         for index in range(len(self.student_grid)):
             jump = torch.full_like(trajectory, index)
             state, target = self.recorded(data, trajectory, jump)
-            if two_steps:
+            if as_teacher:
                 output = self.teacher_target(model, data, trajectory, jump, state)
             else:
-                output = self.outputs(model, jump, state, data.condition(trajectory, 2 * jump))
+                output = self.outputs(model, jump, state, data.condition(trajectory, self.stride * jump))
             errors.append((output - target).square().mean())
         return torch.stack(errors)
 
     def trajectory_error(self) -> float:
-        """Return the student's held-out trajectory error at N / 2 steps: what the best state is chosen by."""
+        """Return the student's held-out trajectory error in its steps: what the best state is chosen by."""
         return trajectory_error(self.student, self.held_out, self.num_steps)
 
     def image_error(self) -> float:
-        """Return the error of the student's held-out images at N / 2 steps."""
+        """Return the error of the student's held-out images in its steps."""
         return image_error(self.student, self.held_out, self.num_steps)
 
     def calibrate_activations(self) -> None:
-        """Set the activation ranges on the student's own trajectories at N / 2 steps."""
+        """Set the activation ranges on the student's own trajectories, in its steps."""
         train = self.train_set.select(slice(0, RANGE_TRAJECTORIES))
-        rows, condition_at = torch.arange(len(train)), train.condition_at(2)
+        rows, condition_at = torch.arange(len(train)), train.condition_at(self.stride)
         noise = train.states(rows, torch.zeros_like(rows))
         states = states_of(self.calibration.denoiser(self.student), self.student_grid, noise, condition_at)
 
@@ -265,7 +291,7 @@ class Distillation:
             return self.weight.new_zeros(()), {}
         # One call for all terms: a larger batch costs less than two, and the weights are rounded once.
         trajectory, jump, state, target, weight = map(torch.cat, zip(*drawn.values(), strict=True))
-        output = self.outputs(model, jump, state, self.train_set.condition(trajectory, 2 * jump))
+        output = self.outputs(model, jump, state, self.train_set.condition(trajectory, self.stride * jump))
         sizes = [len(draw.jump) for draw in drawn.values()]
         errors = map(weighted_error, output.split(sizes), target.split(sizes), weight.split(sizes))
         terms = dict(zip(drawn, errors, strict=True))
@@ -299,7 +325,7 @@ def teacher_draw(run: Distillation, generator: torch.Generator, gate: Tensor) ->
 
 
 def calibration_draw(run: Distillation, generator: torch.Generator, gate: Tensor) -> Draw:
-    """Return recorded states, and the outputs that land on the recorded states two steps later."""
+    """Return recorded states, and the outputs that land on the recorded states a jump later."""
     size = run.config.train_batch_size
     jump = torch.randint(0, len(run.student_grid), (size,), generator=generator)
     trajectory = torch.randint(0, len(run.train_set), (size,), generator=generator)
@@ -325,9 +351,13 @@ def request_of(
     calibration: CalibrationSet,
     config: DistillConfig,
     data: Tensor | None,
+    stride: int,
 ) -> dict[str, Any]:
     """Return what a resume file must have been begun with, as plain values."""
     return {
+        "stride": stride,
+        "teacher_branches": calibration.plan.branches,
+        "folds": config.folds(calibration.plan),
         "config": asdict(config),
         "calibration": calibration.identity(),
         "num_inference_steps": calibration.num_inference_steps,
@@ -345,28 +375,31 @@ def distill(
     config: DistillConfig | None = None,
     *,
     data: Tensor | None = None,
+    stride: int = 2,
     accelerator: Accelerator | None = None,
     checkpoint: str | Path | None = None,
 ) -> Iterator[StepStats]:
     """Train `student` in place to sample in half the steps of `calibration`, yielding each update's statistics.
 
     `student` is a fake-quantized model (`progressive_quantize`); `teacher` any frozen model of the same kind, or
-    `None` with `teacher="none"`. Fresh inputs are re-noised `data` (n, C, H, W), by default the end points of the
+    `None` with `teacher="none"`. `stride` steps of `calibration`, which the teacher takes, are one of the student's;
+    with 1 it takes as many. To halve again, hand over `calibration.every(2)`, `folded()` where the first student is,
+    with that student as the teacher. Fresh inputs are re-noised `data` (n, C, H, W), by default the end points of the
     calibration trajectories. When the generator is exhausted or closed, the student is in its best state by held-out
-    trajectory error at N / 2 steps; the undistilled start competes (`best_step` 0 means that it won). `checkpoint`
+    trajectory error in its steps; the undistilled start competes (`best_step` 0 means that it won). `checkpoint`
     names a resume file. `accelerator` defaults to fp32 on the student's device.
 
-    Raises ValueError for an odd N, a calibration set of another model, switches that leave nothing to learn from, or a
-    resume file that was begun with other settings.
+    Raises ValueError for an N that `stride` does not divide, guidance that cannot be folded, a calibration set of
+    another model, switches that leave nothing to learn from, or a resume file that was begun with other settings.
     """
     config = config or DistillConfig()
     device = next(student.parameters()).device
-    run = Distillation(student, teacher, calibration.to(device), config, data)
+    run = Distillation(student, teacher, calibration.to(device), config, data, stride=stride)
     # Rounded weights trained under autocast would be other weights than those that are packed.
     accelerator = accelerator or Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     path = None if checkpoint is None else Path(checkpoint)
     state = load_checkpoint(path) if path is not None and path.exists() else None
-    request = request_of(student, teacher, calibration, config, data)
+    request = request_of(student, teacher, calibration, config, data, stride)
     if path is not None and state is not None:
         check_request(path, state, request)
 
@@ -379,7 +412,7 @@ def distill(
     )
     gate = None
     if teacher is not None and config.gate:
-        gate = Gate(run.held_out_error_per_jump(teacher, two_steps=True), config.gate_momentum)
+        gate = Gate(run.held_out_error_per_jump(teacher, as_teacher=True), config.gate_momentum)
     best, first = BestState(student, run.trajectory_error()), 0
     if state is not None:
         load_fake_quant_state_(student, state["model"])
@@ -395,7 +428,7 @@ def distill(
         for step in range(first, config.max_train_steps):
             started = time.perf_counter()
             if gate is not None and step % config.gate_steps == 0:
-                gate.update(run.held_out_error_per_jump(student, two_steps=False))
+                gate.update(run.held_out_error_per_jump(student, as_teacher=False))
             open_by = torch.ones_like(run.weight) if gate is None else gate.value()
             loss, terms = run.losses(model, step, accelerator.process_index, open_by)
             if loss.requires_grad:  # a closed gate without a calibration term leaves nothing to learn from this time

@@ -275,11 +275,11 @@ def distil(
     run.calibrate_activations()
     gate = None
     if speaker is not None and arm.gate:
-        gate = Gate(run.held_out_error_per_jump(speaker, two_steps=True), config.gate_momentum)
+        gate = Gate(run.held_out_error_per_jump(speaker, as_teacher=True), config.gate_momentum)
 
     def loss_of(step: int) -> Tensor:
         if gate is not None and step % config.gate_steps == 0:
-            gate.update(run.held_out_error_per_jump(model, two_steps=False))
+            gate.update(run.held_out_error_per_jump(model, as_teacher=False))
         open_by = torch.ones_like(run.weight) if gate is None else gate.value()
         return run.losses(model, step, 0, open_by)[0]
 

@@ -401,6 +401,39 @@ def test_a_students_pipeline_is_told_its_steps() -> None:
     torch.testing.assert_close(pipeline.scheduler.timesteps, grid.timestep[::2], atol=1e-3, rtol=0)
 
 
+def test_a_set_of_every_second_step_has_the_outputs_that_land_on_its_states(
+    tiny_calibration_set: CalibrationSet, tmp_path: Path
+) -> None:
+    halved = tiny_calibration_set.split()[0].every(2)
+    assert (halved.num_inference_steps, halved.timestep.tolist()) == (2, [999, 499])
+    assert torch.equal(halved.trajectory, tiny_calibration_set.trajectory[:14, ::2])
+    rows, k = torch.tensor([3, 0, 5]), torch.tensor([1, 0, 0])
+    calls = halved.calls(rows, k)
+    assert torch.equal(calls.state, tiny_calibration_set.trajectory[rows, 2 * k])
+    found = halved.grid().step(k, calls.state, calls.output)
+    torch.testing.assert_close(found, tiny_calibration_set.trajectory[rows, 2 * k + 2])
+    torch.testing.assert_close(halved.model_output[rows, k], calls.output)
+    assert torch.equal(halved.gains(), tiny_calibration_set.gains(2))
+    once_more = halved.every(2).to("cpu")
+    assert torch.equal(once_more.trajectory, tiny_calibration_set.trajectory[:14, [0, 4]])
+    assert once_more.check_student_steps(1) == 1
+    with pytest.raises(ValueError, match="a view of one in 2 steps of a set; save that set"):
+        halved.save(tmp_path / "halved")
+
+
+def test_students_of_more_halvings_take_fewer_of_the_steps(
+    tiny_pipeline: DDIMPipeline, tiny_calibration_set: CalibrationSet
+) -> None:
+    assert [tiny_calibration_set.check_student_steps(stride) for stride in (1, 2, 4)] == [4, 2, 1]
+    assert tiny_calibration_set.student_arguments(tiny_pipeline, 4) == {"num_inference_steps": 1}
+    with pytest.raises(ValueError, match="num_inference_steps=4: a student takes one in 8 steps"):
+        tiny_calibration_set.check_student_steps(8)
+    of_epsilon = collect(with_scheduler(tiny_pipeline, prediction_type="epsilon"), num_inference_steps=4)
+    assert of_epsilon.check_student_steps(2) == 2
+    with pytest.raises(ValueError, match="first step of a student.*multiplies an error of the model by 1[0-9][0-9] "):
+        of_epsilon.check_student_steps(4)
+
+
 def test_the_grids_of_ddim_nest_and_a_pipeline_without_sigmas_has_no_students(
     tiny_pipeline: DDIMPipeline, tiny_calibration_set: CalibrationSet
 ) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,6 +84,58 @@ def test_names_that_plans_use_themselves_are_names_too() -> None:
     """Arguments may be called "column", "repeated" or "dict"."""
     plan = StepPlan(arguments=({"column": {"column": [1, 2]}, "dict": {"repeated": Column("a", 1)}},))
     assert same(StepPlan.from_dict(plan.to_dict()).arguments, plan.arguments)
+
+
+SHARED = {
+    "text": Column("text", 2),
+    "more": {"ids": Column("more.ids", 4), "scale": 0.5},
+    "residuals": [Column("residuals.0", 2), TABLE],
+    "sizes": Repeated([1, 8, 8], 2),
+}
+
+
+@pytest.mark.parametrize(("weights", "branch"), [((-1.5, 2.5), 1), ((2.5, -1.5), 0)])
+def test_a_folded_plan_is_called_with_the_branch_of_the_weight_g(weights: tuple[float, float], branch: int) -> None:
+    plan = StepPlan("hidden_states", (2,), weights, (SHARED,)).folded()
+    assert (plan.state_name, plan.branches, plan.weights) == ("hidden_states", (1,), (1.0,))
+    assert same(StepPlan.from_dict(plan.to_dict()).arguments, plan.arguments)
+    condition = {
+        "text": torch.randn(3, 2, 5), "more.ids": torch.arange(12).view(3, 4), "residuals.0": torch.randn(3, 2, 4)
+    }  # fmt: skip
+    model, state = Watching(), torch.randn(3, 4, 2, 2)
+    assert torch.equal(Denoiser(model, replace(plan, state_name="sample"))(state, torch.zeros(3), condition), state)
+    (seen,) = model.seen
+    assert len(seen["sample"]) == len(seen["timestep"]) == 3
+    assert torch.equal(seen["text"], condition["text"][:, branch])
+    of_branch = condition["more.ids"][:, 2 * branch : 2 * branch + 2]
+    assert torch.equal(seen["more"]["ids"], torch.cat([of_branch[:, 0], of_branch[:, 1]]))
+    assert torch.equal(seen["residuals"][0], condition["residuals.0"][:, branch])
+    assert torch.equal(seen["residuals"][1], TABLE)
+    assert seen["sizes"] == [[1, 8, 8]] * 3
+
+
+def test_of_a_call_for_each_branch_a_folded_plan_keeps_the_conditional_one() -> None:
+    calls = ({"text": Column("0.text", 1)}, {"text": Column("1.text", 1), "more": TABLE})
+    assert StepPlan("sample", (1, 1), (-2.0, 3.0), calls).folded().arguments == (calls[1],)
+    assert StepPlan("sample", (1, 1), (3.0, -2.0), calls).folded().arguments == (calls[0],)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (StepPlan(), r"fold_guidance: expected .* got weights \(1.0,\).* nothing to fold"),
+        (StepPlan(branches=(2,), weights=(0.5, 0.5)), r"got weights \(0.5, 0.5\)"),
+        (StepPlan(branches=(2,), weights=(-1.0, 3.0)), r"got weights \(-1.0, 3.0\)"),
+        (StepPlan(branches=(3,), weights=(-1.0, 0.5, 1.5)), "fold_guidance: expected"),
+        (
+            StepPlan(branches=(2,), weights=(-1.0, 2.0), arguments=({"text": Column("text", 3)},)),
+            "fold_guidance: text has 3 rows for each image, which 2 branches cannot share",
+        ),
+    ],
+)
+def test_a_plan_that_cannot_be_folded_says_why(plan: StepPlan, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan.folded()
 
 
 # Calls

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from pipelines import PIPELINES
+from pipelines import PIPELINES, together
 from torch import Tensor, nn
 
 from diffusers_pqcad import DistillConfig, PQCADConfig, distill
 from diffusers_pqcad.compression import distillation as distillation_module
 from diffusers_pqcad.compression.calibration import CalibrationSet
 from diffusers_pqcad.compression.checkpoint import save_checkpoint
-from diffusers_pqcad.compression.denoiser import Condition, Denoiser
+from diffusers_pqcad.compression.denoiser import Condition, Denoiser, Stop, TappedStep, run_tapped
 from diffusers_pqcad.compression.distillation import (
     TERMS,
     Distillation,
@@ -24,11 +24,12 @@ from diffusers_pqcad.compression.distillation import (
     Gate,
     StepStats,
     Term,
-    two_step_landing,
+    landing_of,
 )
 from diffusers_pqcad.compression.fake_quant import (
     bits_by_module,
     fake_quant_layers,
+    freeze_,
     input_quantizers,
     latent_weight,
     prepare_,
@@ -37,6 +38,7 @@ from diffusers_pqcad.compression.fake_quant import (
 from diffusers_pqcad.compression.grid import grid_of
 from diffusers_pqcad.compression.progressive import trajectory_error, weighted_error
 from diffusers_pqcad.compression.recording import collect_calibration_set
+from diffusers_pqcad.compression.sampling import image_generator
 from diffusers_pqcad.compression.schedulers import deterministic_scheduler
 from diffusers_pqcad.loading.convert import match_modules
 
@@ -163,7 +165,7 @@ def test_two_steps_are_two_steps_of_the_scheduler(tiny_unet: UNet2DModel, predic
     scheduler = scheduler_of(prediction)
     scheduler.set_timesteps(4)
     sample, k = torch.randn(3, 1, 8, 8), torch.tensor([0, 2, 1])
-    landing = two_step_landing(Denoiser(tiny_unet), grid_of(scheduler, 4), k, sample, NOTHING)
+    landing = landing_of(Denoiser(tiny_unet), grid_of(scheduler, 4), k, sample, NOTHING)
     assert not landing.requires_grad
     for i, first in enumerate(k.tolist()):
         state = sample[i : i + 1]
@@ -181,7 +183,7 @@ def test_for_a_perfect_model_two_steps_are_one(prediction: str) -> None:
     model = Perfect(scheduler, torch.randn(1, 1, 4, 4))
     grid, rows, sample = grid_of(scheduler, 4), torch.tensor([0, 1, 1]), torch.randn(3, 1, 4, 4)
     student = grid.every(2)
-    landing = two_step_landing(Denoiser(model), grid, 2 * rows, sample, NOTHING)
+    landing = landing_of(Denoiser(model), grid, 2 * rows, sample, NOTHING)
     (output,) = model(sample, student.timestep[rows])
     torch.testing.assert_close(landing, student.step(rows, sample, output), rtol=0, atol=1e-5)
     torch.testing.assert_close(student.output_to(rows, sample, landing), output, rtol=1e-4, atol=1e-4)
@@ -222,10 +224,10 @@ def test_the_recorded_model_has_no_held_out_error_as_a_teacher(
     tiny_quantized: UNet2DModel, tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet
 ) -> None:
     run = run_of(tiny_quantized, tiny_unet, tiny_calibration_set, teacher="fp")
-    errors = run.held_out_error_per_jump(tiny_unet, two_steps=True)
+    errors = run.held_out_error_per_jump(tiny_unet, as_teacher=True)
     assert errors.shape == (2,)
     assert errors.max() < 1e-9
-    errors = run.held_out_error_per_jump(tiny_quantized, two_steps=False)
+    errors = run.held_out_error_per_jump(tiny_quantized, as_teacher=False)
     assert (errors > 1e-4).all()
     for row, timestep in enumerate((999, 499)):
         sample, target = run.recorded(run.held_out, torch.arange(2), torch.tensor([row, row]))
@@ -378,7 +380,7 @@ def test_a_student_better_than_its_teacher_closes_the_gate(
     monkeypatch.setattr(
         Distillation,
         "held_out_error_per_jump",
-        lambda self, model, *, two_steps: torch.full((2,), 5.0 if two_steps else 1.0),
+        lambda self, model, *, as_teacher: torch.full((2,), 5.0 if as_teacher else 1.0),
     )
     before = copy.deepcopy(tiny_quantized)
     config = {"calibration": False, "gate_momentum": 0.0, "max_train_steps": 3}
@@ -411,8 +413,8 @@ def recorded_with(kind: str) -> tuple[nn.Module, nn.Module, CalibrationSet]:
 def test_each_state_has_the_condition_of_its_trajectory_and_step(kind: str) -> None:
     """The model that recorded lands where it was recorded: with another prompt or step, it would not."""
     model, student, calibration = recorded_with(kind)
-    run = run_of(student, model, calibration, teacher="fp", gate=False)
-    errors = run.held_out_error_per_jump(model, two_steps=True)
+    run = run_of(student, model, calibration, teacher="fp", gate=False, fold_guidance=False)
+    errors = run.held_out_error_per_jump(model, as_teacher=True)
     assert errors.max() < 1e-7 * run.held_out.model_output.square().mean()
     model.eval()
     run.student_grid, run.grid = run.grid, run.grid  # jumps of one step: the recorded outputs are the targets
@@ -450,11 +452,126 @@ def test_data_of_a_model_with_conditions_are_refused() -> None:
 def test_a_student_with_conditions_learns(kind: str) -> None:
     _, student, calibration = recorded_with(kind)
     teacher, (_, held_out) = copy.deepcopy(student), calibration.split()
-    stats = train(student, teacher, calibration, max_train_steps=8, evaluation_steps=4, train_batch_size=8)
+    settings = {"max_train_steps": 8, "evaluation_steps": 4, "train_batch_size": 8, "fold_guidance": False}
+    stats = train(student, teacher, calibration, **settings)
     assert set(stats[0].losses) == {"teacher", "calibration"}
     assert stats[-1].best_step > 0
     assert trajectory_error(student, held_out, 2) <= stats[-1].best_error
     assert all(quantizer.enabled and quantizer.scale is not None for quantizer in input_quantizers(student))
+
+
+# Guidance in one branch
+
+
+GUIDED = ["sd", "sd_img2img", "sd_controlnet", "sdxl", "sd3", "aura", "dit", "pixart", "wan"]
+
+
+def steps_of_pipeline(kind: str, num_images: int, **arguments: float) -> list[TappedStep]:
+    """The steps of a tiny pipeline, as its own guidance has them."""
+    pipeline, about = PIPELINES[kind].build(), PIPELINES[kind]
+    pipeline.scheduler = deterministic_scheduler(pipeline.scheduler)[0]
+    steps: list[TappedStep] = []
+
+    def keep(step: TappedStep) -> None:
+        steps.append(step)
+        if len(steps) == 4:
+            raise Stop
+
+    generators = [image_generator(0, index) for index in range(num_images)]
+    given = about.arguments | together(about.inputs[:num_images]) | arguments
+    run_tapped(pipeline, keep, num_inference_steps=4, generator=generators, **given)
+    return steps
+
+
+@pytest.mark.parametrize("kind", GUIDED)
+def test_a_student_that_folds_is_called_as_its_pipeline_is_without_guidance(kind: str) -> None:
+    model, student, calibration = recorded_with(kind)
+    run = run_of(student, None, calibration, teacher="none")
+    k = torch.zeros(2, dtype=torch.long)  # a ControlNet's condition is that of the recorded state, and so the first
+    step = steps_of_pipeline(kind, 2, guidance_scale=1.0)[0]
+    (call,) = step.calls
+    assert len(call.output) == 2
+    condition = run.calibration.condition(torch.arange(2), k)
+    with torch.no_grad():
+        found = run.calibration.denoiser(model)(step.state, call.arguments["timestep"].expand(2), condition)
+    torch.testing.assert_close(found, step.output, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", GUIDED)
+def test_a_student_that_folds_learns_what_the_guided_pipeline_does(kind: str) -> None:
+    """Both terms' targets, from the pipeline's own guidance: from its states they lead two of its steps on."""
+    model, student, calibration = recorded_with(kind)
+    run = run_of(student, model, calibration, teacher="fp")
+    first, second = steps_of_pipeline(kind, 2)[:2]
+    jump, trajectory = torch.tensor([0, 0]), torch.arange(2)
+    state = first.state[:2]
+    of_teacher = run.teacher_target(model, run.train_set, trajectory, jump, state)
+    recorded, of_recording = run.recorded(run.train_set, trajectory, jump)
+    torch.testing.assert_close(recorded, state)
+    for target in (of_teacher, of_recording):
+        landing = run.student_grid.step(jump, state, target)
+        torch.testing.assert_close(landing, second.next_state[:2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sd3"])
+def test_a_student_that_folds_comes_closer_in_one_branch(kind: str) -> None:
+    _, student, calibration = recorded_with(kind)
+    settings = {"max_train_steps": 16, "evaluation_steps": 4, "train_batch_size": 8, "float_rate": 3e-2}
+    stats = train(student, freeze_(copy.deepcopy(student)), calibration, **settings)
+    losses = [entry.losses["calibration"] for entry in stats]
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
+    if kind == "sd":  # what random weights make of six prompts says nothing of a seventh in SD3
+        assert stats[-1].best_step > 0
+
+
+def test_folding_is_the_default_of_guided_models_alone(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet
+) -> None:
+    plan = tiny_calibration_set.plan
+    assert not DistillConfig().folds(plan)
+    assert not DistillConfig(fold_guidance=False).folds(plan)
+    with pytest.raises(ValueError, match=r"^fold_guidance: expected a model that is guided .* got weights \(1.0,\)"):
+        run_of(tiny_quantized, None, tiny_calibration_set, teacher="none", fold_guidance=True)
+    _, student, calibration = recorded_with("sd")
+    for fold_guidance, branches in ((None, (1,)), (True, (1,)), (False, (2,))):
+        run = run_of(student, None, calibration, teacher="none", fold_guidance=fold_guidance)
+        assert run.calibration.plan.branches == branches
+        assert run.teacher_plan.branches == (2,)
+
+
+# Halvings
+
+
+def test_a_student_of_as_many_steps_learns_what_was_recorded(
+    tiny_quantized: UNet2DModel, tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet
+) -> None:
+    run = Distillation(
+        tiny_quantized, tiny_unet, tiny_calibration_set, dataclasses.replace(QUICK, teacher="fp"), stride=1
+    )
+    assert run.num_steps == 4
+    trajectory, jump = torch.tensor([3, 0, 2, 1]), torch.arange(4)
+    state, target = run.recorded(run.train_set, trajectory, jump)
+    wanted = run.train_set.outputs(trajectory, jump)
+    torch.testing.assert_close(target, wanted, rtol=1e-4, atol=1e-4)
+    found = run.teacher_target(tiny_unet, run.train_set, trajectory, jump, state)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_halving_learns_from_the_first_student_and_the_recording(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet
+) -> None:
+    halved = tiny_calibration_set.every(2)
+    teacher, student = freeze_(copy.deepcopy(tiny_quantized)), tiny_quantized
+    run = Distillation(student, teacher, halved, QUICK)
+    assert (run.num_steps, run.grid.timestep.tolist(), run.student_grid.timestep.tolist()) == (1, [999, 499], [999])
+    trajectory, jump = torch.tensor([5, 2]), torch.tensor([0, 0])
+    state, target = run.recorded(run.train_set, trajectory, jump)
+    landing = run.student_grid.step(jump, state, target)
+    torch.testing.assert_close(landing, tiny_calibration_set.trajectory[[5, 2], 4], rtol=0, atol=1e-5)
+    assert run.held_out_error_per_jump(teacher, as_teacher=True).shape == (1,)
+    stats = train(student, teacher, halved)
+    assert timestep_boundaries(student) == []
+    assert len(stats) == 6
 
 
 # Training

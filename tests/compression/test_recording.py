@@ -32,7 +32,15 @@ from diffusers_pqcad.compression.calibration import (
     write_set,
 )
 from diffusers_pqcad.compression.checkpoint import model_hash
-from diffusers_pqcad.compression.denoiser import Denoiser, ModelCall, StepPlan, TappedStep, pipeline_with, states_of
+from diffusers_pqcad.compression.denoiser import (
+    Column,
+    Denoiser,
+    ModelCall,
+    StepPlan,
+    TappedStep,
+    pipeline_with,
+    states_of,
+)
 from diffusers_pqcad.compression.grid import ddim_grid
 from diffusers_pqcad.compression.recording import (
     TOLERANCE,
@@ -190,8 +198,8 @@ def test_wrong_weights_do_not_replay(recorded: dict[str, CalibrationSet]) -> Non
 def test_what_differs_between_images_is_kept_and_what_does_not_is_shared() -> None:
     calibration = record(pipeline_of("sdxl"), PIPELINES["sdxl"].inputs[:4])
     (template,) = calibration.plan.arguments
-    assert template["encoder_hidden_states"] == ("encoder_hidden_states", 2)
-    assert template["added_cond_kwargs"]["text_embeds"] == ("added_cond_kwargs.text_embeds", 2)
+    assert template["encoder_hidden_states"] == Column("encoder_hidden_states", 2)
+    assert template["added_cond_kwargs"]["text_embeds"] == Column("added_cond_kwargs.text_embeds", 2)
     shapes = {name: column.shape for name, column in calibration.columns.items()}
     assert shapes == {
         "state": (3, 4, 8, 8),
