@@ -1,12 +1,12 @@
 # /// script
 # dependencies = ["diffusers-pqcad[train]"]
 # ///
-"""Compress a diffusers pipeline with one denoiser: progressive quantization, then distillation to half the steps.
+"""Compress a diffusers pipeline with one denoiser: progressive quantization, then distillation to fewer steps.
 
     accelerate launch examples/distill.py                       # the bundled teacher
     accelerate launch examples/distill.py --pretrained_model_name_or_path my/pipeline --weight_bits 3
     accelerate launch examples/distill.py --pretrained_model_name_or_path my/text-to-image \\
-        --prompts_file prompts.txt --guidance_scale 7.5 --output_dir outputs/text-to-image
+        --prompts_file prompts.txt --guidance_scale 7.5 --num_halvings 2 --output_dir outputs/text-to-image
 
 The command line of `diffusers_pqcad.publishing.compress`. Every stage leaves its result in `output_dir`; the same
 command goes on after a kill and ends with the same weights. The output folder is a loadable pipeline with a card.

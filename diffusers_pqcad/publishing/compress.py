@@ -1,4 +1,4 @@
-"""From a full-precision pipeline to a packed student in half the steps, with its table, card and pictures.
+"""From a full-precision pipeline to a packed student in fewer steps, with its table, card and pictures.
 
 Stages: teacher, recording, PQ, CAD, rows. Each keeps its result in `output_dir`, so the same call goes on after a kill
 and ends with the same weights.
@@ -35,6 +35,7 @@ from diffusers_pqcad.publishing.pipelines import (
     Teacher,
     TeacherSource,
     call_arguments,
+    check_folding,
     check_recording,
     check_teacher,
     denoiser_of,
@@ -48,6 +49,7 @@ from diffusers_pqcad.publishing.pipelines import (
     reference_samples,
     sample_images,
     source_of,
+    strides_of,
 )
 from diffusers_pqcad.publishing.plots import plot_bits, plot_curves, plot_samples
 from diffusers_pqcad.publishing.run_folder import (
@@ -63,6 +65,7 @@ from diffusers_pqcad.publishing.run_folder import (
     save_json,
 )
 from diffusers_pqcad.publishing.settings import CompressConfig, Settings, complete, flat
+from diffusers_pqcad.publishing.students import student_arguments, student_pipeline
 
 MAX_SHOWN_IMAGES = 12
 
@@ -73,6 +76,20 @@ class Arm(NamedTuple):
     key: str
     name: str
     config: DistillConfig
+
+
+class Stage(NamedTuple):
+    """One student of an arm: the key of its files and its row, how many of the recorded steps one of its own is."""
+
+    key: str
+    stride: int
+
+
+class Trained(NamedTuple):
+    """A student after its training, fake-quantized and on the CPU, and the statistics of that."""
+
+    student: nn.Module
+    stats: list[dict[str, Any]]
 
 
 class Variant(NamedTuple):
@@ -124,14 +141,16 @@ def compress(
 
     site.say(f"calibration set: {run.num_trajectories} full-precision trajectories")
     calibration = recording(site, teacher, run)
+    folds = settings.distillation.folds(calibration.plan)
+    if folds:
+        check_folding(teacher, run, calibration.plan.folded())
     site.say(f"progressive quantization to {settings.quantization.weight_bits:g} bits")
     quantized, history = quantized_model(site, "pq", teacher, calibration, settings.quantization, settings.progressive)
 
     arms = arms_of(settings.distillation, run.ablations)
-    students, stats = {}, {}
+    trained: dict[str, Trained] = {}
     for arm in arms:
-        site.say(f"distillation: {arm.name}")
-        students[arm.key], stats[arm.key] = distilled_student(site, arm, teacher, calibration, quantized)
+        trained |= distilled_students(site, arm, run, teacher, calibration, quantized)
     variants = variants_of(settings)
     models = {}
     for variant in variants:
@@ -140,20 +159,20 @@ def compress(
             site, variant.key, teacher, calibration, variant.quantization, variant.progressive
         )
 
-    in_half = calibration.student_arguments(teacher)
+    fewer = {stride: calibration.student_arguments(teacher, stride) for stride in strides_of(run) if stride > 1}
     rows = [
-        *untrained_rows(teacher, as_you_run_it, settings, in_half),
-        *quantized_rows(teacher, quantized, run.num_inference_steps, in_half),
-        *student_rows(teacher, arms, students, in_half),
+        *untrained_rows(teacher, as_you_run_it, settings, fewer),
+        *quantized_rows(teacher, quantized, run.num_inference_steps, fewer),
+        *student_rows(teacher, arms, run, trained, calibration),
         *variant_rows(teacher, variants, models, run.num_inference_steps),
     ]
     measured = measured_rows(site, rows, teacher, run, extractor)
 
     site.say("saving")
     metrics = {
-        **metrics_of(site, settings, source, calibration, history, stats["pq_cad"], measured),
-        **pipeline_facts(source, bundled, Teacher(teacher, as_you_run_it), students["pq_cad"]),
-        **call_facts(run, in_half),
+        **metrics_of(site, settings, source, calibration, history, trained, measured),
+        **pipeline_facts(source, bundled, Teacher(teacher, as_you_run_it), trained["pq_cad"].student),
+        **call_facts(run, student_arguments(teacher, calibration, strides_of(run)[-1], folded=folds), folded=folds),
     }
     save_results(folder, site, metrics, history, rows, run)
     repo = run.hub_model_id or folder.name  # a local copy is loaded from where the reader put it
@@ -190,7 +209,7 @@ def recording(site: Site, teacher: Any, run: CompressConfig) -> CalibrationSet:
     """Return the calibration set, recorded or read back."""
     path = site.state / "calibration"
     calibration = CalibrationSet.load(path) if path.exists() else record(teacher, run, path, progress=site.progress)
-    check_recording(calibration, teacher)
+    check_recording(calibration, teacher, run)
     return calibration
 
 
@@ -249,35 +268,81 @@ def arms_of(config: DistillConfig, ablations: bool) -> list[Arm]:
     return [Arm("pq_cad", "PQ + CAD", config), *(others if ablations else [])]
 
 
-def distilled_student(
-    site: Site, arm: Arm, teacher: Any, calibration: CalibrationSet, quantized: nn.Module
-) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """Return the student of an arm, fake-quantized and on the CPU, and the statistics of its training."""
+def stages_of(arm: Arm, run: CompressConfig) -> list[Stage]:
+    """Return the students of an arm in their order; the last has the arm's key, the others their steps in it, too."""
+    *earlier, last = strides_of(run)
+    named = [Stage(f"{arm.key}_{run.num_inference_steps // stride}", stride) for stride in earlier]
+    return [*named, Stage(arm.key, last)]
+
+
+class Lesson(NamedTuple):
+    """What a student learns from: trajectories in its teacher's steps, how many of those one of its own is, settings.
+
+    The trajectories' plan is that of the teacher's calls.
+    """
+
+    calibration: CalibrationSet
+    stride: int
+    config: DistillConfig
+
+
+def lesson_of(config: DistillConfig, calibration: CalibrationSet, stride: int) -> Lesson:
+    """Return how a student that takes every `stride`-th of the recorded steps learns.
+
+    From the second halving on, a quantized teacher is the student before it: it takes twice as many steps, and has
+    guidance folded in, if at all. A full-precision teacher takes all steps.
+    """
+    if stride <= 2 or config.teacher != "quantized":
+        return Lesson(calibration, stride, config)
+    halved = calibration.every(stride // 2)
+    view = halved.folded() if config.folds(calibration.plan) else halved
+    return Lesson(view, 2, replace(config, fold_guidance=False))
+
+
+def distilled_students(
+    site: Site, arm: Arm, run: CompressConfig, teacher: Any, calibration: CalibrationSet, quantized: nn.Module
+) -> dict[str, Trained]:
+    """Return the students of an arm by key, each of which begins as the one before, the first as PQ's model."""
+    found: dict[str, Trained] = {}
+    before = quantized
+    for stage in stages_of(arm, run):
+        site.say(f"distillation: {arm.name}, {run.num_inference_steps // stage.stride} steps")
+        lesson = lesson_of(arm.config, calibration, stage.stride)
+        found[stage.key] = distilled_student(site, stage.key, lesson, teacher, before)
+        before = found[stage.key].student
+    return found
+
+
+def distilled_student(site: Site, key: str, lesson: Lesson, teacher: Any, before: nn.Module) -> Trained:
+    """Return the student that begins as the model `before`, trained or read back."""
+    path = site.state / f"{key}.safetensors"
+    folds = lesson.config.folds(lesson.calibration.plan)
     saved = cached(
-        site.state / f"{arm.key}.safetensors",
-        lambda: trained_student(site, arm, teacher, calibration, quantized),
+        path,
+        lambda: trained_student(site, key, lesson, teacher, before) | {"folds": folds},
         save_checkpoint,
         load_checkpoint,
     )
-    student = copy.deepcopy(quantized)
+    if saved.get("folds", False) != folds:  # older versions folded nothing
+        raise ValueError(f"{path}: this student was trained with both branches of guidance; give another output_dir.")
+    student = copy.deepcopy(before)
     load_fake_quant_state_(student, saved["student"])
-    return student, saved["stats"]
+    return Trained(student, saved["stats"])
 
 
-def trained_student(
-    site: Site, arm: Arm, teacher: Any, calibration: CalibrationSet, quantized: nn.Module
-) -> dict[str, Any]:
+def trained_student(site: Site, key: str, lesson: Lesson, teacher: Any, before: nn.Module) -> dict[str, Any]:
     """Return the state of a student after its training, `student`, and what the training said of itself, `stats`."""
-    student = copy.deepcopy(quantized).to(site.device)
-    speaker = cad_teacher(arm.config, teacher, quantized)
+    calibration, stride, config = lesson
+    student = copy.deepcopy(before).to(site.device)
+    speaker = cad_teacher(config, teacher, before)
     if speaker is not None:
         speaker = speaker.to(site.device)
-    note_training(site, arm.key)
-    log = site.state / f"{arm.key}-log.json"
+    note_training(site, key)
+    log = site.state / f"{key}-log.json"
     entries = {entry["step"]: entry for entry in load_json(log)} if log.exists() else {}
-    resume = site.state / f"{arm.key}-resume.safetensors"
-    with tqdm(total=arm.config.max_train_steps, desc=arm.key, unit="update", disable=not site.progress) as bar:
-        for entry in distill(student, speaker, calibration, arm.config, checkpoint=resume):
+    resume = site.state / f"{key}-resume.safetensors"
+    with tqdm(total=config.max_train_steps, desc=key, unit="update", disable=not site.progress) as bar:
+        for entry in distill(student, speaker, calibration, config, stride=stride, checkpoint=resume):
             bar.update(entry.step - bar.n)
             if entry.held_out_error is not None:
                 bar.set_postfix(held_out=f"{entry.held_out_error:.2e}", best=f"{entry.best_error:.2e}")
@@ -298,23 +363,25 @@ def cad_teacher(config: DistillConfig, teacher: Any, quantized: nn.Module) -> nn
 # The table
 
 
-def untrained_rows(teacher: Any, as_you_run_it: Any | None, settings: Settings, in_half: dict[str, Any]) -> list[Row]:
+def untrained_rows(
+    teacher: Any, as_you_run_it: Any | None, settings: Settings, fewer: dict[int, dict[str, Any]]
+) -> list[Row]:
     """Return the rows of the teacher itself, and of what quantizing it without data gives.
 
-    `as_you_run_it` is the teacher with its own scheduler, where that was replaced; `in_half` what to call a pipeline
-    with in half the steps.
+    `as_you_run_it` is the teacher with its own scheduler, where that was replaced; `fewer` what to call a pipeline
+    with for every n-th of its steps, by n.
     """
     steps, bits = settings.run.num_inference_steps, fixed_bits(settings.quantization)
     fixed = replace(settings.quantization, method="fixed", weight_bits=bits)
     rows = [
         Row("float", "full precision", teacher, steps),
-        row_of("float_half", "full precision", teacher, in_half),
-        Row("fixed", f"fixed-bit ({bits}, round to nearest)", at_load_time(teacher, fixed), steps),
+        *rows_in_fewer_steps("float", "full precision", teacher, fewer),
     ]
     if as_you_run_it is not None:
         name = f"full precision, as you run it ({type(as_you_run_it.scheduler).__name__})"
         own_steps = own_num_inference_steps(as_you_run_it, settings.run)
-        rows.insert(2, Row("as_you_run_it", name, as_you_run_it, own_steps))
+        rows.append(Row("as_you_run_it", name, as_you_run_it, own_steps))
+    rows.append(Row("fixed", f"fixed-bit ({bits}, round to nearest)", at_load_time(teacher, fixed), steps))
     if settings.run.ablations:
         name = "progressive, load time (weights alone)"
         rows.append(Row("load_time", name, at_load_time(teacher, settings.quantization), steps))
@@ -327,29 +394,44 @@ def row_of(key: str, name: str, pipeline: Any, arguments: dict[str, Any]) -> Row
     return Row(key, name, pipeline, arguments["num_inference_steps"], others)
 
 
+def rows_in_fewer_steps(key: str, name: str, pipeline: Any, fewer: dict[int, dict[str, Any]]) -> list[Row]:
+    """Return the rows of a pipeline in half the steps, and in as many fewer as there are further halvings."""
+    return [
+        row_of(
+            f"{key}_half" if stride == 2 else f"{key}_{arguments['num_inference_steps']}", name, pipeline, arguments
+        )
+        for stride, arguments in fewer.items()
+    ]
+
+
 def at_load_time(teacher: Any, quantization: PQCADConfig) -> Any:
     """Return a pipeline like the teacher's, quantized as `from_pretrained` would."""
     return pipeline_with(teacher, quantize_(copy.deepcopy(denoiser_of(teacher)), quantization))
 
 
-def quantized_rows(teacher: Any, quantized: nn.Module, num_inference_steps: int, in_half: dict[str, Any]) -> list[Row]:
-    """Return the rows of PQ without CAD, in all steps and in half of them."""
+def quantized_rows(
+    teacher: Any, quantized: nn.Module, num_inference_steps: int, fewer: dict[int, dict[str, Any]]
+) -> list[Row]:
+    """Return the rows of PQ without CAD, in all steps and in `fewer` of them."""
     packed = pipeline_with(teacher, convert_(copy.deepcopy(quantized)))
     return [
         Row("pq", "PQ", packed, num_inference_steps),
-        row_of("pq_half", "PQ, not distilled", packed, in_half),
+        *rows_in_fewer_steps("pq", "PQ, not distilled", packed, fewer),
     ]
 
 
-def student_rows(teacher: Any, arms: list[Arm], students: dict[str, nn.Module], in_half: dict[str, Any]) -> list[Row]:
+def student_rows(
+    teacher: Any, arms: list[Arm], run: CompressConfig, trained: dict[str, Trained], calibration: CalibrationSet
+) -> list[Row]:
     """Return the rows of the students, which are packed in place."""
-    steps = in_half["num_inference_steps"]
-    return [
-        row_of(
-            arm.key, arm.name, pipeline_with(teacher, convert_(students[arm.key], num_inference_steps=steps)), in_half
-        )
-        for arm in arms
-    ]
+    rows = []
+    for arm in arms:
+        folded = arm.config.folds(calibration.plan)
+        for key, stride in stages_of(arm, run):
+            pipeline = student_pipeline(teacher, trained[key].student, calibration, stride, folded=folded)
+            arguments = student_arguments(teacher, calibration, stride, folded=folded)
+            rows.append(row_of(key, arm.name, pipeline, arguments))
+    return rows
 
 
 def variant_rows(
@@ -407,11 +489,11 @@ def metrics_of(
     source: TeacherSource,
     calibration: CalibrationSet,
     history: History,
-    stats: list[dict[str, Any]],
+    trained: dict[str, Trained],
     rows: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Return what `metrics.json` holds, from which tables and cards are written; `stats` are the student's."""
-    best, rounds = stats[-1], history.rounds
+    """Return what `metrics.json` holds, from which tables and cards are written."""
+    best, rounds = {key: stats[-1] for key, (_, stats) in trained.items()}, history.rounds
     infinite = {key: "inf" for key, value in flat(settings).items() if value == math.inf}  # JSON has none
     left_out = (*LOCAL_SETTINGS, *PROMPT_SETTINGS)
     values = {key: value for key, value in (flat(settings) | infinite).items() if key not in left_out}
@@ -427,8 +509,9 @@ def metrics_of(
             "bits": history.summary["bits"],
         },
         "cad": {
-            "best_step": best["best_step"],
-            "best_error": best["best_error"],
+            "best_step": best["pq_cad"]["best_step"],
+            "best_error": best["pq_cad"]["best_error"],
+            "best_steps": {key: last["best_step"] for key, last in best.items()},
             "steps": settings.distillation.max_train_steps,
         },
         "training": noted_trainings(site),
@@ -457,10 +540,14 @@ def pipeline_facts(
     }
 
 
-def call_facts(run: CompressConfig, in_half: dict[str, Any]) -> dict[str, Any]:
-    """Return what a reader needs to call the student as it was measured, and which inputs that was with."""
+def call_facts(run: CompressConfig, arguments: dict[str, Any], *, folded: bool) -> dict[str, Any]:
+    """Return what a reader needs to call the student as it was measured, and which inputs that was with.
+
+    `arguments` are those of the student alone; `folded`: guidance is folded into it.
+    """
     facts: dict[str, Any] = {
-        "student_arguments": in_half,
+        "student_arguments": arguments,
+        "guidance_folded": folded,
         "call_arguments": call_arguments(run),
         "inputs": None,
         "shown_inputs": [],

@@ -49,7 +49,9 @@ def results_table(metrics: dict[str, Any]) -> str:
     """Return the Markdown table of a run: one row per model, each with what it costs and how close it comes."""
     distance_name = next((row["metric_name"] for row in metrics["rows"] if row["metric_name"]), None)
     has_pictures = any(row.get("image_ssim") is not None for row in metrics["rows"])
-    header = ["model", "avg. bits", "steps", "size MB", "ms an image", "speed-up", "SQNR dB", "median dB"]
+    has_evaluations = all("model_evaluations" in row for row in metrics["rows"])  # runs from before have none
+    header = ["model", "avg. bits", "steps", *(["model evaluations"] if has_evaluations else [])]
+    header += ["size MB", "ms an image", "speed-up", "SQNR dB", "median dB"]
     header += ["picture PSNR dB", "SSIM"] if has_pictures else []
     lines = [header + (["distance"] if distance_name else [])]
     lines.append(["---"] + ["---:"] * (len(lines[0]) - 1))
@@ -60,6 +62,7 @@ def results_table(metrics: dict[str, Any]) -> str:
             row["name"],
             f"{row['average_bits']:.2f}",
             str(row["num_inference_steps"]),
+            *([str(row["model_evaluations"])] if has_evaluations else []),
             f"{row['size_bytes'] / 1e6:.2f}",
             f"{row['latency_ms']['median_ms']:.2f}",
             f"{row['reference_latency_ms']['median_ms'] / row['latency_ms']['median_ms']:.2f}",
@@ -182,6 +185,8 @@ def table_notes(metrics: dict[str, Any]) -> str:
             parts = [f"{place['gpu'] or place['cpu']} (torch {place['torch']})" for place in places]
             names.setdefault(", then ".join(parts), []).append(row["name"])
     notes += [f"Trained on {place}, and measured as the others: {'; '.join(rows)}." for place, rows in names.items()]
+    if "model_evaluations" in row:
+        notes.insert(2, "Model evaluations: of the denoiser, for an image: steps times branches of guidance.")
     if is_decoded:
         notes.insert(1, "Picture PSNR and SSIM: of the decoded pictures, to those of full precision.")
     if name:
@@ -216,11 +221,20 @@ def model_card(metrics: dict[str, Any], *, repo: str, license_id: str | None) ->
         shown_inputs=shown_inputs(metrics),
         method=method(metrics),
         reproduce=reproduce(metrics),
-        limits=(
-            "It was compared with its teacher, not with other methods. The number of steps that it was distilled for "
-            "is in its config (`num_inference_steps`); other numbers run, and were not measured unless the table says "
-            "so."
-        ),
+        limits=limits(metrics),
+    )
+
+
+def limits(metrics: dict[str, Any]) -> str:
+    """Return what the student was not measured for."""
+    folded = (
+        " Guidance is folded into it: it answers in one branch, as its teacher does with guidance in two, so it is "
+        "called with `guidance_scale=1`, and takes no other scale and no negative prompt."
+    )
+    return (
+        "It was compared with its teacher, not with other methods. The number of steps that it was distilled for "
+        "is in its config (`num_inference_steps`); other numbers run, and were not measured unless the table says so."
+        f"{folded if metrics.get('guidance_folded') else ''}"
     )
 
 
@@ -251,7 +265,7 @@ def method(metrics: dict[str, Any]) -> str:
         f"{settings['num_inference_steps']} steps, seed {metrics['calibration_seed']}; {metrics['num_held_out']} held "
         f"out{replaced}.\n"
         f"2. PQ: {pq['num_rounds']} rounds in {pq['num_stages']} stages.\n"
-        f"3. CAD: {settings['max_train_steps']} updates, {cad_terms(settings)}; {outcome}.\n"
+        f"3. CAD: {cad_updates(metrics)}, {cad_terms(settings)}; {outcome}.\n"
         f"4. {float_layers(metrics['float_layers'])}"
     )
 
@@ -278,11 +292,13 @@ def reproduce(metrics: dict[str, Any]) -> str:
 
 def student_call(metrics: dict[str, Any]) -> str:
     """Return the arguments of the student's call, as Python: those that it was measured with, and its first input."""
-    inputs, arguments = metrics["inputs"], metrics["student_arguments"] | metrics["call_arguments"]
+    inputs, mine = metrics["inputs"], metrics["student_arguments"]
+    arguments = mine | metrics["call_arguments"] | mine
+    is_guided = not metrics.get("guidance_folded", False)
     given = []
     if input_kind(metrics) == "prompt":
         given = [quoted(metrics["shown_inputs"][0])]
-        if inputs["negative_prompt"] is not None:
+        if inputs["negative_prompt"] is not None and is_guided:
             given.append(f"negative_prompt={quoted(inputs['negative_prompt'])}")
     elif inputs is not None:
         given = [f"class_labels=[{metrics['shown_inputs'][0]}]"]
@@ -308,6 +324,15 @@ def shown_inputs(metrics: dict[str, Any]) -> str:
         return ""
     texts = [plain(item) if kind == "prompt" else str(item) for item in metrics["shown_inputs"]]
     return f"\nFrom left to right, {KINDS[kind][len(texts) != 1]} {'; '.join(texts)}.\n"
+
+
+def cad_updates(metrics: dict[str, Any]) -> str:
+    """Return how often CAD updated its students, how often it halved the steps, and whether guidance is folded in."""
+    settings = metrics["settings"]
+    halvings = settings.get("num_halvings", 1)
+    times = {0: ", in as many steps", 1: ""}.get(halvings, f" in each of {halvings} halvings")
+    folded = ", guidance folded into one branch" if metrics.get("guidance_folded") else ""
+    return f"{settings['max_train_steps']} updates{times}{folded}"
 
 
 def cad_terms(settings: dict[str, Any]) -> str:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from diffusers_pqcad.compression.calibration import CalibrationSet, check_takes_sigmas
 from diffusers_pqcad.compression.calling import call_arguments_of, distinct_inputs
-from diffusers_pqcad.compression.denoiser import denoiser_name, with_components
+from diffusers_pqcad.compression.denoiser import StepPlan, denoiser_name, with_components
 from diffusers_pqcad.compression.grid import ddim_grid
-from diffusers_pqcad.compression.recording import collect_calibration_set
+from diffusers_pqcad.compression.recording import collect_calibration_set, plan_of, restored
 from diffusers_pqcad.compression.schedulers import deterministic_scheduler
 from diffusers_pqcad.evaluation import evaluate, generate_images, load_extractor
 from diffusers_pqcad.evaluation.generate import Samples, makes_pixels
@@ -23,6 +23,7 @@ from diffusers_pqcad.loading.config import PQCADConfig
 from diffusers_pqcad.loading.convert import match_modules, with_model_exemptions
 from diffusers_pqcad.publishing.run_folder import PROMPTS_FILE
 from diffusers_pqcad.publishing.settings import CompressConfig
+from diffusers_pqcad.publishing.students import FOLDED_CALL
 
 logger = logging.getLogger(__name__)
 
@@ -221,12 +222,18 @@ def check_teacher(
         raise ValueError(
             f"{type(teacher).__name__}: what is it called with? Give prompts_file or dataset_name (or class_labels)."
         )
-    if not isinstance(teacher.scheduler, DDIMScheduler):
+    strides = strides_of(run)
+    if isinstance(teacher.scheduler, DDIMScheduler):
+        for stride in (1, *strides):
+            ddim_grid(teacher.scheduler, run.num_inference_steps // stride)
+    elif strides[-1] > 1:
         check_takes_sigmas(teacher)
-    else:
-        ddim_grid(teacher.scheduler, run.num_inference_steps)
-        ddim_grid(teacher.scheduler, run.num_inference_steps // 2)
     match_modules(model, with_model_exemptions(model, quantization))
+
+
+def strides_of(run: CompressConfig) -> list[int]:
+    """Return how many of the teacher's steps one of each student's is, in the order in which they are trained."""
+    return [2**halving for halving in range(1, run.num_halvings + 1)] or [1]
 
 
 def record(teacher: Any, run: CompressConfig, folder: Path, *, progress: bool) -> CalibrationSet:
@@ -244,11 +251,30 @@ def record(teacher: Any, run: CompressConfig, folder: Path, *, progress: bool) -
     )
 
 
-def check_recording(calibration: CalibrationSet, teacher: Any) -> None:
+def check_recording(calibration: CalibrationSet, teacher: Any, run: CompressConfig) -> None:
     """Raise ValueError for a calibration set of another teacher, or one that no student can learn on."""
     calibration.check(denoiser_of(teacher), teacher.scheduler)
-    calibration.check_student_steps()
-    calibration.student_arguments(teacher)
+    for stride in strides_of(run):
+        calibration.check_student_steps(stride)
+        calibration.student_arguments(teacher, stride)
+
+
+def check_folding(teacher: Any, run: CompressConfig, plan: StepPlan) -> None:
+    """Raise ValueError where the teacher's pipeline, without guidance, calls its denoiser otherwise than `plan`."""
+    example = distinct_inputs(inputs_of_run(run).recorded)[0]
+    arguments = call_arguments(run) | FOLDED_CALL
+    try:
+        with restored(teacher.scheduler):
+            found = plan_of(teacher, example, run.seed, run.num_inference_steps, arguments)
+    except ValueError as error:
+        raise ValueError(f"fold_guidance: {error} Set fold_guidance to False.") from error
+    if found.branches != plan.branches or [*found.arguments[0]] != [*plan.arguments[0]]:
+        raise ValueError(
+            f"fold_guidance: with guidance_scale=1, {type(teacher).__name__} calls its denoiser with "
+            f"{found.branches} branches and {[*found.arguments[0]]}, expected {plan.branches} and "
+            f"{[*plan.arguments[0]]}: its students would not be called as they were distilled. Set fold_guidance to "
+            "False."
+        )
 
 
 def reference_samples(teacher: Any, run: CompressConfig, *, progress: bool) -> Samples:

@@ -57,7 +57,16 @@ class CompressConfig:
     output_dir: str = field(
         default="outputs/distill", metadata={"help": "folder of the result; the same run goes on there after a kill"}
     )
-    num_inference_steps: int = field(default=20, metadata={"help": "steps of the teacher; the student takes half"})
+    num_inference_steps: int = field(
+        default=20, metadata={"help": "steps of the teacher; the student takes half of them, num_halvings times"}
+    )
+    num_halvings: int = field(
+        default=1,
+        metadata={
+            "help": "times that CAD halves the steps, each student the next one's teacher; 0: it keeps the steps, and "
+            "learns what quantization took away"
+        },
+    )
     num_trajectories: int = field(
         default=128, metadata={"help": "full-precision trajectories of the calibration set; an eighth is held out"}
     )
@@ -132,7 +141,7 @@ class CompressConfig:
 
     def __post_init__(self) -> None:
         check_minimum(self, num_inference_steps=2, num_trajectories=4, num_images=2, num_latency_rounds=1)
-        check_minimum(self, num_threads=0, seed=0)
+        check_minimum(self, num_threads=0, seed=0, num_halvings=0)
         sizes = ("height", "width", "max_sequence_length", "own_num_inference_steps", "sampling_batch_size")
         check_minimum(self, **{name: 1 for name in sizes if getattr(self, name) is not None})
         if self.prompts_file is not None and self.dataset_name is not None:
@@ -141,8 +150,13 @@ class CompressConfig:
             raise ValueError("dataset_config_name: of which data set? Give dataset_name, too.")
         if self.class_labels and (self.prompts_file is not None or self.dataset_name is not None):
             raise ValueError("class_labels: a pipeline takes prompts or classes; leave one out.")
-        if self.num_inference_steps % 2:
+        if self.num_halvings == 1 and self.num_inference_steps % 2:
             raise ValueError(f"num_inference_steps={self.num_inference_steps} is odd; a student takes half the steps.")
+        if self.num_inference_steps % 2**self.num_halvings:
+            raise ValueError(
+                f"num_inference_steps={self.num_inference_steps} cannot be halved {self.num_halvings} times; take a "
+                f"multiple of {2**self.num_halvings}, or fewer num_halvings."
+            )
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub needs a hub_model_id: user/name.")
 

@@ -4,22 +4,28 @@ import importlib
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMPipeline, UNet2DModel
+from safetensors.torch import load_file
 
 import diffusers_pqcad
 from diffusers_pqcad import DistillConfig, PQCADConfig
-from diffusers_pqcad.compression.checkpoint import model_hash
+from diffusers_pqcad.compression import distillation
+from diffusers_pqcad.compression.checkpoint import model_hash, save_checkpoint
+from diffusers_pqcad.compression.denoiser import StepPlan
 from diffusers_pqcad.compression.fake_quant import fake_quant_layers
 from diffusers_pqcad.publishing.compress import (
     arms_of,
     cad_teacher,
     compress,
     fixed_bits,
+    lesson_of,
     prepare_process,
+    stages_of,
     variants_of,
 )
 from diffusers_pqcad.publishing.settings import PRESETS, CompressConfig, Settings, settings_of
@@ -118,6 +124,97 @@ def test_more_than_one_process_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one process so far"):
         prepare_process(CompressConfig())
+
+
+class Killed(BaseException):
+    """What nothing in the package catches."""
+
+
+def test_each_halving_is_kept_and_a_killed_one_goes_on_to_the_same_bits(teacher, tmp_path, monkeypatch):
+    def stop(*arguments: Any, **keywords: Any) -> Any:
+        raise Killed
+
+    monkeypatch.setattr(module, "reference_samples", stop)
+    changes = {"num_inference_steps": 8, "num_halvings": 2, "reconstruction_iterations": 0}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    with pytest.raises(Killed):
+        compress(*settings_for(teacher, whole, **changes), progress=False)
+
+    saves = []
+
+    def save_then_die(path: Path, state: dict[str, Any]) -> None:
+        save_checkpoint(path, state)
+        saves.append(Path(path).name)
+        if saves[-1] == "pq_cad-resume.safetensors":
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distillation, "save_checkpoint", save_then_die)
+        with pytest.raises(Killed):
+            compress(*settings_for(teacher, killed, **changes), progress=False)
+    assert saves == ["pq_cad_4-resume.safetensors"] * 2 + ["pq_cad-resume.safetensors"]
+    first = (killed / "state" / "pq_cad_4.safetensors").stat().st_mtime_ns
+    with pytest.raises(Killed):
+        compress(*settings_for(teacher, killed, **changes), progress=False)
+    assert (killed / "state" / "pq_cad_4.safetensors").stat().st_mtime_ns == first
+    weights = {}
+    for key in ("pq", "pq_cad_4", "pq_cad"):
+        found, wanted = (load_file(folder / "state" / f"{key}.safetensors") for folder in (killed, whole))
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        weights[key] = next(value for name, value in wanted.items() if name.endswith("conv_in.weight"))
+    assert not torch.equal(weights["pq_cad_4"], weights["pq_cad"])
+
+
+def test_the_stages_of_an_arm():
+    arm = arms_of(DistillConfig(), False)[0]
+
+    def stages(num_halvings: int) -> list[tuple[str, int]]:
+        return [tuple(stage) for stage in stages_of(arm, CompressConfig(num_halvings=num_halvings))]
+
+    assert stages(0) == [("pq_cad", 1)]
+    assert stages(1) == [("pq_cad", 2)]
+    assert stages(2) == [("pq_cad_10", 2), ("pq_cad", 4)]
+
+
+def test_a_student_learns_from_the_student_before_it_or_from_the_full_precision_model(tiny_calibration_set):
+    config = DistillConfig()
+    for stride in (1, 2):
+        assert lesson_of(config, tiny_calibration_set, stride) == (tiny_calibration_set, stride, config)
+    view, stride, changed = lesson_of(config, tiny_calibration_set, 4)
+    assert (view.num_inference_steps, stride) == (2, 2)
+    assert changed == DistillConfig(fold_guidance=False)
+    of_float = DistillConfig(teacher="fp")
+    assert lesson_of(of_float, tiny_calibration_set, 4) == (tiny_calibration_set, 4, of_float)
+    plan = StepPlan(branches=(2,), weights=(-1.0, 2.0))
+    guided = tiny_calibration_set._with(plan=plan)
+    assert lesson_of(config, guided, 2).calibration.plan == plan
+    assert lesson_of(config, guided, 4).calibration.plan == plan.folded()
+    assert lesson_of(DistillConfig(fold_guidance=False), guided, 4).calibration.plan == plan
+
+
+def test_each_student_begins_as_the_one_before_it(tiny_calibration_set, tmp_path, monkeypatch):
+    seen = []
+
+    def trained(site: Any, key: str, lesson: Any, teacher: Any, before: Any) -> Any:
+        seen.append((key, lesson.stride, before))
+        return module.Trained(f"student of {key}", [])
+
+    monkeypatch.setattr(module, "distilled_student", trained)
+    site, arm = module.Site(tmp_path, "cpu", False), arms_of(DistillConfig(), False)[0]
+    run = CompressConfig(num_halvings=2)
+    found = module.distilled_students(site, arm, run, None, tiny_calibration_set, "PQ")
+    assert list(found) == ["pq_cad_10", "pq_cad"]
+    assert seen == [("pq_cad_10", 2, "PQ"), ("pq_cad", 2, "student of pq_cad_10")]
+
+
+def test_a_student_of_an_older_version_is_refused_where_it_would_be_called_otherwise(tmp_path):
+    site = module.Site(tmp_path, "cpu", False)
+    save_checkpoint(tmp_path / "pq_cad.safetensors", {"student": {}, "stats": []})
+    plan = StepPlan(branches=(2,), weights=(-1.0, 2.0))
+    lesson = module.Lesson(SimpleNamespace(plan=plan), 2, DistillConfig())
+    with pytest.raises(ValueError, match=r"pq_cad\.safetensors: this student was trained with both branches"):
+        module.distilled_student(site, "pq_cad", lesson, None, None)
 
 
 def test_ablations_change_one_part_of_the_whole_method_each():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline, PNDMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler
 from PIL import Image
 from pipelines import PIPELINES, PROMPTS, SD_BETAS, TOKENS
 from safetensors.torch import load_file
@@ -111,6 +111,9 @@ def test_the_rows_are_those_of_a_pipeline_with_latents(finished: Path) -> None:
         assert row["fidelity_of"] == "latents"
         assert set(row["latency_ms"]) == set(row["reference_latency_ms"]) == LATENCY
         assert (row["image_ssim"] == 1) == (key == "float")
+    assert {key: row["model_evaluations"] for key, row in rows.items()} == {
+        "float": 8, "float_half": 4, "as_you_run_it": 8, "fixed": 8, "pq": 8, "pq_half": 4, "pq_cad": 2,
+    }  # fmt: skip
     assert rows["as_you_run_it"]["kernels"] == {}
     assert "PNDMScheduler" in rows["as_you_run_it"]["name"]
     assert metrics["inputs"] == {
@@ -143,16 +146,18 @@ def test_the_card_says_what_was_done_and_its_code_runs(finished: Path, monkeypat
         f"{metrics_of(finished)['rows'][2]['image_psnr_db']:.2f}",
         "--config recipe.yaml --prompts_file prompts.txt`",
         "by a DDIMScheduler in the place of its PNDMScheduler",
+        "3. CAD: 2 updates, guidance folded into one branch, quantized teacher",
+        "called with `guidance_scale=1`",
+        "| PQ + CAD | ",
     ):
         assert text in card
     assert "base_model" not in card
     pipeline, call = called_as_the_card_says(finished, monkeypatch)
-    assert call == (
-        "image = pipe('night', negative_prompt='dull', num_inference_steps=2, guidance_scale=5.0, height=16, "
-        "width=16).images[0]"
-    )
+    assert call == ("image = pipe('night', num_inference_steps=2, guidance_scale=1, height=16, width=16).images[0]")
     assert packed_layers(pipeline.unet)
-    assert type(pipeline.scheduler).__name__ == "DDIMScheduler"  # the student's steps are of this one
+    assert isinstance(pipeline.scheduler, DDIMScheduler)  # the student's steps are of this one
+    assert pipeline("night", height=16, width=16)
+    assert len(pipeline.scheduler.timesteps) == 2  # and they follow by themselves
 
 
 def test_killed_in_pq_and_in_cad_it_ends_with_the_same_bits(
@@ -222,22 +227,36 @@ def test_other_prompts_are_refused(
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
-def test_a_flow_matching_pipeline_is_called_with_its_sigmas(
+def test_a_flow_matching_pipeline_is_halved_twice(
     folder: Path, main: Callable[[list[str]], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "sd3"
-    main(arguments(folder, "sd3", output))
+    main(arguments(folder, "sd3", output, "--num_halvings", "2"))
     metrics = metrics_of(output)
-    assert [row["key"] for row in metrics["rows"]] == ["float", "float_half", "fixed", "pq", "pq_half", "pq_cad"]
+    rows = {row["key"]: (row["num_inference_steps"], row["model_evaluations"]) for row in metrics["rows"]}
+    assert rows == {
+        "float": (4, 8), "float_half": (2, 4), "float_1": (1, 2), "fixed": (4, 8), "pq": (4, 8), "pq_half": (2, 4),
+        "pq_1": (1, 2), "pq_cad_2": (2, 2), "pq_cad": (1, 1),
+    }  # fmt: skip
     assert metrics["component"] == "transformer"
+    assert metrics["cad"]["best_steps"].keys() == {"pq_cad_2", "pq_cad"}
+    assert "2 updates in each of 2 halvings, guidance folded into one branch" in (output / "README.md").read_text()
     pipeline, call = called_as_the_card_says(output, monkeypatch)
     assert packed_layers(pipeline.transformer)
-    sigmas = metrics["student_arguments"]["sigmas"]
-    assert "num_inference_steps=2, sigmas=[1.0, " in call
-    assert len(call.split("sigmas=[1.0, ")[1].split("]")[0]) <= len("0.12345678")
-    found = pipeline.scheduler.timesteps
-    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    scheduler.set_timesteps(sigmas=sigmas)
-    assert torch.equal(found, scheduler.timesteps)  # as the measured ones were told
+    assert "num_inference_steps=1, guidance_scale=1, height=16" in call
+    assert len(pipeline.scheduler.timesteps) == 1
     recorded = CalibrationSet.load(output / "state" / "calibration").timestep
-    torch.testing.assert_close(found, recorded[::2], rtol=0, atol=1e-3)
+    torch.testing.assert_close(pipeline.scheduler.timesteps, recorded[::4], rtol=0, atol=1e-3)
+
+
+def test_a_run_that_keeps_both_branches_is_called_with_its_guidance(
+    folder: Path, main: Callable[[list[str]], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "guided"
+    main(arguments(folder, "sd3", output, "--fold_guidance", "False", "--num_halvings", "0"))
+    metrics = metrics_of(output)
+    rows = {row["key"]: (row["num_inference_steps"], row["model_evaluations"]) for row in metrics["rows"]}
+    assert rows == {"float": (4, 8), "fixed": (4, 8), "pq": (4, 8), "pq_cad": (4, 8)}
+    pipeline, call = called_as_the_card_says(output, monkeypatch)
+    assert "num_inference_steps=4, guidance_scale=5.0, height=16" in call
+    assert not pipeline.transformer.config.quantization_config.guidance_folded

@@ -139,6 +139,31 @@ def test_the_table_by_hand(metrics: dict[str, Any]) -> None:
     assert student == ["PQ + CAD", "3.94", "14", "3.33", "7.77", "2.00", "17.17 [16.16, 18.18]", "19.19", "5.15"]
 
 
+def test_model_evaluations_are_a_column_where_they_were_counted(metrics: dict[str, Any]) -> None:
+    assert "evaluations" not in card_of(metrics)
+    for entry, count in zip(metrics["rows"], (53, 59, 7), strict=True):
+        entry["model_evaluations"] = count
+    header, _, *rows = cells(results_table(metrics))
+    assert header[2:5] == ["steps", "model evaluations", "size MB"]
+    assert [row[3] for row in rows] == ["53", "59", "7"]
+    assert "- Model evaluations: of the denoiser, for an image: steps times branches of guidance." in card_of(metrics)
+
+
+def test_a_student_with_folded_guidance_is_called_without(conditional: dict[str, Any]) -> None:
+    conditional["inputs"]["negative_prompt"] = "dull"
+    assert "negative_prompt='dull', num_inference_steps=14, guidance_scale=7.5" in student_call(conditional)
+    conditional["student_arguments"] = {"num_inference_steps": 5, "guidance_scale": 1}
+    conditional["guidance_folded"] = True
+    assert student_call(conditional) == "'a cat', num_inference_steps=5, guidance_scale=1, height=512"
+    card = card_of(conditional)
+    assert "pipe('a cat', num_inference_steps=5, guidance_scale=1, height=512)" in card
+    assert "3. CAD: 313 updates, guidance folded into one branch, " in card
+    assert "called with `guidance_scale=1`, and takes no other scale and no negative prompt." in card
+    for halvings, text in ((2, "313 updates in each of 2 halvings, "), (0, "313 updates, in as many steps, ")):
+        conditional["settings"]["num_halvings"] = halvings
+        assert text in card_of(conditional)
+
+
 def test_a_distance_that_was_not_measured_leaves_no_column(metrics: dict[str, Any]) -> None:
     for entry in metrics["rows"]:
         entry["metric_name"] = entry["frechet_distance"] = None

@@ -103,6 +103,9 @@ def test_names_that_two_dataclasses_have_are_two_flags():
         (("--bit_choices", "4", "8"), "quantization", "bit_choices", (8, 4)),
         (("--modules_to_not_convert", "a", "b.*"), "quantization", "modules_to_not_convert", ["a", "b.*"]),
         (("--group_size", "16"), "quantization", "group_size", 16),
+        (("--fold_guidance", "False"), "distillation", "fold_guidance", False),
+        (("--fold_guidance", "true"), "distillation", "fold_guidance", True),
+        (("--num_halvings", "0", "--num_inference_steps", "5"), "run", "num_inference_steps", 5),
     ],
 )
 def test_flags_of_every_type_are_parsed(arguments, part, name, value):
@@ -119,6 +122,8 @@ def test_flags_of_every_type_are_parsed(arguments, part, name, value):
         (("--num_latency_rounds", "0"), "^num_latency_rounds: expected at least 1"),
         (("--num_inference_steps", "0"), "^num_inference_steps: expected at least 2"),
         (("--num_inference_steps", "5"), "^num_inference_steps=5 is odd"),
+        (("--num_halvings", "-1"), "^num_halvings: expected at least 0"),
+        (("--num_halvings", "3"), "^num_inference_steps=20 cannot be halved 3 times; take a multiple of 8"),
         (("--height", "0"), "^height: expected at least 1, got 0"),
         (("--own_num_inference_steps", "0"), "^own_num_inference_steps: expected at least 1, got 0"),
         (("--prompts_file", "x", "--dataset_name", "y"), "^dataset_name: prompts come from it or from prompts_file"),
