@@ -19,8 +19,8 @@ def install_folded_warning_(model: nn.Module, config: PQCADConfig) -> None:
 
     diffusers makes no second branch where a UNet's config has `time_cond_proj_dim`.
     """
-    entries: Any = getattr(model, "config", {})
-    if config.guidance_folded and entries.get("time_cond_proj_dim") is None:
+    switch = getattr(getattr(model, "config", None), "time_cond_proj_dim", None)
+    if config.guidance_folded and switch is None:
         model.register_forward_pre_hook(warn_if_guided, with_kwargs=True)
 
 
@@ -38,7 +38,7 @@ def warn_if_guided(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     state = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
     if not isinstance(state, Tensor) or len(state) % 2 or not torch.equal(*state.chunk(2)):
         return
-    config = model.config.get("quantization_config")
+    config = model.config.quantization_config
     found = config if isinstance(config, dict) else vars(config)
     steps = "" if found["num_inference_steps"] is None else f", num_inference_steps={found['num_inference_steps']}"
     warn_once(
