@@ -53,7 +53,12 @@ START_RATIO = 2.0  # the student's error counts as twice the teacher's until it 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Settings of CAD; the three switches make the ablations."""
+    """Settings of CAD; the three switches make the ablations.
+
+    What they are worth, in the median image of two small models at 4 bits, three seeds each, simulated
+    (examples/results/method.md): CAD 6.6 and 4.8 dB against the same model in half the steps, undistilled; a
+    full-precision teacher 7.0 and 5.2 dB, the calibration term alone 5.9 and 3.8 dB.
+    """
 
     # `distill` is given the model itself: here for labels and checks only.
     teacher: Literal["quantized", "fp", "none"] = field(

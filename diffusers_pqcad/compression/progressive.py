@@ -77,7 +77,13 @@ class Stream(IntEnum):
 
 @dataclass(frozen=True)
 class ProgressiveConfig:
-    """Settings of PQ; `beta=0` is PQ without momentum."""
+    """Settings of PQ; `beta=0` is PQ without momentum.
+
+    What they are worth, in the median image of two small models at 4 bits, three seeds each, simulated
+    (examples/results/method.md): adaptive widths 3.6 and 4.5 dB against one width; the momentum nothing, on one model
+    0.7 dB less than none; two stages nothing against one with as many rounds. `signal="weight"` costs 10 dB (one
+    seed of one model).
+    """
 
     signal: Literal["output", "weight"] = field(
         default="output",
