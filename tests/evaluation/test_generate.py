@@ -203,7 +203,8 @@ class TestSchedulers:
         pipeline = PIPELINES["sd"].build()
         pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
         whole = made("sd", pipeline, generate_samples, num_images=3)
-        torch.testing.assert_close(whole[:2], own("sd", pipeline, "latent"))
+        # Rounding differs with the batch and grows on the way; other noise would differ by the latents' size.
+        torch.testing.assert_close(whole[:2], own("sd", pipeline, "latent"), rtol=1e-3, atol=1e-4)
         torch.manual_seed(5)  # the global generator plays no part
         parts = made("sd", pipeline, generate_samples, num_images=3, batch_size=1)
         torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-4)
