@@ -207,9 +207,9 @@ the bundled models in PQ and CAD 128. A few images end in another picture, and d
 the two bundled ones, and digits (8x8, trained by `train_teacher.py`, one for each seed), each with v and with epsilon
 prediction.
 
-Not measured yet: PQ's arms on three seeds of digits, CAD at its defaults on digits, more than four seeds of the
-controller, and the controller's variants after reconstruction. The controller's rows are of a commit that rounded the
-shortcuts at the output, too.
+Not measured yet: PQ's arms on three seeds of digits with epsilon prediction, CAD at its defaults on digits, more than
+four seeds of the controller, and the controller's variants after reconstruction. The controller's rows are of a
+commit that rounded the shortcuts at the output, too.
 """
 SENSITIVITY = """\
 The error of the model's output where one layer alone is rounded: its weights to 4 or 8 bits, or its input to 8.
