@@ -247,8 +247,8 @@ stage takes two rounds at the most. "Reconstruction at 3e-4": one rate for all t
 rates are in rounding steps of each layer. Intervals: 95 %, over seeds and images, both drawn anew in pairs. Seconds
 of one core beside other jobs, on the bundled models several at once. Adaptive widths are worth 3.6 and 4.5 dB in the
 median image of the bundled models. The momentum is worth nothing: without it the v model's median image is 0.7 dB
-closer, the epsilon model's cannot be told apart. Neither can two stages from one at an equal number of rounds, nor
-the trust region from none. Simulated.
+closer, the epsilon model's cannot be told apart. Neither can two stages from one at an equal number of rounds, nor,
+but for the mean on digits, the trust region from none. Simulated.
 """
 ACTIVATIONS = """\
 The state that the arm "PQ" leaves, with the ranges of its 8-bit activations chosen in other ways, or none rounded.
