@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from diffusers_pqcad.compression.checkpoint import load_checkpoint, save_checkpoint
+from diffusers_pqcad.compression.checkpoint import check_request, load_checkpoint, save_checkpoint
 
 STATE_FILE, LOG_FILE = "state.safetensors", "log.jsonl"
 LOGGED_EVERY = 100  # updates
@@ -90,8 +90,10 @@ def fit(
 
     `loss_of(model, step)` is the loss of this process in update `step`, a function of the weights and of `step` alone;
     it is handed `model` as the accelerator prepared it. `folder` keeps the state, from which a killed run goes on, and
-    a log: one line of JSON for every hundred updates.
+    a log: one line of JSON for every hundred updates. Raises ValueError for the state of another recipe.
     """
+    # How often it is kept does not change what is learnt.
+    request = {key: value for key, value in asdict(recipe).items() if key != "checkpointing_steps"}
     ema = EMAModel(model.parameters(), decay=recipe.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     ema.to(accelerator.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
@@ -103,6 +105,7 @@ def fit(
     first_step, running_loss = 0, 0.0
     if checkpoint.exists():
         state = load_checkpoint(checkpoint)
+        check_request(checkpoint, state, request)  # files of older versions have none
         accelerator.unwrap_model(prepared).load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         ema.to(accelerator.device)
@@ -145,6 +148,7 @@ def fit(
                 "lr_schedule": lr_schedule.state_dict(),
                 "step": step + 1,
                 "running_loss": running_loss,
+                "request": json.dumps(request),
             }
             save_checkpoint(checkpoint, state)
     bar.close()

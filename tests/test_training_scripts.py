@@ -95,6 +95,32 @@ def test_a_killed_training_ends_with_the_same_weights(scripts, idx_folder, tmp_p
     assert "Zalando" in (tmp_path / "whole" / "README.md").read_text()
 
 
+def test_the_state_of_another_recipe_is_refused(scripts, tmp_path):
+    """Also that of an older version, which does not say how it was made."""
+    import training_loop
+    from accelerate import Accelerator
+
+    def fit(**changes):
+        recipe = training_loop.Recipe(
+            **{"num_steps": 2, "batch_size": 1, "learning_rate": 1e-3, "lr_warmup_steps": 1, "max_grad_norm": 1.0}
+            | {"ema_decay": 0.9, "checkpointing_steps": 1}
+            | changes
+        )
+        model = torch.nn.Linear(1, 1)
+        loss_of = lambda model, step: model(torch.ones(1, 1)).square().mean()  # noqa: E731
+        return training_loop.fit(model, loss_of, recipe, Accelerator(), tmp_path, "train")
+
+    fit()
+    fit(checkpointing_steps=2)
+    with pytest.raises(ValueError, match=r"state.safetensors was begun with other settings.*learning_rate"):
+        fit(learning_rate=1e-2)
+    path = tmp_path / training_loop.STATE_FILE
+    state = training_loop.load_checkpoint(path)
+    training_loop.save_checkpoint(path, {key: value for key, value in state.items() if key != "request"})
+    with pytest.raises(ValueError, match="was begun with other settings"):
+        fit()
+
+
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
 def test_a_network_learns_what_its_scheduler_expects(scripts, prediction_type):
     """The scheduler takes the target back to the clean image."""
