@@ -41,6 +41,7 @@ from transformers import HfArgumentParser
 
 from diffusers_pqcad.compression.checkpoint import load_checkpoint, save_checkpoint
 from diffusers_pqcad.evaluation.extras import require
+from diffusers_pqcad.publishing.pipelines import LABELS_FILE
 
 LATENTS_FILE = "latents.safetensors"
 NO_PROMPT = 0.1  # of the images, so that the network knows what guidance leads away from
@@ -260,6 +261,9 @@ def save(pipeline: DiffusionPipeline, run: Run, facts: dict[str, Any]) -> None:
     write_lines(folder / PROMPTS_FILE, [run.data.prompts[place] for place in order.tolist()])
     if run.data.held_out_prompts:
         write_lines(folder / HELD_OUT_FILE, run.data.held_out_prompts)
+    prompts = [*run.data.prompts, *run.data.held_out_prompts]
+    labels = {prompt: run.data.wanted(prompt) for prompt in prompts}
+    (folder / LABELS_FILE).write_text(json.dumps(labels, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
     facts["num_parameters"] = {
         name: sum(parameter.numel() for parameter in component.parameters())
         for name, component in pipeline.components.items()

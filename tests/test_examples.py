@@ -170,7 +170,7 @@ def test_what_is_published_names_no_place_of_this_computer(finished):
     assert not {"output_dir", "pretrained_model_name_or_path", "push_to_hub", "num_threads"} & set(recipe)
 
 
-def test_the_bundled_teacher_is_known_by_any_path(monkeypatch):
+def test_bundled_teachers_are_known_by_any_path(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import distill
 
@@ -178,10 +178,29 @@ def test_the_bundled_teacher_is_known_by_any_path(monkeypatch):
     from diffusers_pqcad.publishing.settings import CompressConfig
 
     monkeypatch.chdir(ROOT)
-    for path in (None, "examples/models/fashion-mnist", str(ROOT / "examples" / "models" / "fashion-mnist")):
-        source = source_of(CompressConfig(pretrained_model_name_or_path=path), distill.BUNDLED)
-        assert source == distill.BUNDLED
-        assert source.extractor is not None
+    assert source_of(CompressConfig(), distill.BUNDLED) == distill.BUNDLED[0]
+    for bundled in distill.BUNDLED:
+        for path in (bundled.path, str(Path(bundled.path).relative_to(ROOT)), f"{bundled.path}/"):
+            assert source_of(CompressConfig(pretrained_model_name_or_path=path), distill.BUNDLED) == bundled
+            assert Path(bundled.extractor).is_dir()
+
+
+def test_bundled_teachers_have_their_own_defaults_which_flags_replace(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import distill
+
+    monkeypatch.chdir(ROOT)
+
+    def run_of(*arguments):
+        return distill.settings_of_command([*arguments]).run
+
+    emoji = ("--pretrained_model_name_or_path", "examples/models/emoji")
+    assert (run_of(*emoji).guidance_scale, run_of(*emoji).num_halvings) == (3.0, 2)
+    assert run_of(*emoji, "--guidance_scale", "5").guidance_scale == 5.0
+    assert run_of(f"{emoji[0]}={emoji[1]}").num_halvings == 2
+    assert run_of(*emoji, "--preset", "smoke").num_halvings == 1
+    for others in ((), ("--pretrained_model_name_or_path", "someone/emoji")):
+        assert (run_of(*others).guidance_scale, run_of(*others).num_halvings) == (None, 1)
 
 
 def test_ablations_are_added_to_a_finished_run(teacher, finished):

@@ -209,6 +209,10 @@ def test_a_measured_teacher_has_its_figures_in_its_card(scripts, settings, tmp_p
     mine = settings("emoji", num_train_images=2, num_vae_images=2, extractor=str(features))
     scripts.train(mine)
     folder = Path(mine.output_dir)
+    labels = json.loads((folder / "prompt_labels.json").read_text())
+    assert labels["an ear of corn on red"] == {"emoji": "ear of corn", "colour": "red"}
+    listed = [(folder / file).read_text().splitlines() for file in ("prompts.txt", "held_out_prompts.txt")]
+    assert set(labels) == {*listed[0], *listed[1]}
     trained, held_out = json.loads((folder / "training.json").read_text())["measured"]
     assert (trained["prompts"], held_out["prompts"]) == ("trained", "held out")
     assert trained["num_images"] == held_out["num_images"] == 4

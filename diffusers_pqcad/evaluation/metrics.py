@@ -240,6 +240,39 @@ def bootstrap_interval(
     return _decibel(variance, float(high_mse)), _decibel(variance, float(low_mse))
 
 
+def paired_change_interval(
+    before: Tensor, after: Tensor, *, confidence_level: float = 0.95, num_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the (low, high) percentile bootstrap interval of the mean of `after` - `before`, in their unit.
+
+    Both are (n,), a value for each image of the same input and noise, booleans among them: the pairs are drawn anew,
+    so what all images share cancels.
+
+    Raises ValueError for other shapes than (n,) with n >= 2, the same in both.
+    Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, section 13.3.
+    """
+    require("eval", "scipy")
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    if before.ndim != 1 or before.shape != after.shape or len(before) < 2:
+        raise ValueError(
+            f"before and after: expected (n,) with n >= 2 images, the same in both, got {tuple(before.shape)} and "
+            f"{tuple(after.shape)}."
+        )
+    result = bootstrap(
+        ((after.double() - before.double()).cpu().numpy(),),
+        np.mean,
+        n_resamples=num_resamples,
+        batch=100,  # bounds the memory to 100 n values
+        confidence_level=confidence_level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    low, high = result.confidence_interval
+    return float(low), float(high)
+
+
 def trajectory_error(reference: Tensor, sample: Tensor) -> Tensor:
     """Return the (N + 1,) float64 relative error of a trajectory: sum |z - z_ref|^2 / sum |z_ref|^2 at every step.
 

@@ -25,12 +25,7 @@ def prompts_met(
     """
     if len(wanted) != len(images):
         raise ValueError(f"wanted: expected one for each of the {len(images)} images, got {len(wanted)}.")
-    for attribute, label in {item for entry in wanted for item in entry.items()}:
-        if label not in extractor.labels.get(attribute, ()):
-            raise ValueError(
-                f"wanted: {extractor.name} knows no {attribute} {label!r}. Expected labels of its config.json, of "
-                f"{tuple(extractor.labels)}."
-            )
+    check_wanted(extractor, wanted)
     found = [each for batch in images.split(batch_size) for each in extractor.recognize(batch)]
     return torch.tensor([wish.items() <= shown.items() for wish, shown in zip(wanted, found, strict=True)])
 
@@ -40,3 +35,13 @@ def prompt_accuracy(
 ) -> float:
     """Return the share of `images` that show what their prompts say, in [0, 1]; arguments and errors as there."""
     return prompts_met(extractor, images, wanted, batch_size=batch_size).double().mean().item()
+
+
+def check_wanted(extractor: ClassifierExtractor, wanted: Sequence[Mapping[str, str]]) -> None:
+    """Raise ValueError for a label, of what prompts say, that `extractor` does not know."""
+    for attribute, label in {item for entry in wanted for item in entry.items()}:
+        if label not in extractor.labels.get(attribute, ()):
+            raise ValueError(
+                f"wanted: {extractor.name} knows no {attribute} {label!r}. Expected labels of its config.json, of "
+                f"{tuple(extractor.labels)}."
+            )

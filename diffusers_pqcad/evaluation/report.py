@@ -1,6 +1,6 @@
 """The report on a pipeline: how close it comes to a reference for the same inputs and noise, and what it costs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isinf
 from pathlib import Path
@@ -12,7 +12,7 @@ from diffusers_pqcad.compression.calling import distinct_inputs
 from diffusers_pqcad.compression.denoiser import SchedulerStep, Stop, denoiser_name
 from diffusers_pqcad.compression.fake_quant import fake_quant_layers
 from diffusers_pqcad.evaluation.extras import require
-from diffusers_pqcad.evaluation.features import FeatureExtractor, extract_features
+from diffusers_pqcad.evaluation.features import ClassifierExtractor, FeatureExtractor, extract_features
 from diffusers_pqcad.evaluation.generate import (
     PipelineRun,
     Samples,
@@ -33,6 +33,7 @@ from diffusers_pqcad.evaluation.metrics import (
     image_mse,
     kernel_distance,
     median_sqnr_db,
+    paired_change_interval,
     picture_psnr_db,
     psnr_db,
     reference_variance,
@@ -40,6 +41,7 @@ from diffusers_pqcad.evaluation.metrics import (
     structural_similarity,
     trajectory_error,
 )
+from diffusers_pqcad.evaluation.prompts import check_wanted, prompts_met
 from diffusers_pqcad.evaluation.speed import (
     Latency,
     directory_size_bytes,
@@ -118,6 +120,19 @@ class Distribution:
 
 
 @dataclass(frozen=True)
+class PromptAccuracy:
+    """How many of the pictures show what their prompts say, as the extractor's classifier sees it.
+
+    `prompt_accuracy` is a share of the images. The change is against the reference's pictures of the same prompts and
+    noise, in shares too, with its 95 % bootstrap interval over pairs of pictures.
+    """
+
+    prompt_accuracy: float | None
+    prompt_accuracy_change: float | None
+    prompt_accuracy_change_interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
 class Cost:
     """What the denoiser takes, in bytes and bits, and what computes it."""
 
@@ -146,12 +161,12 @@ class Speed:
 
 # Fields come in the order of the bases from last to first.
 @dataclass(frozen=True)
-class EvaluationReport(Speed, Cost, Distribution, Trajectory, Fidelity, Setting):
+class EvaluationReport(Speed, Cost, PromptAccuracy, Distribution, Trajectory, Fidelity, Setting):
     """What `evaluate` measured; a field that was not measured is None.
 
     Sample i of both pipelines starts from the same input and noise. Ratios are in dB, sizes in bytes, latencies in
     milliseconds per image. The fields are those of the parts: `Setting`, `Fidelity`, `Trajectory`, `Distribution`,
-    `Cost`, `Speed`.
+    `PromptAccuracy`, `Cost`, `Speed`.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -169,6 +184,7 @@ def evaluate(
     num_inference_steps: int,
     seed: int,
     extractor: FeatureExtractor | None = None,
+    prompt_labels: Mapping[str, Mapping[str, str]] | None = None,
     reference_num_inference_steps: int | None = None,
     batch_size: int = 8,
     num_latency_rounds: int = 3,
@@ -189,16 +205,18 @@ def evaluate(
     reference, which runs `reference_num_inference_steps` (default: as many as `pipeline`).
 
     `decode`: compare the decoded pictures too. `extractor` adds the Frechet and the kernel distance of the pictures to
-    its reference set. `weights_path` is the saved denoiser, a file or folder, whose bytes are reported.
-    `reference_samples`, from `generate_samples(reference, ...)`, or `generate_images` where pictures are decoded, with
-    the same inputs and seed and the reference's steps, saves generating them again for every model; further images in
-    it are not used.
+    its reference set; with `prompt_labels`, what a picture of each prompt has to show, {"a fig on red": {"fruit":
+    "fig"}}, it adds the prompt accuracy. `weights_path` is the saved denoiser, a file or folder, whose bytes are
+    reported. `reference_samples`, from `generate_samples(reference, ...)`, or `generate_images` where pictures are
+    decoded, with the same inputs and seed and the reference's steps, saves generating them again for every model;
+    further images in it are not used.
 
     The error along the trajectory is that of the first MAX_TRAJECTORY_IMAGES images at the timesteps of both, where
     the scheduler of one is of the other's class, and the timesteps of one are among those of the other.
 
     Raises ValueError for fewer than two images, too few or misshapen `reference_samples`, arguments that a pipeline
-    does not take, and models whose samples differ in shape; MissingExtraError, before any sample, where a package of
+    does not take, `prompt_labels` that lack a prompt or that `extractor` does not know, and models whose samples
+    differ in shape; MissingExtraError, before any sample, where a package of
     the extra "eval" that is needed later is not installed.
     """
     require("eval", "scipy")
@@ -210,6 +228,7 @@ def evaluate(
     _check_is_packed(pipeline)
     reference_steps = num_inference_steps if reference_num_inference_steps is None else reference_num_inference_steps
     inputs = distinct_inputs(inputs)
+    wishes = None if prompt_labels is None else _wishes(inputs, num_images, prompt_labels, extractor)
     mine, theirs = call_arguments | (arguments or {}), call_arguments | (reference_arguments or {})
     run = run_of(pipeline, inputs, num_inference_steps, seed, mine, decodes=decode)
     reference_run = run_of(reference, inputs, reference_steps, seed, theirs, decodes=decode)
@@ -238,6 +257,7 @@ def evaluate(
         _fidelity(run, wanted, found),
         _trajectory(run, reference_run, states, wanted_states),
         _distribution(extractor, found, seed),
+        _prompt_accuracy(extractor, wishes, wanted, found, seed),
         _cost(run, states, weights_path),
         _speed((run, states), (reference_run, wanted_states), latency_batch_size, num_latency_rounds),
     )
@@ -251,6 +271,25 @@ def _check_is_packed(pipeline: Any) -> None:
             "pipeline: its weights are only rounded in simulation, so its size and time would mean nothing. Measure "
             f"convert_(copy.deepcopy({name})) in its place."
         )
+
+
+def _wishes(
+    inputs: Sequence[Mapping[str, Any]],
+    num_images: int,
+    prompt_labels: Mapping[str, Mapping[str, str]],
+    extractor: FeatureExtractor | None,
+) -> list[Mapping[str, str]]:
+    """Return what each of the images has to show; ValueError where that cannot be found out."""
+    if not isinstance(extractor, ClassifierExtractor):
+        found = "none" if extractor is None else f"a {type(extractor).__name__}"
+        raise ValueError(f"prompt_labels: expected an extractor that recognizes them, got {found}.")
+    prompts = [inputs[index % len(inputs)].get("prompt") for index in range(num_images)]
+    missing = next((prompt for prompt in prompts if prompt not in prompt_labels), ...)
+    if missing is not ...:
+        raise ValueError(f"prompt_labels: expected an entry for each prompt, there is none for {missing!r}.")
+    wishes = [prompt_labels[prompt] for prompt in prompts if prompt is not None]
+    check_wanted(extractor, wishes)
+    return wishes
 
 
 def _given(reference_samples: Tensor | Samples) -> Samples:
@@ -389,6 +428,25 @@ def _common_steps(timesteps: tuple[float, ...], others: tuple[float, ...]) -> li
         if abs(t - other) <= SAME_TIMESTEP
     ]
     return pairs if len(pairs) in (len(mine), len(theirs)) else None
+
+
+def _prompt_accuracy(
+    extractor: FeatureExtractor | None,
+    wishes: Sequence[Mapping[str, str]] | None,
+    wanted: Samples,
+    found: Samples,
+    seed: int,
+) -> PromptAccuracy:
+    """Return how many pictures show what their prompts say, and what that is beside those of the reference."""
+    if wishes is None or not isinstance(extractor, ClassifierExtractor):
+        return PromptAccuracy(None, None, None)
+    before, after = (prompts_met(extractor, _pictures(samples), wishes) for samples in (wanted, found))
+    accuracy = after.double().mean().item()
+    return PromptAccuracy(
+        prompt_accuracy=accuracy,
+        prompt_accuracy_change=accuracy - before.double().mean().item(),
+        prompt_accuracy_change_interval=paired_change_interval(before, after, seed=seed),
+    )
 
 
 def _pictures(samples: Samples) -> Tensor:

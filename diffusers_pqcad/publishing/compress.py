@@ -7,6 +7,7 @@ and ends with the same weights.
 import copy
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ from diffusers_pqcad.publishing.pipelines import (
     load_teacher,
     measure,
     own_num_inference_steps,
+    prompt_labels_of,
     prompts_of,
     record,
     reference_samples,
@@ -92,6 +94,13 @@ class Trained(NamedTuple):
     stats: list[dict[str, Any]]
 
 
+class Judge(NamedTuple):
+    """What pictures are judged by: a feature extractor, and what it has to find for each prompt, if known."""
+
+    extractor: Any | None
+    prompt_labels: dict[str, dict[str, str]] | None
+
+
 class Variant(NamedTuple):
     """A further PQ to run, for a row of the ablations."""
 
@@ -107,15 +116,15 @@ def compress(
     progressive: ProgressiveConfig | None = None,
     distillation: DistillConfig | None = None,
     *,
-    bundled: TeacherSource | None = None,
+    bundled: Sequence[TeacherSource] = (),
     progress: bool = True,
 ) -> dict[str, Any]:
     """Return the metrics of a compressed pipeline, which is saved in `run.output_dir` with its card and pictures.
 
-    `quantization` defaults to an average of 4 bits; `run.seed` is the seed of all parts; `bundled` is the teacher of a
-    run that names none. `progress` shows bars and headings. The folder holds a loadable pipeline, `metrics.json` (what
-    this returns), `history.json` of PQ, `recipe.yaml` (the settings) and `state`, from which the same call goes on.
-    Sets torch's threads and seeds for this process, and TF32 off.
+    `quantization` defaults to an average of 4 bits; `run.seed` is the seed of all parts; the first of the `bundled`
+    teachers is that of a run that names none. `progress` shows bars and headings. The folder holds a loadable
+    pipeline, `metrics.json` (what this returns), `history.json` of PQ, `recipe.yaml` (the settings) and `state`, from
+    which the same call goes on. Sets torch's threads and seeds for this process, and TF32 off.
 
     Raises, before anything is written, ValueError for settings that cannot work, a pipeline that is not supported, or
     a folder that was begun with other settings; MissingExtraError where a package that is needed later is missing.
@@ -166,7 +175,8 @@ def compress(
         *student_rows(teacher, arms, run, trained, calibration),
         *variant_rows(teacher, variants, models, run.num_inference_steps),
     ]
-    measured = measured_rows(site, rows, teacher, run, extractor)
+    judge = Judge(extractor, prompt_labels_of(source, extractor, inputs_of_run(run).measured))
+    measured = measured_rows(site, rows, teacher, run, judge)
 
     site.say("saving")
     metrics = {
@@ -445,7 +455,7 @@ def variant_rows(
 
 
 def measured_rows(
-    site: Site, rows: list[Row], teacher: Any, run: CompressConfig, extractor: Any
+    site: Site, rows: list[Row], teacher: Any, run: CompressConfig, judge: Judge
 ) -> list[dict[str, Any]]:
     """Return what the table says of each row, measured or read back."""
     samples = Samples(
@@ -459,13 +469,13 @@ def measured_rows(
     measured = []
     for row in rows:
         site.say(f"measuring: {row.name}, {row.num_inference_steps} steps")
-        make = partial(measurement, site, row, teacher, run, samples, extractor)
+        make = partial(measurement, site, row, teacher, run, samples, judge)
         measured.append(cached(site.state / "rows" / f"{row.key}.json", make, save_json, load_json))
     return measured
 
 
 def measurement(
-    site: Site, row: Row, teacher: Any, run: CompressConfig, samples: Samples, extractor: Any
+    site: Site, row: Row, teacher: Any, run: CompressConfig, samples: Samples, judge: Judge
 ) -> dict[str, Any]:
     """Return what the table says of one row; its model is saved in the folder of the state, and stays there."""
     report = measure(
@@ -473,7 +483,8 @@ def measurement(
         teacher,
         run,
         samples=samples,
-        extractor=extractor,
+        extractor=judge.extractor,
+        prompt_labels=judge.prompt_labels,
         weights=site.state / "models" / row.key,
         progress=site.progress,
     )
@@ -521,11 +532,11 @@ def metrics_of(
 
 
 def pipeline_facts(
-    source: TeacherSource, bundled: TeacherSource | None, teacher: Teacher, student: nn.Module
+    source: TeacherSource, bundled: Sequence[TeacherSource], teacher: Teacher, student: nn.Module
 ) -> dict[str, Any]:
     """Return where the teacher comes from, which of its models the packed `student` is, and what is as it was."""
     pipeline, own = teacher
-    is_bundled = bundled is not None and source.path == bundled.path
+    is_bundled = any(source.path == other.path for other in bundled)
     component = denoiser_name(pipeline)
     models = [name for name, item in pipeline.components.items() if isinstance(item, nn.Module) and name != component]
     return {

@@ -53,7 +53,9 @@ def results_table(metrics: dict[str, Any]) -> str:
     header = ["model", "avg. bits", "steps", *(["model evaluations"] if has_evaluations else [])]
     header += ["size MB", "ms an image", "speed-up", "SQNR dB", "median dB"]
     header += ["picture PSNR dB", "SSIM"] if has_pictures else []
-    lines = [header + (["distance"] if distance_name else [])]
+    has_accuracy = any(row.get("prompt_accuracy") is not None for row in metrics["rows"])
+    header += (["distance"] if distance_name else []) + (["prompt accuracy"] if has_accuracy else [])
+    lines = [header]
     lines.append(["---"] + ["---:"] * (len(lines[0]) - 1))
     for row in metrics["rows"]:
         exact = row["sqnr_db"] in ("inf", float("inf"))
@@ -71,8 +73,18 @@ def results_table(metrics: dict[str, Any]) -> str:
         ]
         if has_pictures:
             cells += ["", ""] if exact else [f"{float(row['image_psnr_db']):.2f}", f"{row['image_ssim']:.4f}"]
-        lines.append(cells + ([f"{row['frechet_distance']:.2f}"] if distance_name else []))
+        cells += [f"{row['frechet_distance']:.2f}"] if distance_name else []
+        lines.append(cells + ([prompt_accuracy(row, exact=exact)] if has_accuracy else []))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def prompt_accuracy(row: dict[str, Any], *, exact: bool) -> str:
+    """Return the share of a row's images that show what their prompts say, and its change but for the reference."""
+    text = f"{100 * row['prompt_accuracy']:.1f} %"
+    if exact:
+        return text
+    low, high = (100 * end for end in row["prompt_accuracy_change_interval"])
+    return f"{text} ({100 * row['prompt_accuracy_change']:+.1f} [{low:+.1f}, {high:+.1f}])"
 
 
 def _environment_of(row: dict[str, Any]) -> dict[str, Any]:
@@ -189,6 +201,12 @@ def table_notes(metrics: dict[str, Any]) -> str:
         notes.insert(2, "Model evaluations: of the denoiser, for an image: steps times branches of guidance.")
     if is_decoded:
         notes.insert(1, "Picture PSNR and SSIM: of the decoded pictures, to those of full precision.")
+    if row.get("prompt_accuracy") is not None:
+        notes.insert(
+            1,
+            "Prompt accuracy: share of the images in which a classifier finds what the prompt says; in brackets its "
+            "change against the reference, in points, on the same prompts and noise, with a 95 % bootstrap interval.",
+        )
     if name:
         notes.insert(1, f"distance: {name}, lower is better; comparable at equal n only.")
     return "\n".join(f"- {note}" for note in notes)

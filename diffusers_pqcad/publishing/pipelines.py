@@ -1,9 +1,10 @@
 """What `compress` does with pipelines: every place that knows their denoiser or their scheduler."""
 
 import inspect
+import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from diffusers_pqcad.compression.grid import ddim_grid
 from diffusers_pqcad.compression.recording import collect_calibration_set, plan_of, restored
 from diffusers_pqcad.compression.schedulers import deterministic_scheduler
 from diffusers_pqcad.evaluation import evaluate, generate_images, load_extractor
+from diffusers_pqcad.evaluation.features import ClassifierExtractor
 from diffusers_pqcad.evaluation.generate import Samples, makes_pixels
 from diffusers_pqcad.loading.config import PQCADConfig
 from diffusers_pqcad.loading.convert import match_modules, with_model_exemptions
@@ -32,6 +34,8 @@ LATENCY_BATCH_SIZE = 8
 PIXEL_BATCH_SIZE, LATENT_BATCH_SIZE = 64, 4  # images of a call, by default
 MAX_OWN_STEPS = 50
 SHUFFLED_ROWS = 10_000  # of a data set of prompts
+# Beside the prompts of a teacher: what a picture of each has to show.
+LABELS_FILE = "prompt_labels.json"
 
 
 class Row(NamedTuple):
@@ -48,23 +52,34 @@ class Row(NamedTuple):
 class TeacherSource:
     """Where a teacher comes from, a folder or a repository, and what is known of it: its name, for the card, and more.
 
-    `extractor` is the folder of a feature extractor for its images.
+    `extractor` is the folder of a feature extractor for its images; `defaults` are settings of a run that suit it
+    better than those of all, as a command line has them.
     """
 
     path: str
     name: str
     extractor: str | None = None
     license: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
-def source_of(run: CompressConfig, bundled: TeacherSource | None = None) -> TeacherSource:
-    """Return the source of the run's teacher: the `bundled` one by default and by any path; settings come first."""
+def bundled_source(path: str | None, bundled: Sequence[TeacherSource]) -> TeacherSource | None:
+    """Return the one of the `bundled` teachers that is in the folder `path`, however that is written; None elsewhere.
+
+    Without a path, the first of them.
+    """
+    if path is None:
+        return next(iter(bundled), None)
+    return next((source for source in bundled if Path(path).resolve() == Path(source.path).resolve()), None)
+
+
+def source_of(run: CompressConfig, bundled: Sequence[TeacherSource] = ()) -> TeacherSource:
+    """Return the source of the run's teacher: a `bundled` one by default and by any path; settings come first."""
     path = run.pretrained_model_name_or_path
-    if bundled is not None and (path is None or Path(path).resolve() == Path(bundled.path).resolve()):
-        source = bundled
-    elif path is None:
-        raise ValueError("pretrained_model_name_or_path: expected a folder or a repository of the Hub, got None.")
-    else:
+    source = bundled_source(path, bundled)
+    if source is None:
+        if path is None:
+            raise ValueError("pretrained_model_name_or_path: expected a folder or a repository of the Hub, got None.")
         source = TeacherSource(path, Path(path).resolve().name if Path(path).exists() else path)
     return replace(source, extractor=run.extractor or source.extractor, license=run.license or source.license)
 
@@ -77,6 +92,23 @@ def extractor_of(source: TeacherSource) -> Any | None:
         return load_extractor(source.extractor)
     except FileNotFoundError as error:
         raise ValueError(f"extractor: {error}") from None
+
+
+def prompt_labels_of(source: TeacherSource, extractor: Any, measured: Any) -> dict[str, dict[str, str]] | None:
+    """Return what a picture of each prompt has to show, from the teacher's folder; None where nobody could say.
+
+    That takes the file, an `extractor` that recognizes labels, and an entry of each of the `measured` prompts.
+    """
+    path = Path(source.path) / LABELS_FILE
+    if not path.is_file() or not isinstance(extractor, ClassifierExtractor) or not extractor.labels:
+        return None
+    labels = json.loads(path.read_text(encoding="utf-8"))
+    missing = sum(item.get("prompt") not in labels for item in measured or ())
+    if missing:
+        logger.warning(
+            "Prompt accuracy is not measured: %s has no entry for %d of the %d prompts.", path, missing, len(measured)
+        )
+    return None if missing else labels
 
 
 class Teacher(NamedTuple):
@@ -299,12 +331,13 @@ def measure(
     *,
     samples: Samples,
     extractor: Any,
+    prompt_labels: Mapping[str, Mapping[str, str]] | None = None,
     weights: Path,
     progress: bool,
 ) -> dict[str, Any]:
     """Return what the table says of `row`, as JSON values; its denoiser is saved in `weights`.
 
-    `samples` are the teacher's `reference_samples`.
+    `samples` are the teacher's `reference_samples`, `prompt_labels` those of `prompt_labels_of`.
     """
     denoiser_of(row.pipeline).save_pretrained(weights)
     report = evaluate(
@@ -315,6 +348,7 @@ def measure(
         num_inference_steps=row.num_inference_steps,
         seed=run.seed,
         extractor=extractor,
+        prompt_labels=prompt_labels,
         reference_num_inference_steps=run.num_inference_steps,
         batch_size=sampling_batch_size(teacher, run),
         num_latency_rounds=run.num_latency_rounds,

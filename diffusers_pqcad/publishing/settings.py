@@ -2,7 +2,7 @@
 
 import dataclasses
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_images": 8,
         "num_trajectories": 8,
         "num_inference_steps": 4,
+        "num_halvings": 1,
         "rounds_per_stage": 1,
         "price_batch_size": 4,
         "reconstruction_iterations": 2,
@@ -323,8 +324,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def parse_settings(arguments: Sequence[str], description: str | None = None) -> Settings:
-    """Return the settings of a command line: defaults, then `--preset`, then the YAML file `--config`, then flags."""
+def parse_settings(
+    arguments: Sequence[str],
+    description: str | None = None,
+    defaults_of: Callable[[str | None], Mapping[str, Any]] = lambda path: {},
+) -> Settings:
+    """Return the settings of a command line: defaults, then `--preset`, then the YAML file `--config`, then flags.
+
+    `defaults_of(pretrained_model_name_or_path)` are defaults of a pipeline, which come before the preset.
+    """
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", help="YAML file of settings; flags override it")
     first.add_argument(
@@ -334,7 +342,11 @@ def parse_settings(arguments: Sequence[str], description: str | None = None) -> 
         help="set of defaults: 'smoke' tries, 'full' takes hours",
     )
     chosen, rest = first.parse_known_args(arguments)
-    defaults = PRESETS[chosen.preset] | (read_yaml(chosen.config) if chosen.config else {})
+    given = read_yaml(chosen.config) if chosen.config else {}
+    pipeline = ArgumentParser(add_help=False, allow_abbrev=False)
+    pipeline.add_argument("--pretrained_model_name_or_path", default=given.get("pretrained_model_name_or_path"))
+    path = pipeline.parse_known_args(rest)[0].pretrained_model_name_or_path
+    defaults = {**defaults_of(path), **PRESETS[chosen.preset], **given}
     parser = HfArgumentParser(
         [flags_of(part) for part in PARTS], parents=[first], description=description, allow_abbrev=False
     )

@@ -20,6 +20,7 @@ from diffusers_pqcad.evaluation.metrics import (
     image_mse,
     kernel_distance,
     median_sqnr_db,
+    paired_change_interval,
     picture_psnr_db,
     psnr_db,
     reference_variance,
@@ -409,3 +410,26 @@ class TestTrajectoryError:
             trajectory_error(reference * torch.tensor([1.0, 0.0]).view(2, 1, 1, 1, 1), reference)
         with pytest.raises(ValueError, match="expected the shape of the reference"):
             trajectory_error(reference, reference[:1])
+
+
+class TestPairedChange:
+    def test_no_change_has_no_width(self):
+        met = torch.tensor([True, False, True])
+        assert paired_change_interval(met, met) == (0.0, 0.0)
+
+    def test_the_interval_of_many_pairs_is_the_normal_one(self):
+        generator = torch.Generator().manual_seed(0)
+        before, after = torch.rand(2, 1000, generator=generator) < torch.tensor([[0.9], [0.8]])
+        change = after.double() - before.double()
+        centre, spread = change.mean().item(), 1.96 * change.std().item() / 1000**0.5
+        expected = (centre - spread, centre + spread)
+        assert paired_change_interval(before, after, num_resamples=20_000) == pytest.approx(expected, abs=1.5e-3)
+
+    def test_what_the_images_share_cancels(self):
+        shared = 100 * torch.randn(50, generator=torch.Generator().manual_seed(0))
+        assert paired_change_interval(shared, shared + 1) == pytest.approx((1, 1), abs=1e-4)
+
+    @pytest.mark.parametrize("shapes", [((1,), (1,)), ((3,), (4,)), ((2, 2), (2, 2))])
+    def test_what_is_no_pair_is_refused(self, shapes):
+        with pytest.raises(ValueError, match="before and after: expected"):
+            paired_change_interval(*(torch.zeros(shape) for shape in shapes))

@@ -303,6 +303,80 @@ def evaluate_kind(kind: str, pipeline: Any, reference: Any, **changes: Any) -> E
     return evaluate(pipeline, reference, inputs, **settings | changes)
 
 
+def is_plum(images: torch.Tensor) -> torch.Tensor:
+    return images.long().sum(dim=(1, 2, 3)) % 2 == 1
+
+
+class Fruits(SmallClassifier):
+    """Finds a plum where the sum of a picture's bytes is odd, else a fig: as good as a coin, and always the same."""
+
+    def __init__(self):
+        super().__init__(image_size=8, num_classes=2)
+
+    def forward(self, images):
+        return torch.nn.functional.one_hot(is_plum(images).long(), 2).float()
+
+    def features(self, images):
+        return images.float().flatten(1)[:, :4]
+
+
+def fruits(labels: dict[str, list[str]] | None = None) -> ClassifierExtractor:
+    reference = PixelExtractor()
+    return ClassifierExtractor(
+        Fruits(),
+        {"fruit": ["fig", "plum"]} if labels is None else labels,
+        name="fruits",
+        sha256="",
+        reference_sha256="",
+        reference_mean=reference.reference_mean[:4],
+        reference_covariance=reference.reference_covariance[:4, :4],
+        reference_features=reference.reference_features[:, :4],
+    )
+
+
+class TestPromptAccuracy:
+    def test_is_the_share_of_pictures_that_show_their_prompts(self):
+        reference, other, prompts = PIPELINES["sd"].build(), quantized("sd"), ["a fig", "a plum", "some fig"]
+        settings = {"num_images": 6, "num_inference_steps": STEPS, "seed": 3}
+        labels = {prompt: {"fruit": prompt.split()[1]} for prompt in prompts}
+        report = evaluate(
+            other, reference, prompts, **settings, **FAST, extractor=fruits(), prompt_labels=labels
+        )  # fmt: skip
+        met = []
+        for each in (reference, other):
+            images = generate_images(each, prompts, **settings, progress=False).images
+            met.append((is_plum(images) == torch.tensor([False, True, False] * 2)).double())
+        assert report.prompt_accuracy == met[1].mean().item()
+        assert report.prompt_accuracy_change == pytest.approx((met[1] - met[0]).mean().item(), abs=1e-12)
+        low, high = report.prompt_accuracy_change_interval
+        assert low <= report.prompt_accuracy_change <= high
+
+    def test_is_not_measured_without_labels(self):
+        report = evaluate_kind("sd", PIPELINES["sd"].build(), PIPELINES["sd"].build(), extractor=fruits())
+        assert (
+            report.prompt_accuracy is report.prompt_accuracy_change is report.prompt_accuracy_change_interval is None
+        )
+
+    @pytest.mark.parametrize(
+        ("extractor", "labels", "message"),
+        [
+            (None, {}, "prompt_labels: expected an extractor that recognizes them, got none"),
+            (PixelExtractor(), {}, "prompt_labels: .* got a PixelExtractor"),
+            (fruits(), {"a fig": {"fruit": "fig"}}, "prompt_labels: .* there is none for 'a plum'"),
+            (fruits(), {"a fig": {"fruit": "fig"}, "a plum": {"fruit": "plump"}}, "fruits knows no fruit 'plump'"),
+        ],
+        ids=["no extractor", "no classifier", "no entry", "no label"],
+    )
+    def test_what_nobody_could_judge_is_refused_before_any_sample(self, extractor, labels, message, monkeypatch):
+        pipeline = PIPELINES["sd"].build()
+        monkeypatch.setattr(type(pipeline), "__call__", None)
+        with pytest.raises(ValueError, match=message):
+            evaluate(
+                pipeline, pipeline, ["a fig", "a plum"], num_images=2, num_inference_steps=STEPS, seed=0,
+                extractor=extractor, prompt_labels=labels,
+            )  # fmt: skip
+
+
 class TestKinds:
     @pytest.mark.parametrize("kind", PIPELINES)
     def test_a_quantized_copy(self, kind):

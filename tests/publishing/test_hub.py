@@ -391,6 +391,21 @@ def test_the_table_of_decoded_pictures_by_hand(conditional: dict[str, Any]) -> N
     assert student[6:] == ["17.17 [16.16, 18.18]", "19.19", "33.31", "0.9877", "5.15"]
 
 
+def test_the_column_of_prompt_accuracy_by_hand(conditional: dict[str, Any]) -> None:
+    header, *_ = cells(results_table(conditional))
+    assert "prompt accuracy" not in header
+    assert "Prompt accuracy" not in table_notes(conditional)
+    figures = [(0.981, 0.0, (0.0, 0.0)), (0.9704, -0.0106, (-0.0191, 0.0)), (0.99, 0.009, (-0.0012, 0.02))]
+    for entry, (share, change, interval) in zip(conditional["rows"], figures, strict=True):
+        entry |= {"prompt_accuracy": share, "prompt_accuracy_change": change}
+        entry |= {"prompt_accuracy_change_interval": list(interval)}
+    header, rule, *found = cells(results_table(conditional))
+    assert header[-2:] == ["distance", "prompt accuracy"]
+    assert {len(line) for line in (header, rule, *found)} == {12}
+    assert [line[-1] for line in found] == ["98.1 %", "97.0 % (-1.1 [-1.9, +0.0])", "99.0 % (+0.9 [-0.1, +2.0])"]
+    assert "Prompt accuracy: share of the images in which" in table_notes(conditional)
+
+
 def test_the_notes_say_of_what_the_fidelity_is(metrics: dict[str, Any], conditional: dict[str, Any]) -> None:
     notes = table_notes(conditional)
     assert "SQNR: of the final latents to full precision at 26 steps" in notes

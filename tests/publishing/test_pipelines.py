@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, LCMScheduler
 from pipelines import PIPELINES
 
@@ -11,6 +12,7 @@ from diffusers_pqcad import PQCADConfig
 from diffusers_pqcad.compression.calibration import scheduler_settings
 from diffusers_pqcad.evaluation import extras
 from diffusers_pqcad.evaluation.extras import MissingExtraError
+from diffusers_pqcad.evaluation.features import ClassifierExtractor, SmallClassifier
 from diffusers_pqcad.publishing.compress import compress
 from diffusers_pqcad.publishing.pipelines import (
     TeacherSource,
@@ -19,6 +21,7 @@ from diffusers_pqcad.publishing.pipelines import (
     inputs_of_run,
     load_teacher,
     own_num_inference_steps,
+    prompt_labels_of,
     prompts_of,
     source_of,
 )
@@ -49,15 +52,18 @@ def test_a_teacher_that_fits_stays_as_it_is(tiny_pipeline, tmp_path, caplog):
 
 
 def test_a_source_is_a_folder_or_a_repository_or_the_bundled_one(tmp_path, monkeypatch):
-    bundled = TeacherSource(str(tmp_path / "ours"), "ours (bundled)", "features", "mit")
-    assert source_of(CompressConfig(), bundled) == bundled
+    ours = TeacherSource(str(tmp_path / "ours"), "ours (bundled)", "features", "mit")
+    second = TeacherSource(str(tmp_path / "second"), "second (bundled)", defaults={"guidance_scale": 3.0})
+    bundled = (ours, second)
+    assert source_of(CompressConfig(), bundled) == ours
+    assert source_of(CompressConfig(pretrained_model_name_or_path=f"{tmp_path}/second"), bundled) == second
     assert source_of(CompressConfig(pretrained_model_name_or_path="a/b"), bundled) == TeacherSource("a/b", "a/b")
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert source_of(CompressConfig(pretrained_model_name_or_path="ours"), bundled) == bundled
+    assert source_of(CompressConfig(pretrained_model_name_or_path="ours"), bundled) == ours
     assert source_of(CompressConfig(pretrained_model_name_or_path="./mine")).name == "mine"
     source = source_of(CompressConfig(extractor="other", license="apache-2.0"), bundled)
-    assert (source.path, source.extractor, source.license) == (bundled.path, "other", "apache-2.0")
+    assert (source.path, source.extractor, source.license) == (ours.path, "other", "apache-2.0")
     with pytest.raises(ValueError, match="pretrained_model_name_or_path: expected a folder or a repository"):
         source_of(CompressConfig())
 
@@ -81,6 +87,30 @@ def test_a_folder_without_an_extractor_is_named_by_its_setting(tmp_path):
     assert extractor_of(TeacherSource("a/b", "a/b")) is None
     with pytest.raises(ValueError, match=r"^extractor: .*nothing.config\.json: not found"):
         extractor_of(TeacherSource("a/b", "a/b", extractor=str(tmp_path / "nothing")))
+
+
+LABELS = {"a fig": {"fruit": "fig"}, "a plum": {"fruit": "plum"}}
+
+
+def test_what_prompts_ask_for_is_in_the_folder_of_a_teacher(tmp_path, caplog):
+    source, measured = TeacherSource(str(tmp_path), "teacher"), [{"prompt": "a fig"}, {"prompt": "a plum"}]
+    extractor = classifier(labels={"fruit": ["fig", "plum"]})
+    assert prompt_labels_of(source, extractor, measured) is None  # there is no file
+    (tmp_path / "prompt_labels.json").write_text(json.dumps(LABELS))
+    assert prompt_labels_of(source, extractor, measured) == LABELS
+    assert prompt_labels_of(source, None, measured) is None
+    assert prompt_labels_of(source, classifier(labels=None), measured) is None
+    assert "not measured" not in caplog.text
+    assert prompt_labels_of(source, extractor, [*measured, {"prompt": "a pear"}]) is None
+    assert "Prompt accuracy is not measured" in caplog.text
+    assert "no entry for 1 of the 3 prompts" in caplog.text
+
+
+def classifier(labels):
+    nothing = torch.zeros(0)
+    reference = {"reference_mean": nothing, "reference_covariance": nothing, "reference_features": nothing}
+    network = SmallClassifier(image_size=8, channels=(4, 4, 4), num_features=4, num_classes=2)
+    return ClassifierExtractor(network, labels, name="fruit", sha256="", reference_sha256="", **reference)
 
 
 def run_with(path, lines, **settings):
