@@ -1,5 +1,6 @@
 """Every script of `examples/experiments` runs, on an untrained model and as little work as it can do."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -140,6 +141,19 @@ def test_parts(scripts, monkeypatch):
     assert not rows["one width"]["activations"]
 
 
+def test_evaluations_are_counted_by_images_and_gradients(scripts, tiny_unet):
+    from subjects import counted_evaluations
+
+    state = torch.randn(3, tiny_unet.config.in_channels, 8, 8)
+    with counted_evaluations() as evaluations:
+        copy.deepcopy(tiny_unet)(state, 5)
+        assert evaluations() == 9  # there and back
+        with torch.no_grad():
+            tiny_unet(state[:2], 5)
+    tiny_unet(state, 5)  # behind the block
+    assert evaluations() == 11
+
+
 def test_the_step_in_which_an_image_leaves(scripts):
     """Image 1 leaves in step 2 for good; image 3 is far off in step 0 and comes back."""
     import parts
@@ -206,8 +220,8 @@ def test_gains_are_paired_by_seed_and_image(scripts):
         images = {seed: (20 + 10 * torch.rand(101, generator=torch.Generator().manual_seed(seed))) for seed in seeds}
         return [
             {
-                "subject": "digits", "arm": arm, "seed": seed, "images": (values + offset).tolist(), "seconds": 1.0,
-                "mean": 20.0 + offset, "median": 25.0 + offset, "below_15": 0.0,
+                "subject": "digits", "arm": arm, "seed": seed, "images": (values + offset).tolist(), "seconds": 90.0,
+                "evaluations": 2_400, "mean": 20.0 + offset, "median": 25.0 + offset, "below_15": 0.0,
             }
             for seed, values in images.items()
         ]  # fmt: skip
@@ -220,5 +234,8 @@ def test_gains_are_paired_by_seed_and_image(scripts):
     low, high = table.gains(mixed, base)[1].split("(")[1].rstrip(")").split(" to ")
     assert float(low) < 4 / 3 < float(high)
     text = table.arms_table(base + better, "none")
-    assert "| digits | good | 3 | 22.0 / 27.0 | +2.0 (+2.0 to +2.0) | +2.0 (+2.0 to +2.0) | 0.0 % |  | 1 |" in text
+    assert (
+        "| digits | good | 3 | 22.0 / 27.0 | +2.0 (+2.0 to +2.0) | +2.0 (+2.0 to +2.0) | 0.0 % |  | 2 k | 1.5 |"
+        in text
+    )
     assert text.index("| none |") < text.index("| good |")

@@ -19,7 +19,18 @@ from unittest import mock
 
 import torch
 from rates import one_rate
-from subjects import NUM_STEPS, cached, calibration_set, fidelity, file_name, parser_of, samples, teacher, trajectories
+from subjects import (
+    NUM_STEPS,
+    cached,
+    calibration_set,
+    counted_evaluations,
+    fidelity,
+    file_name,
+    parser_of,
+    samples,
+    teacher,
+    trajectories,
+)
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -97,10 +108,10 @@ ACTIVATIONS: dict[str, int | Literal["as left", "off", "of each call"]] = {
 
 
 def quantized(subject_arm: Arm, bits: float, seed: int, pipeline: Any, calibration: CalibrationSet) -> tuple[Any, ...]:
-    """Return the fake-quantized model of one arm, its history, and the seconds that it took."""
+    """Return the fake-quantized model of one arm, its history, and the seconds and model evaluations that it took."""
     model, started = copy.deepcopy(pipeline.unet), time.perf_counter()
     settings = {"seed": seed} | subject_arm.progressive
-    with subject_arm.context():
+    with subject_arm.context(), counted_evaluations() as evaluations:
         history = progressive_quantize(
             model,
             calibration,
@@ -110,7 +121,7 @@ def quantized(subject_arm: Arm, bits: float, seed: int, pipeline: Any, calibrati
             ),
             progress=False,
         )
-    return model, history, time.perf_counter() - started
+    return model, history, {"seconds": time.perf_counter() - started, "evaluations": evaluations()}
 
 
 def with_activations(model: nn.Module, kind: str, calibration: CalibrationSet) -> nn.Module:
@@ -150,7 +161,7 @@ def steps_of_departure(wanted: Tensor, found: Tensor) -> list[int]:
 def row(name: str, seed: int, bits: float, context: dict[str, Any]) -> dict[str, Any]:
     """Return what one arm came to, and for the arm "PQ" what each kind of activations makes of it."""
     pipeline, calibration, wanted = context["pipeline"], context["calibration"], context["wanted"]
-    model, history, seconds = quantized(ARMS[name], bits, seed, pipeline, calibration)
+    model, history, cost = quantized(ARMS[name], bits, seed, pipeline, calibration)
 
     def measured(model: nn.Module) -> dict[str, Any]:
         return fidelity(wanted, samples(freeze_(model), pipeline.scheduler, len(wanted), NUM_STEPS, seed))
@@ -164,7 +175,7 @@ def row(name: str, seed: int, bits: float, context: dict[str, Any]) -> dict[str,
             kind: measured(with_activations(model, kind, calibration)) for kind in ACTIVATIONS if kind != "static"
         }
         kinds = {kind: {key: found[key] for key in ("mean", "median")} for kind, found in kinds.items()}
-    about = {"subject": context["subject"], "arm": name, "bits": bits, "seed": seed, "seconds": seconds}
+    about = {"subject": context["subject"], "arm": name, "bits": bits, "seed": seed} | cost
     about |= {"activations": kinds, "trajectory_error": history.summary["trajectory_error"]}
     about |= {"stages": len({entry["stage"] for entry in history.rounds})}
     about |= {"departures": departures, "rounds": len(history.rounds)}

@@ -23,6 +23,7 @@ from subjects import (
     TEACHERS,
     cached,
     calibration_set,
+    counted_evaluations,
     fidelity,
     file_name,
     parser_of,
@@ -319,6 +320,7 @@ def reference_row(task: str, seed: int, context: dict[str, Any]) -> dict[str, An
     nothing = {
         "arm": "full precision, half the steps",
         "seconds": 0.0,
+        "evaluations": 0,
         "best_step": 0,
         "error_before": 1.0,
         "error_after": 1.0,
@@ -334,15 +336,16 @@ def row(task: str, name: str, seed: int, context: dict[str, Any]) -> dict[str, A
     model, arm = copy.deepcopy(context["start"]), ARMS[task][name]
     steps = NUM_STEPS if task == "recovery" else NUM_STEPS // 2
     before, started = fresh_error(model, context, steps), time.perf_counter()
-    if task == "recovery":
-        result = recover(model, arm, calibration, seed)
-    else:
-        result = distil(model, arm, calibration, seed, pipeline.unet)
-    seconds = time.perf_counter() - started
+    with counted_evaluations() as evaluations:
+        if task == "recovery":
+            result = recover(model, arm, calibration, seed)
+        else:
+            result = distil(model, arm, calibration, seed, pipeline.unet)
+    cost = {"seconds": time.perf_counter() - started, "evaluations": evaluations()}
     result |= {"fresh_before": before, "fresh_after": fresh_error(model, context, steps)}
     found = samples(freeze_(model), pipeline.scheduler, len(context["wanted"]), steps, seed)
     about = {"subject": context["subject"], "bits": context["bits"], "task": task, "arm": name, "seed": seed}
-    return about | {"seconds": seconds} | result | fidelity(context["wanted"], found)
+    return about | cost | result | fidelity(context["wanted"], found)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -166,10 +166,16 @@ def arms_table(rows: list[Row], base: str) -> str:
                 [subject, name, str(len(found)), decibels(found), *differences]
                 + [f"{100 * mean(row['below_15'] for row in found):.1f} %"]
                 + [f"x{mean(fresh):.2f}" if fresh else ""]
-                + [f"{mean(row['seconds'] for row in found):.0f}"]
+                + [thousands([row["evaluations"] for row in found if "evaluations" in row])]
+                + [f"{mean(row['seconds'] for row in found) / 60:.1f}"]
             )
     header = ["model", "arm", "seeds", "mean / median dB", f"mean, against {base!r}", "median", "below 15 dB"]
-    return markdown([*header, "fresh error", "seconds"], lines)
+    return markdown([*header, "fresh error", "evaluations", "minutes"], lines)
+
+
+def thousands(counts: list[int]) -> str:
+    """Return the mean of `counts` in thousands; nothing where nobody counted."""
+    return f"{mean(counts) / 1000:.0f} k" if counts else ""
 
 
 def activations_table(rows: list[Row]) -> str:
