@@ -197,6 +197,24 @@ def test_sensitivity_and_the_tables_of_all(scripts, tmp_path):
     assert "| digits | outermost |" in table.sensitivity_table(rows)
 
 
+def test_end_to_end_keeps_what_a_run_came_to(scripts, tiny_pipeline, tmp_path, monkeypatch):
+    import end_to_end
+
+    assert "--ablations" in end_to_end.command("emoji-w4a8", tmp_path)
+    command = end_to_end.command("fashion-mnist-w3a8", tmp_path, ("--num_threads", "1"))
+    assert command[-4:] == ["--weight_bits", "3", "--num_threads", "1"]
+    assert Path(command[3]) == ROOT / "examples" / "models" / "fashion-mnist"
+
+    tiny_pipeline.save_pretrained(tmp_path / "models" / "emoji")
+    monkeypatch.setattr(end_to_end, "MODELS", tmp_path / "models")
+    folders = ["--work_dir", str(tmp_path / "work"), "--results_dir", str(tmp_path / "results")]
+    settings = ["--preset", "smoke", "--reconstruction_iterations", "0", "--num_threads", "1"]
+    end_to_end.main(["--runs", "emoji-w3a8", *folders, *settings])
+    kept = tmp_path / "results" / "emoji-w3a8"
+    assert {str(path.relative_to(kept)) for path in kept.rglob("*.*")} == set(end_to_end.KEPT)
+    assert json.loads((kept / "metrics.json").read_text())["settings"]["weight_bits"] == 3.0
+
+
 def test_intervals_and_pairs(scripts):
     import table
 

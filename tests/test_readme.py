@@ -19,7 +19,7 @@ def test_the_tables_come_from_the_committed_metrics(monkeypatch):
     for readme in update_readme.READMES:
         text = readme.read_text()
         assert update_readme.render(text) == text, readme
-        assert len(re.findall(r"<!-- results:(?!end)", text)) >= 1
+        assert len(re.findall(r"<!-- (?:results|quality):(?!end)", text)) >= 1
 
 
 def test_the_table_of_pipelines_has_those_of_the_tests_and_no_failure():

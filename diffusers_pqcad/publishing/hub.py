@@ -45,13 +45,16 @@ KINDS = {"prompt": ("prompt", "prompts"), "class_labels": ("class", "classes")}
 TASKS = {None: "unconditional-image-generation", "prompt": "text-to-image", "class_labels": None}
 
 
-def results_table(metrics: dict[str, Any]) -> str:
-    """Return the Markdown table of a run: one row per model, each with what it costs and how close it comes."""
+def results_table(metrics: dict[str, Any], *, times: bool = True) -> str:
+    """Return the Markdown table of a run: one row per model, each with what it costs and how close it comes.
+
+    Without `times`, where other work was in the way of them, none are shown.
+    """
     distance_name = next((row["metric_name"] for row in metrics["rows"] if row["metric_name"]), None)
     has_pictures = any(row.get("image_ssim") is not None for row in metrics["rows"])
     has_evaluations = all("model_evaluations" in row for row in metrics["rows"])  # runs from before have none
     header = ["model", "avg. bits", "steps", *(["model evaluations"] if has_evaluations else [])]
-    header += ["size MB", "ms an image", "speed-up", "SQNR dB", "median dB"]
+    header += ["size MB", *(["ms an image", "speed-up"] if times else []), "SQNR dB", "median dB"]
     header += ["picture PSNR dB", "SSIM"] if has_pictures else []
     has_accuracy = any(row.get("prompt_accuracy") is not None for row in metrics["rows"])
     header += (["distance"] if distance_name else []) + (["prompt accuracy"] if has_accuracy else [])
@@ -66,8 +69,7 @@ def results_table(metrics: dict[str, Any]) -> str:
             str(row["num_inference_steps"]),
             *([str(row["model_evaluations"])] if has_evaluations else []),
             f"{row['size_bytes'] / 1e6:.2f}",
-            f"{row['latency_ms']['median_ms']:.2f}",
-            f"{row['reference_latency_ms']['median_ms'] / row['latency_ms']['median_ms']:.2f}",
+            *(speed(row) if times else []),
             "(reference)" if exact else f"{float(row['sqnr_db']):.2f} [{low:.2f}, {high:.2f}]",
             "" if exact else f"{float(row['sqnr_median_db']):.2f}",
         ]
@@ -76,6 +78,12 @@ def results_table(metrics: dict[str, Any]) -> str:
         cells += [f"{row['frechet_distance']:.2f}"] if distance_name else []
         lines.append(cells + ([prompt_accuracy(row, exact=exact)] if has_accuracy else []))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def speed(row: dict[str, Any]) -> list[str]:
+    """Return the milliseconds an image of a row, and how often they fit into those of full precision."""
+    mine, theirs = (row[name]["median_ms"] for name in ("latency_ms", "reference_latency_ms"))
+    return [f"{mine:.2f}", f"{theirs / mine:.2f}"]
 
 
 def prompt_accuracy(row: dict[str, Any], *, exact: bool) -> str:
@@ -161,8 +169,20 @@ def kernels_that_ran(kernels: dict[str, int] | None) -> str:
     return parts if set(kernels) != {"reference"} else f"no int8 kernel ran, so times say nothing of int8; {parts}"
 
 
-def table_notes(metrics: dict[str, Any]) -> str:
-    """Return what a reader must know to read the table: n, seed, definitions, hardware, versions."""
+def time_notes(row: dict[str, Any], fidelity_of: str) -> list[str]:
+    """Return what the times of a table are, where `row` is the first of it."""
+    return [
+        "ms an image: median of rounds that alternate with full precision at "
+        f"{row['reference_num_inference_steps']} steps, batch {row['latency_batch_size']}"
+        f"{', of the call without decoding' if fidelity_of == 'latents' else ''}. Speed-up: of these two."
+    ]
+
+
+def table_notes(metrics: dict[str, Any], *, times: bool = True) -> str:
+    """Return what a reader must know to read the table: n, seed, definitions, hardware, versions.
+
+    `times` as in `results_table`.
+    """
     row = metrics["rows"][0]
     environment = _environment_of(row)
     name = next((row["metric_name"] for row in metrics["rows"] if row["metric_name"]), None)
@@ -174,11 +194,9 @@ def table_notes(metrics: dict[str, Any]) -> str:
         "over images; a few images that end somewhere else decide it. Median: that of the median image.",
         f"Average bits: over the quantized layers' weights, scales not counted{packed_shares(metrics)}. Size: the "
         "denoiser's files.",
-        "ms an image: median of rounds that alternate with full precision at "
-        f"{row['reference_num_inference_steps']} steps, batch {row['latency_batch_size']}"
-        f"{', of the call without decoding' if fidelity_of == 'latents' else ''}. Speed-up: of these two.",
+        *(time_notes(row, fidelity_of) if times else []),
         *input_notes(metrics),
-        *own_notes(metrics["rows"]),
+        *(own_notes(metrics["rows"]) if times else []),
         *kernel_notes(metrics["rows"]),
         "Measured with " + ", ".join(f"{key} {value}" for key, value in environment.items()) + ".",
     ]

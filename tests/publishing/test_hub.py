@@ -391,6 +391,15 @@ def test_the_table_of_decoded_pictures_by_hand(conditional: dict[str, Any]) -> N
     assert student[6:] == ["17.17 [16.16, 18.18]", "19.19", "33.31", "0.9877", "5.15"]
 
 
+def test_times_may_be_left_out(metrics: dict[str, Any]) -> None:
+    header, rule, teacher, *_ = cells(results_table(metrics, times=False))
+    assert header == ["model", "avg. bits", "steps", "size MB", "SQNR dB", "median dB", "distance"]
+    assert len(rule) == len(teacher) == 7
+    with_times, without = table_notes(metrics), table_notes(metrics, times=False)
+    gone = [line for line in with_times.splitlines() if line not in without.splitlines()]
+    assert [line[:13] for line in gone] == ["- ms an image"]
+
+
 def test_the_column_of_prompt_accuracy_by_hand(conditional: dict[str, Any]) -> None:
     header, *_ = cells(results_table(conditional))
     assert "prompt accuracy" not in header
