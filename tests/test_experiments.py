@@ -129,7 +129,7 @@ def test_parts(scripts, monkeypatch):
     chosen = {
         name: dataclasses.replace(arm, progressive=arm.progressive | little)
         for name, arm in parts.ARMS.items()
-        if name in ("PQ", "one width", "one stage", "reconstruction at 3e-4")
+        if name in ("PQ", "one width", "one stage", "reconstruction at 3e-4", "steps 11 to 15 double")
     }
     monkeypatch.setattr(parts, "ARMS", chosen)
     rows = {row["arm"]: row for row in scripts("parts", "--subjects", "digits-epsilon", "--seeds", "0")}
@@ -139,6 +139,20 @@ def test_parts(scripts, monkeypatch):
     assert set(rows["PQ"]["activations"]) == set(parts.ACTIVATIONS) - {"static"}
     assert rows["PQ"]["activations"]["float"] != rows["PQ"]["activations"]["of each call"]
     assert not rows["one width"]["activations"]
+    assert rows["steps 11 to 15 double"]["images"] != rows["PQ"]["images"]
+    assert rows["steps 11 to 15 double"]["evaluations"] > 0
+
+
+def test_the_third_quarter_of_the_steps_counts_double(scripts, tiny_pipeline):
+    import parts
+    import subjects
+
+    calibration = subjects.calibration_set(tiny_pipeline, 0, 4)
+    before = calibration.gains().square()
+    with parts.third_quarter_counts_double():
+        found = calibration.gains().square() / before
+    torch.testing.assert_close(found, torch.tensor([1.0] * 10 + [2.0] * 5 + [1.0] * 5))
+    assert torch.equal(calibration.gains().square(), before)
 
 
 def test_evaluations_are_counted_by_images_and_gradients(scripts, tiny_unet):

@@ -66,6 +66,20 @@ def one_learning_rate() -> Iterator[None]:
 
 
 @contextmanager
+def third_quarter_counts_double() -> Iterator[None]:
+    """Let an error in the third quarter of the steps, where images leave for another picture, count twice."""
+    gains = CalibrationSet.gains
+
+    def heavier(calibration: CalibrationSet, num_inference_steps: int | None = None) -> Tensor:
+        found = gains(calibration, num_inference_steps).clone()
+        found[len(found) // 2 : 3 * len(found) // 4] *= math.sqrt(2)  # weights are squared gains
+        return found
+
+    with mock.patch.object(CalibrationSet, "gains", heavier):
+        yield
+
+
+@contextmanager
 def as_it_is() -> Iterator[None]:
     """Change nothing."""
     yield
@@ -94,6 +108,7 @@ ARMS = {
     "reconstruction at 3e-2": Arm(reconstruction={"step_rate": 3e-2}),
     "reconstruction at 3e-3": Arm(reconstruction={"step_rate": 3e-3}),
     "300 iterations": Arm(reconstruction={"iterations": 300}),
+    "steps 11 to 15 double": Arm(context=third_quarter_counts_double),
     "no mixed inputs": Arm(reconstruction={"input_mix": 0.0}),
 }
 # What is done to the activations of the state that the arm "PQ" leaves.
