@@ -163,6 +163,18 @@ def groups_of(model: nn.Module) -> TimestepGroups | None:
 
 
 @cache
+def place_of_timestep(kind: Any) -> int | None:
+    """Return the place of `timestep` among the positional arguments of a model of class `kind`, if it has one."""
+    names = list(inspect.signature(kind.forward).parameters)
+    return names.index("timestep") - 1 if "timestep" in names else None
+
+
+def given_timestep(place: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the timestep of a call, by its place or its name; None where there is none."""
+    return args[place] if place is not None and place < len(args) else kwargs.get("timestep")
+
+
+@cache
 def class_in_groups(base: Any) -> Any:
     """Return the subclass of `base` whose instances compute each call in the group of its `timestep`.
 
@@ -170,15 +182,13 @@ def class_in_groups(base: Any) -> Any:
     of the instance's `forward` changes nothing, and a replica computes with its own weights. It has the name of
     `base`, which configs and messages hold.
     """
-    names = list(inspect.signature(base.forward).parameters)
-    place = names.index("timestep") - 1 if "timestep" in names else None
+    place = place_of_timestep(base)
 
     def run(model: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         groups = groups_of(model)
         if groups is None:  # made by this class, as by from_config(), or of its own class again
             return function(*args, **kwargs)
-        given = place is not None and place < len(args)
-        timestep = args[place] if given else kwargs.get("timestep")  # type: ignore[index]
+        timestep = given_timestep(place, args, kwargs)
         if timestep is None and groups.boundaries:
             raise ValueError(f"{base.__name__} was called without `timestep`, but its activation ranges depend on it.")
         index = groups.index_of(timestep) if groups.boundaries else torch.zeros((), dtype=torch.int64, device="cpu")

@@ -18,7 +18,7 @@ from diffusers_pqcad.layers.timesteps import TimestepGroups, install_timestep_gr
 from diffusers_pqcad.loading.config import FORMAT_VERSION, PQCADConfig, matches
 from diffusers_pqcad.loading.coverage import report
 from diffusers_pqcad.loading.depth import GAIN_PER_LEVEL, gains_by_depth, shortcuts_at_the_output
-from diffusers_pqcad.loading.folding import install_folded_warning_, remove_folded_warning_
+from diffusers_pqcad.loading.student_calls import unwatch_calls_, watch_calls_
 from diffusers_pqcad.numerics.allocation import allocate
 from diffusers_pqcad.numerics.qparams import (
     WeightSpec,
@@ -290,8 +290,7 @@ def finish_(model: nn.Module, config: PQCADConfig) -> None:
         layer.name = name
     if config.timestep_boundaries is not None:
         share_timestep_groups(model, install_timestep_groups(model, config.timestep_boundaries))
-    remove_folded_warning_(model)
-    install_folded_warning_(model, config)
+    watch_calls_(model, config)
     coverage = report(model, config)
     config.packed_share = round(coverage.share(coverage.packed), 6)
     install_(model)
@@ -354,7 +353,7 @@ def mark_quantized_(model: Any, config: PQCADConfig) -> None:
 def unmark_quantized_(model: Any) -> None:
     """Undo `mark_quantized_` and `finish_`."""
     remove_timestep_groups(model)
-    remove_folded_warning_(model)
+    unwatch_calls_(model)
     remove_(model)
     if hasattr(model, "_internal_dict"):
         # diffusers leaves the entry, so that a saved float model would say that it is quantized.

@@ -1,48 +1,65 @@
-"""Models with folded guidance, called otherwise: a warning before the first step.
+"""What tells, of a model's calls, that guidance makes two branches: in one batch, or in a call for each."""
 
-The pipelines of most transformers have no switch that a folded model could turn, and no scheduler learns of guidance.
-What the model sees of it is a batch with two branches.
-"""
-
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
-from torch import Tensor, nn
-
-from diffusers_pqcad.layers.timesteps import is_traced
-from diffusers_pqcad.loading.config import PQCADConfig
-from diffusers_pqcad.loading.coverage import warn_once
+from torch import Tensor
 
 
-def install_folded_warning_(model: nn.Module, config: PQCADConfig) -> None:
-    """Let a `model` with folded guidance warn of calls with two branches, where its pipeline has no switch for them.
+class SeenCall(NamedTuple):
+    """A call of a model, by references that keep none of its states and conditions: what is gone is compared no more.
 
-    diffusers makes no second branch where a UNet's config has `time_cond_proj_dim`.
+    `conditions` are all other tensors, in order.
     """
-    switch = getattr(getattr(model, "config", None), "time_cond_proj_dim", None)
-    if config.guidance_folded and switch is None:
-        model.register_forward_pre_hook(warn_if_guided, with_kwargs=True)
+
+    state: "ref[Tensor]"
+    timestep: Any
+    conditions: "list[ref[Tensor]]"
 
 
-def remove_folded_warning_(model: nn.Module) -> None:
-    """Undo `install_folded_warning_`."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if hook is warn_if_guided:
-            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
-
-
-def warn_if_guided(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward-pre-hook: warn, once, of a call in which each state stands twice, as guidance does it."""
-    if is_traced():
-        return
+def seen_call(timestep: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SeenCall | None:
+    """Return what is to be remembered of a call; None where its state is no tensor."""
     state = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
-    if not isinstance(state, Tensor) or len(state) % 2 or not torch.equal(*state.chunk(2)):
-        return
-    config = model.config.quantization_config
-    found = config if isinstance(config, dict) else vars(config)
-    steps = "" if found["num_inference_steps"] is None else f", num_inference_steps={found['num_inference_steps']}"
-    warn_once(
-        f"{type(model).__name__}: guidance is folded into this model, and it is called with two branches, as with a "
-        "guidance_scale above 1: its images are guided twice, and take twice as long. Call its pipeline with "
-        f"guidance_scale=1{steps}."
-    )
+    if not isinstance(state, Tensor):
+        return None
+    others = [tensor for tensor in tensors_in([args, kwargs]) if tensor is not state and tensor is not timestep]
+    return SeenCall(ref(state), timestep, [ref(tensor) for tensor in others])
+
+
+def tensors_in(node: Any) -> Iterator[Tensor]:
+    """Yield the tensors of nested arguments."""
+    if isinstance(node, Tensor):
+        yield node
+    elif isinstance(node, dict | list | tuple):
+        for item in node.values() if isinstance(node, dict) else node:
+            yield from tensors_in(item)
+
+
+def has_two_branches(call: SeenCall) -> bool:
+    """Return whether the batch of a call holds each state twice, as that of most pipelines with guidance does."""
+    state = call.state()
+    return state is not None and len(state) % 2 == 0 and torch.equal(*state.chunk(2))
+
+
+def is_other_branch(before: SeenCall, now: SeenCall) -> bool:
+    """Return whether two calls have one state and timestep, and other conditions: guidance of a call for each branch.
+
+    The same call again is none. Nor is one with a state or conditions of which those of before are gone.
+    """
+    if not same(before.timestep, now.timestep) or not same(before.state(), now.state()):
+        return False
+    if len(before.conditions) != len(now.conditions):
+        return True
+    pairs = [(old(), new()) for old, new in zip(before.conditions, now.conditions, strict=True)]
+    return any(old is not None and not same(old, new) for old, new in pairs)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Return whether two numbers or tensors are the same; None, which is gone, is like nothing."""
+    if a is None or b is None:
+        return False
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.shape == b.shape and a.device == b.device and torch.equal(a, b))
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines import pipeline_loading_utils
 
-from diffusers_pqcad.loading.coverage import warn_once
+from diffusers_pqcad.loading.steps import warn_of_steps
 
 # In a scheduler's config. diffusers keeps what a class does not know, and warns of it where there is no underscore.
 ENTRY = "_student"
@@ -31,14 +31,9 @@ class StudentSteps(NamedTuple):
 
     def asked(self, num_inference_steps: int) -> int:
         """Return the steps to take where a pipeline asks for `num_inference_steps`; warns where they are others."""
-        mine = self.num_inference_steps
         if num_inference_steps == self.default_num_inference_steps:
-            return mine
-        if num_inference_steps != mine:
-            warn_once(
-                f"This student was distilled to {mine} steps, and is called with num_inference_steps="
-                f"{num_inference_steps}: call it with num_inference_steps={mine}, or without."
-            )
+            return self.num_inference_steps
+        warn_of_steps(self.num_inference_steps, num_inference_steps)
         return num_inference_steps
 
 

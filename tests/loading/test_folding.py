@@ -1,79 +1,78 @@
-"""Specification of the warning of a folded model: it sees two branches, and no other batch is one."""
+"""Specification of what is a second branch of guidance: another call for the same state and timestep."""
 
-import logging
-from collections.abc import Iterator
-from pathlib import Path
+import gc
 from typing import Any
 
-import families
 import pytest
 import torch
+from torch import Tensor
 
-from diffusers_pqcad import PQCADConfig, quantize_
-from diffusers_pqcad.loading import coverage
-from diffusers_pqcad.loading.convert import requantize_
+from diffusers_pqcad.loading.folding import SeenCall, has_two_branches, is_other_branch, seen_call, tensors_in
 
 pytestmark = pytest.mark.fast
 
-
-@pytest.fixture(autouse=True)
-def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    coverage.warn_once.cache_clear()
-    with caplog.at_level(logging.WARNING):
-        yield caplog
+STATE, PROMPT, OTHER = torch.ones(1, 4), torch.zeros(1, 3), torch.ones(1, 3)
 
 
-SD3 = "SD3"
+def seen(state: Tensor, timestep: Any, *conditions: Any) -> SeenCall:
+    """What is remembered of a call with the state by position, and everything else by name."""
+    call = seen_call(timestep, (state,), {"timestep": timestep, "conditions": conditions})
+    assert call is not None
+    return call
 
 
-def folded(family: str) -> Any:
-    """A quantized model that says that guidance is folded into it."""
-    return quantize_(families.build(family), PQCADConfig(guidance_folded=True, num_inference_steps=5))
+@pytest.mark.parametrize(
+    ("state", "timestep", "conditions", "is_branch"),
+    [
+        (STATE, torch.tensor(5.0), [OTHER], True),
+        (STATE.clone(), torch.tensor(5.0), [{"text": [OTHER]}], True),
+        (STATE, torch.tensor(5.0), [PROMPT, OTHER], True),
+        (STATE, torch.tensor(5.0), [], True),
+        (STATE, torch.tensor(5.0), [PROMPT], False),
+        (STATE, torch.tensor(5.0), [PROMPT.clone()], False),
+        (STATE, torch.tensor(4.0), [OTHER], False),
+        (STATE, 5, [OTHER], False),
+        (STATE + 1, torch.tensor(5.0), [OTHER], False),
+        (STATE[:, :2], torch.tensor(5.0), [OTHER], False),
+    ],
+)
+def test_another_branch_is_another_condition_of_the_same_state_and_timestep(
+    state: Tensor, timestep: Any, conditions: list[Any], is_branch: bool
+) -> None:
+    assert is_other_branch(seen(STATE, torch.tensor(5.0), PROMPT), seen(state, timestep, *conditions)) == is_branch
 
 
-def called_with(model: Any, *states: int) -> None:
-    """Call a model with the states of these seeds."""
-    inputs = families.inputs_of(SD3, batch=len(states))
-    shape = inputs["hidden_states"].shape[1:]
-    noises = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in states]
-    with torch.no_grad():
-        model(**inputs | {"hidden_states": torch.stack(noises)})
+def test_timesteps_may_be_numbers() -> None:
+    assert is_other_branch(seen(STATE, 5, PROMPT), seen(STATE, 5, OTHER))
+    assert not is_other_branch(seen(STATE, 5, PROMPT), seen(STATE, 4, OTHER))
 
 
-@pytest.mark.parametrize("saved", [False, True], ids=["in memory", "loaded"])
-def test_a_folded_model_warns_of_two_branches(saved: bool, tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
-    model = folded(SD3)
-    if saved:
-        model.save_pretrained(tmp_path)
-        model = type(model).from_pretrained(tmp_path)
-    for states in ((0,), (0, 1), (0, 1, 0), (0, 0, 1, 1)):
-        called_with(model, *states)
-    assert warnings.text == ""
-    called_with(model, 0, 1, 0, 1)
-    assert "guidance is folded into this model" in warnings.text
-    assert "Call its pipeline with guidance_scale=1, num_inference_steps=5." in warnings.text
-    called_with(model, 2, 2)
-    assert warnings.text.count("folded") == 1
+def test_what_is_gone_is_kept_by_nobody_and_is_no_branch() -> None:
+    state, prompt = STATE.clone(), PROMPT.clone()
+    before = seen(state, 5, prompt)
+    del prompt
+    gc.collect()
+    assert before.conditions[0]() is None
+    assert not is_other_branch(before, seen(state, 5, OTHER))
+    del state
+    gc.collect()
+    assert before.state() is None
+    assert not is_other_branch(before, seen(STATE, 5, PROMPT, OTHER))
 
 
-def test_a_model_that_is_not_folded_or_no_longer_packed_does_not_warn(warnings: pytest.LogCaptureFixture) -> None:
-    model = folded(SD3)
-    requantize_(model, PQCADConfig(weight_bits=4))
-    assert model.config.quantization_config.guidance_folded
-    assert len(model._forward_pre_hooks) == 1
-    called_with(model.dequantize(), 0, 0)
-    called_with(quantize_(families.build(SD3), PQCADConfig()), 0, 0)
-    assert warnings.text == ""
+def test_a_batch_with_each_state_twice() -> None:
+    a, b = torch.ones(1, 2), torch.zeros(1, 2)
+    twos, others = ([a, a], [a, b, a, b]), ([a], [a, b, a], [a, a, b, b])
+    for states, twice in [*((states, True) for states in twos), *((states, False) for states in others)]:
+        batch = torch.cat(states)
+        assert has_two_branches(seen(batch, 5)) == twice
 
 
-def test_where_diffusers_has_a_switch_no_warning_is_needed() -> None:
-    unet = families.build("SD-1.5 UNet")
-    unet.register_to_config(time_cond_proj_dim=4)
-    assert not quantize_(unet, PQCADConfig(guidance_folded=True))._forward_pre_hooks
-
-
-def test_a_compiled_model_is_traced_without_looking() -> None:
-    """What is looked at would be a constant of the graph, or a break in it."""
-    model = folded(SD3)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    called_with(compiled, 0, 1)
+def test_the_state_is_the_first_argument_or_goes_by_its_name() -> None:
+    for name in ("sample", "hidden_states"):
+        call = seen_call(5, (), {name: STATE, "text": PROMPT})
+        assert call is not None
+        assert call.state() is STATE
+        assert [condition() is PROMPT for condition in call.conditions] == [True]
+    assert seen_call(5, ([STATE],), {}) is None
+    assert [tensor.shape for tensor in tensors_in([STATE, {"a": (PROMPT, 3)}, None])] == [STATE.shape, PROMPT.shape]

@@ -50,7 +50,7 @@ def test_the_default_number_of_steps_is_the_students(tmp_path: Path, warnings: p
     assert timesteps(student, 50) == timesteps(student, 5) == timesteps(DDIM, 5)
     assert warnings.text == ""
     assert timesteps(student, 10) == timesteps(DDIM, 10)
-    assert "distilled to 5 steps, and is called with num_inference_steps=10: call it with num_inf" in warnings.text
+    assert "distilled to 5 steps, and is called in 10: call its pipeline with num_inference_steps=5." in warnings.text
     assert student.betas.equal(DDIM.betas)
 
 
@@ -63,7 +63,7 @@ def test_a_student_of_flow_matching_takes_its_own_sigmas(tmp_path: Path, warning
     assert timesteps(student, sigmas=[0.9, 0.3]) == timesteps(FLOW, sigmas=[0.9, 0.3])
     assert warnings.text == ""
     assert timesteps(student, 10) == timesteps(FLOW, 10) != wanted
-    assert "call it with num_inference_steps=3" in warnings.text
+    assert "call its pipeline with num_inference_steps=3" in warnings.text
 
 
 def test_a_student_of_all_steps_of_flow_matching_has_the_schedulers_own(tmp_path: Path) -> None:

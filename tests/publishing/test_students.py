@@ -46,7 +46,12 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def made(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A student with folded guidance, of two steps, that was not trained: what it answers says how it was called."""
+    """A student with folded guidance."""
+    return make(kind, tmp_path_factory.mktemp(kind), folded=True)
+
+
+def make(kind: str, folder: Path, *, folded: bool) -> Made:
+    """A student of two steps, in a folder, that was not trained: what it answers says how it was called."""
     about, teacher = PIPELINES[kind], PIPELINES[kind].build()
     teacher.scheduler = deterministic_scheduler(teacher.scheduler)[0]
     calibration = collect_calibration_set(
@@ -54,8 +59,7 @@ def made(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Made:
     )
     model = getattr(teacher, about.denoiser)
     student = prepare_(copy.deepcopy(model), PQCADConfig(), dict.fromkeys(match_modules(model, PQCADConfig()), 4))
-    pipeline = student_pipeline(teacher, copy.deepcopy(student), calibration, 2, folded=True)
-    folder = tmp_path_factory.mktemp(kind)
+    pipeline = student_pipeline(teacher, copy.deepcopy(student), calibration, 2, folded=folded)
     pipeline.save_pretrained(folder)
     return Made(folder, pipeline, teacher, student, calibration)
 
@@ -204,3 +208,24 @@ def test_a_pipeline_that_left_out_its_first_steps_keeps_its_scheduler() -> None:
     prepare_(student, PQCADConfig(), dict.fromkeys(match_modules(student, PQCADConfig()), 4))
     assert student_arguments(teacher, calibration, 2, folded=True) == {"num_inference_steps": 2, "guidance_scale": 1}
     assert student_pipeline(teacher, student, calibration, 2, folded=True).scheduler is teacher.scheduler
+
+
+@pytest.mark.parametrize(("name", "scheduler"), [("ddim", "DDIMScheduler"), ("ddpm", "StudentDDIMScheduler")])
+def test_an_unconditional_student_takes_its_steps_or_warns_before_the_first_other(
+    name: str, scheduler: str, tmp_path: Path, warnings: pytest.LogCaptureFixture
+) -> None:
+    """`DDIMPipeline` makes a plain scheduler of the student's."""
+    pipeline = loaded(make(name, tmp_path, folded=False))
+    assert type(pipeline.scheduler).__name__ == scheduler
+    pipeline(num_inference_steps=2, output_type="np")
+    assert warnings.text == ""
+    told: list[bool] = []
+    pipeline.unet.register_forward_pre_hook(lambda module, inputs: told.append("distilled" in warnings.text))
+    pipeline(output_type="np")
+    if name == "ddpm":
+        assert told == [False, False]
+    else:
+        assert told == [True] * 50
+        assert "distilled to 2 steps, and is called in 50: call its pipeline with num_inference_steps=2." in (
+            warnings.text
+        )
