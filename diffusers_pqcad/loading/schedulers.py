@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines import pipeline_loading_utils
 
+from diffusers_pqcad.loading.coverage import warn_once
 from diffusers_pqcad.loading.steps import warn_of_steps
 
 # In a scheduler's config. diffusers keeps what a class does not know, and warns of it where there is no underscore.
@@ -44,24 +45,36 @@ def steps_of(scheduler: Any) -> StudentSteps | None:
 
 
 def check_begin(scheduler: Any, begin_index: int) -> None:
-    """Raise ValueError where a pipeline that starts in the middle would leave out all steps of a student."""
-    if begin_index >= len(scheduler.timesteps):
-        raise ValueError(
-            f"this student takes {len(scheduler.timesteps)} steps, and the pipeline leaves out {begin_index}, a share "
-            f"of its default. Call it with num_inference_steps={len(scheduler.timesteps)}."
-        )
+    """Look at where a pipeline begins that leaves out its first steps, as image-to-image does.
+
+    It leaves out a share of the steps that it asked for, and knows nothing of those that its scheduler took in their
+    place. Raises ValueError where no step of a student would be left; warns where its share is another one.
+    """
+    taken, asked = len(scheduler.timesteps), scheduler.num_asked
+    if begin_index == 0 or asked in (taken, None):
+        return
+    text = (
+        f"This student takes {taken} steps, and the pipeline leaves out its first {begin_index}, counted in "
+        f"{asked} steps, its default. Call it with num_inference_steps={taken}, as in pipe(prompt, image, "
+        f"strength=0.6, num_inference_steps={taken}): strength is a share of the student's steps then."
+    )
+    if begin_index >= taken:
+        raise ValueError(text)
+    warn_once(text)
 
 
 class StudentDDIMScheduler(DDIMScheduler):
     """DDIM that takes a student's steps where its pipeline asks for its default number of steps."""
 
+    num_asked: int | None = None  # the steps by which the pipeline counts
+
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Set the timesteps: as many as asked for, or as the student takes."""
-        student = steps_of(self)
+        student, self.num_asked = steps_of(self), num_inference_steps
         super().set_timesteps(num_inference_steps if student is None else student.asked(num_inference_steps), device)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Take note of where an image-to-image pipeline begins; ValueError where that is behind the last step."""
+        """Look at where an image-to-image pipeline begins; see `check_begin`."""
         check_begin(self, begin_index)
 
 
@@ -70,6 +83,8 @@ class StudentFlowMatchEulerDiscreteScheduler(FlowMatchEulerDiscreteScheduler):
 
     Also by evenly spaced sigmas, as Flux does it. The student's own number of steps are its own steps, too.
     """
+
+    num_asked: int | None = None  # the steps by which the pipeline counts; None: by those that are taken
 
     def set_timesteps(
         self,
@@ -80,7 +95,7 @@ class StudentFlowMatchEulerDiscreteScheduler(FlowMatchEulerDiscreteScheduler):
         timesteps: list[float] | None = None,
     ) -> None:
         """Set the timesteps and sigmas: those asked for, or those of the student."""
-        student = steps_of(self)
+        student, self.num_asked = steps_of(self), num_inference_steps if sigmas is None else None
         if student is not None and timesteps is None and (sigmas is None or is_evenly_spaced(sigmas)):
             num_asked = num_inference_steps if sigmas is None else len(sigmas)
             steps = student.asked(num_asked or 0)
@@ -91,7 +106,7 @@ class StudentFlowMatchEulerDiscreteScheduler(FlowMatchEulerDiscreteScheduler):
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begin at step `begin_index`; ValueError where that is behind the last step."""
+        """Begin at step `begin_index`; see `check_begin`."""
         check_begin(self, begin_index)
         super().set_begin_index(begin_index)
 

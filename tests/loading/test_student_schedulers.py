@@ -80,14 +80,33 @@ def test_the_scheduler_of_a_size_dependent_shift_is_handed_it_on(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("scheduler", "sigmas"), [(DDIM, None), (FLOW, SIGMAS)], ids=["ddim", "flow"])
-def test_a_pipeline_that_would_leave_out_all_steps_is_told(scheduler: Any, sigmas: Any, tmp_path: Path) -> None:
+def test_a_pipeline_that_leaves_out_a_share_of_other_steps_is_told(
+    scheduler: Any, sigmas: Any, tmp_path: Path, warnings: pytest.LogCaptureFixture
+) -> None:
     """Image-to-image pipelines leave out a share of the number that they ask for."""
     student = student_of(scheduler, tmp_path, sigmas)
-    student.set_timesteps(50)
-    steps = len(student.timesteps)
+    steps = len(sigmas or range(5))
+    student.set_timesteps(steps)
     student.set_begin_index(steps - 1)
-    with pytest.raises(ValueError, match=f"this student takes {steps} steps, .* num_inference_steps={steps}"):
+    student.set_timesteps(50)
+    student.set_begin_index(0)
+    assert warnings.text == ""
+    text = f"This student takes {steps} steps, .* first 10, counted in 50 steps, .* num_inference_steps={steps}\\)"
+    with pytest.raises(ValueError, match=text):
         student.set_begin_index(10)
+    student.set_begin_index(1)
+    assert "leaves out its first 1, counted in 50 steps, its default" in warnings.text
+    assert f"pipe(prompt, image, strength=0.6, num_inference_steps={steps})" in warnings.text
+
+
+def test_a_pipeline_that_counts_its_sigmas_leaves_out_a_share_of_the_students_steps(
+    tmp_path: Path, warnings: pytest.LogCaptureFixture
+) -> None:
+    """Flux hands over sigmas, and counts the timesteps that it finds."""
+    student = student_of(FLOW, tmp_path, SIGMAS)
+    student.set_timesteps(sigmas=[1 - index / 50 for index in range(50)])
+    student.set_begin_index(1)
+    assert warnings.text == ""
 
 
 def test_a_user_may_put_another_scheduler_in_its_place(tmp_path: Path) -> None:

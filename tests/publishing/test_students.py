@@ -12,13 +12,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from pipelines import PIPELINES, PROMPTS
+from diffusers import (
+    AutoPipelineForImage2Image,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+)
+from pipelines import PIPELINES, PROMPTS, SQUARE, picture
 from torch import nn
 
 from diffusers_pqcad import PQCADConfig, collect_calibration_set, convert_
 from diffusers_pqcad.compression.calibration import CalibrationSet
-from diffusers_pqcad.compression.denoiser import pipeline_with
+from diffusers_pqcad.compression.denoiser import pipeline_with, with_components
 from diffusers_pqcad.compression.fake_quant import prepare_
 from diffusers_pqcad.compression.schedulers import deterministic_scheduler
 from diffusers_pqcad.layers.find import packed_layers
@@ -229,3 +235,47 @@ def test_an_unconditional_student_takes_its_steps_or_warns_before_the_first_othe
         assert "distilled to 2 steps, and is called in 50: call its pipeline with num_inference_steps=2." in (
             warnings.text
         )
+
+
+def of_pictures(made: Made, **components: Any) -> Any:
+    """The image-to-image pipeline of a student's folder, with other components."""
+    pipeline = AutoPipelineForImage2Image.from_pipe(with_components(loaded(made), **components))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_image_to_image_takes_its_share_of_the_students_steps(
+    kind: str, made: Made, warnings: pytest.LogCaptureFixture
+) -> None:
+    """As with a plain scheduler that is told the steps: from the same noise level, in the same steps."""
+    own = dict(made.pipeline.scheduler.config)["_student"]["sigmas"]
+    plain = (FlowMatchEulerDiscreteScheduler if own else DDIMScheduler).from_config(made.teacher.scheduler.config)
+    steps = {"sigmas": own} if own else {"num_inference_steps": 2}
+    shared = {"image": picture(0), "strength": 0.5, "guidance_scale": 1} | (SQUARE if kind == "sd3" else {})
+    wanted, rows = image_of(of_pictures(made, scheduler=plain), kind, **shared, **steps)
+    assert rows == [1]
+    found, rows = image_of(of_pictures(made), kind, **shared, num_inference_steps=2)
+    assert rows == [1]
+    np.testing.assert_array_equal(found, wanted)
+    other, _ = image_of(of_pictures(made), kind, **shared | {"strength": 1.0}, num_inference_steps=2)
+    assert np.abs(other - wanted).max() > 1e-3
+    assert "This student" not in warnings.text
+
+
+def test_image_to_image_without_the_steps_is_told_the_call_before_the_first_of_them(
+    kind: str, made: Made, warnings: pytest.LogCaptureFixture
+) -> None:
+    pipeline, told = of_pictures(made), []
+    model = getattr(pipeline, PIPELINES[kind].denoiser)
+    model.register_forward_pre_hook(lambda module, inputs: told.append(warnings.text.partition("This student")[2]))
+    call = {"image": picture(0), "strength": 0.6, "guidance_scale": 1, "output_type": "latent"} | ARGUMENTS[kind]
+    if kind == "sd3":  # its default number is another than that of text-to-image, so it is taken
+        pipeline(PROMPTS[0], **call, **SQUARE)
+        assert "call its pipeline with num_inference_steps=2." in told[0]
+        return
+    text = r"takes 2 steps, .* first 20, counted in 50 .*pipe\(prompt, image, strength=0\.6, num_inference_steps=2\)"
+    with pytest.raises(ValueError, match=text):
+        pipeline(PROMPTS[0], **call)
+    assert told == []
+    assert pipeline(PROMPTS[0], **call, num_inference_steps=2).images is not None
+    assert told == [""]
