@@ -36,6 +36,8 @@ from diffusers_pqcad.publishing.pipelines import (
     Teacher,
     TeacherSource,
     call_arguments,
+    can_fold,
+    can_take,
     check_folding,
     check_recording,
     check_teacher,
@@ -67,7 +69,7 @@ from diffusers_pqcad.publishing.run_folder import (
     save_json,
 )
 from diffusers_pqcad.publishing.settings import CompressConfig, Settings, complete, flat
-from diffusers_pqcad.publishing.students import student_arguments, student_pipeline
+from diffusers_pqcad.publishing.students import FOLDED_CALL, student_arguments, student_pipeline
 
 MAX_SHOWN_IMAGES = 12
 
@@ -153,10 +155,11 @@ def compress(
     folds = settings.distillation.folds(calibration.plan)
     if folds:
         check_folding(teacher, run, calibration.plan.folded())
+    has_both_ways = run.ablations and can_fold(teacher, run, calibration.plan)
     site.say(f"progressive quantization to {settings.quantization.weight_bits:g} bits")
     quantized, history = quantized_model(site, "pq", teacher, calibration, settings.quantization, settings.progressive)
 
-    arms = arms_of(settings.distillation, run.ablations)
+    arms = arms_of(settings.distillation, run.ablations, fold_otherwise=not folds if has_both_ways else None)
     trained: dict[str, Trained] = {}
     for arm in arms:
         trained |= distilled_students(site, arm, run, teacher, calibration, quantized)
@@ -171,6 +174,7 @@ def compress(
     fewer = {stride: calibration.student_arguments(teacher, stride) for stride in strides_of(run) if stride > 1}
     rows = [
         *untrained_rows(teacher, as_you_run_it, settings, fewer),
+        *(guidance_rows(teacher, calibration, strides_of(run)[-1], folded=folds) if has_both_ways else []),
         *quantized_rows(teacher, quantized, run.num_inference_steps, fewer),
         *student_rows(teacher, arms, run, trained, calibration),
         *variant_rows(teacher, variants, models, run.num_inference_steps),
@@ -266,8 +270,11 @@ def fixed_bits(quantization: PQCADConfig) -> int:
 # CAD
 
 
-def arms_of(config: DistillConfig, ablations: bool) -> list[Arm]:
-    """Return the student of a run, and those of its ablations, each with its part of CAD changed."""
+def arms_of(config: DistillConfig, ablations: bool, *, fold_otherwise: bool | None = None) -> list[Arm]:
+    """Return the student of a run, and those of its ablations, each with its part of CAD changed.
+
+    `fold_otherwise`: whether guidance is folded in the arm that is the other way round; None: there is no such arm.
+    """
     whole = replace(config, teacher="quantized", calibration=True, gate=True)
     others = [
         Arm("cad_calibration_only", "CAD: calibration only", replace(whole, teacher="none")),
@@ -275,6 +282,9 @@ def arms_of(config: DistillConfig, ablations: bool) -> list[Arm]:
         Arm("cad_no_gate", "CAD: gate off", replace(whole, gate=False)),
         Arm("cad_no_calibration", "CAD: no calibration, gate off", replace(whole, gate=False, calibration=False)),
     ]
+    if fold_otherwise is not None:
+        key, way = ("cad_folded", "guidance folded") if fold_otherwise else ("cad_guided", "both branches of guidance")
+        others.append(Arm(key, f"CAD: {way}", replace(whole, fold_guidance=fold_otherwise)))
     return [Arm("pq_cad", "PQ + CAD", config), *(others if ablations else [])]
 
 
@@ -412,6 +422,23 @@ def rows_in_fewer_steps(key: str, name: str, pipeline: Any, fewer: dict[int, dic
         )
         for stride, arguments in fewer.items()
     ]
+
+
+def guidance_rows(teacher: Any, calibration: CalibrationSet, stride: int, *, folded: bool) -> list[Row]:
+    """Return the rows of the teacher that cost what a student costs which takes every `stride`-th of its steps.
+
+    Without guidance, in as many steps and in as many model evaluations: one row where guidance is `folded`. With it,
+    in as many evaluations, where the pipeline can be told so few steps; one that is not folded has that row already.
+    """
+    rows = []
+    for every in [stride] if folded or stride == 1 else [stride // 2, stride]:
+        arguments = calibration.student_arguments(teacher, every) | FOLDED_CALL
+        key = f"float_unguided_{arguments['num_inference_steps']}"
+        rows.append(row_of(key, "full precision, guidance off", teacher, arguments))
+    if folded and can_take(teacher, calibration, 2 * stride):
+        name = "full precision, as many model evaluations as the student"
+        rows.append(row_of("float_as_many", name, teacher, calibration.student_arguments(teacher, 2 * stride)))
+    return rows
 
 
 def at_load_time(teacher: Any, quantization: PQCADConfig) -> Any:

@@ -309,6 +309,24 @@ def check_folding(teacher: Any, run: CompressConfig, plan: StepPlan) -> None:
         )
 
 
+def can_fold(teacher: Any, run: CompressConfig, plan: StepPlan) -> bool:
+    """Return whether a student could answer in one branch what the teacher gives by `plan`, and be called so."""
+    try:
+        check_folding(teacher, run, plan.folded())
+    except ValueError:
+        return False
+    return True
+
+
+def can_take(teacher: Any, calibration: CalibrationSet, stride: int) -> bool:
+    """Return whether the teacher's pipeline can be told to take every `stride`-th of its recorded steps."""
+    try:
+        calibration.student_arguments(teacher, stride)
+    except ValueError:
+        return False
+    return calibration.num_inference_steps % stride == 0
+
+
 def reference_samples(teacher: Any, run: CompressConfig, *, progress: bool) -> Samples:
     """Return the teacher's final latents at all its steps, and its pictures: what every row is compared with."""
     return generate_images(

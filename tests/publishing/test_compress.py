@@ -235,6 +235,35 @@ def test_ablations_change_one_part_of_the_whole_method_each():
     assert found == {key: DistillConfig(max_train_steps=7, **change) for key, change in changes.items() if change}
 
 
+@pytest.mark.parametrize(
+    ("folded", "key", "name"),
+    [(True, "cad_guided", "CAD: both branches of guidance"), (False, "cad_folded", "CAD: guidance folded")],
+)
+def test_an_arm_treats_guidance_the_other_way_round(folded, key, name):
+    config = DistillConfig(max_train_steps=7, teacher="none", fold_guidance=None if folded else False)
+    *others, arm = arms_of(config, True, fold_otherwise=not folded)
+    assert arm == (key, name, DistillConfig(max_train_steps=7, fold_guidance=not folded))
+    assert others == arms_of(config, True)
+    plan = StepPlan(branches=(2,), weights=(-1.0, 2.0))
+    assert [item.config.folds(plan) for item in (*others, arm)] == [*[folded] * len(others), not folded]
+
+
+def costs_of(rows: list[Any]) -> dict[str, tuple[int, dict[str, Any]]]:
+    return {row.key: (row.num_inference_steps, row.arguments) for row in rows}
+
+
+def test_the_rows_of_what_a_student_costs(tiny_pipeline, tiny_calibration_set):
+    def costs(stride: int, folded: bool) -> dict[str, tuple[int, dict[str, Any]]]:
+        return costs_of(module.guidance_rows(tiny_pipeline, tiny_calibration_set, stride, folded=folded))
+
+    off = {"guidance_scale": 1}
+    assert costs(2, True) == {"float_unguided_2": (2, off), "float_as_many": (1, {})}
+    assert costs(4, True) == {"float_unguided_1": (1, off)}  # half a step
+    assert costs(2, False) == {"float_unguided_4": (4, off), "float_unguided_2": (2, off)}
+    assert costs(1, False) == {"float_unguided_4": (4, off)}
+    assert costs(1, True) == {"float_unguided_4": (4, off), "float_as_many": (2, {})}
+
+
 def test_variants_of_pq():
     settings = settings_of({"ablations": True, "weight_bits": 3.5, "beta": 0.5})
     plain, one_width = variants_of(settings)

@@ -5,17 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, LCMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
 from pipelines import PIPELINES
 
 from diffusers_pqcad import PQCADConfig
 from diffusers_pqcad.compression.calibration import scheduler_settings
+from diffusers_pqcad.compression.recording import plan_of, restored
 from diffusers_pqcad.evaluation import extras
 from diffusers_pqcad.evaluation.extras import MissingExtraError
 from diffusers_pqcad.evaluation.features import ClassifierExtractor, SmallClassifier
 from diffusers_pqcad.publishing.compress import compress
 from diffusers_pqcad.publishing.pipelines import (
     TeacherSource,
+    can_fold,
+    can_take,
     check_teacher,
     extractor_of,
     inputs_of_run,
@@ -81,6 +84,35 @@ def test_settings_that_do_not_fit_the_teacher_are_refused(tiny_pipeline, num_inf
     run = CompressConfig(num_inference_steps=num_inference_steps)
     with pytest.raises(ValueError, match=message):
         check_teacher(tiny_pipeline, run, PQCADConfig(weight_bits=4, **settings))
+
+
+class Guiding(StableDiffusionPipeline):
+    """A pipeline that guides by two branches whatever its scale."""
+
+    @property
+    def do_classifier_free_guidance(self):
+        return True
+
+
+@pytest.mark.parametrize(("name", "folds"), [("sd", True), ("sd3", True), ("ddim", False), ("always", False)])
+def test_a_model_is_folded_where_its_pipeline_would_call_it_so(tmp_path, name, folds):
+    about = PIPELINES["sd" if name == "always" else name]
+    pipeline = about.build()
+    if name == "always":
+        pipeline = Guiding(**pipeline.components, requires_safety_checker=False)
+    run = run_with(tmp_path / "a.txt", ["a cat"], num_inference_steps=4) if about.inputs[0] else CompressConfig()
+    run = replace(run, num_inference_steps=4, guidance_scale=5.0 if about.inputs[0] else None)
+    with restored(pipeline.scheduler):
+        plan = plan_of(pipeline, about.inputs[0], 0, 4, about.arguments)
+    if plan.branches == (2,):
+        plan = replace(plan, weights=(-4.0, 5.0))  # which recording finds
+    assert can_fold(pipeline, run, plan) == folds
+
+
+def test_the_steps_that_a_pipeline_can_be_told(tiny_pipeline, tiny_calibration_set):
+    assert [can_take(tiny_pipeline, tiny_calibration_set, stride) for stride in (1, 2, 4, 8)] == [True] * 3 + [False]
+    wan = PIPELINES["wan"].build()
+    assert [can_take(wan, tiny_calibration_set, stride) for stride in (1, 2)] == [True, False]
 
 
 def test_a_folder_without_an_extractor_is_named_by_its_setting(tmp_path):
