@@ -48,6 +48,7 @@ from diffusers_pqcad.publishing.pipelines import (
     measure,
     own_num_inference_steps,
     prompt_labels_of,
+    prompts_from,
     prompts_of,
     record,
     reference_samples,
@@ -188,6 +189,7 @@ def compress(
         **pipeline_facts(source, bundled, Teacher(teacher, as_you_run_it), trained["pq_cad"].student),
         **call_facts(run, student_arguments(teacher, calibration, strides_of(run)[-1], folded=folds), folded=folds),
     }
+    metrics["prompts_from"] = prompts_from(settings.run) if prompts else None
     save_results(folder, site, metrics, history, rows, run)
     repo = run.hub_model_id or folder.name  # a local copy is loaded from where the reader put it
     hub.write_card(folder, hub.model_card(metrics, repo=repo, license_id=source.license))

@@ -122,6 +122,18 @@ def input_notes(metrics: dict[str, Any]) -> list[str]:
     ]
 
 
+def prompt_notes(metrics: dict[str, Any]) -> list[str]:
+    """Return where the prompts come from, where there are some; runs from before do not know."""
+    found = metrics.get("prompts_from")
+    if found is None:
+        return []
+    if found["kind"] != "dataset":
+        return ["Prompts: of a file." if found["kind"] == "file" else "Prompts: those in the teacher's folder."]
+    name = "a data set in a folder" if found["dataset"] is None else f"the data set {plain(found['dataset'])}"
+    configuration = "" if found["configuration"] is None else f" (configuration {plain(found['configuration'])})"
+    return [f"Prompts: a sample of the column {plain(found['column'])} of {name}{configuration}."]
+
+
 def counted(kind: str, count: int) -> str:
     """Return how many inputs of a kind there are, as "1 prompt"."""
     return f"{count} {KINDS[kind][count != 1]}"
@@ -196,6 +208,7 @@ def table_notes(metrics: dict[str, Any], *, times: bool = True) -> str:
         "denoiser's files.",
         *(time_notes(row, fidelity_of) if times else []),
         *input_notes(metrics),
+        *prompt_notes(metrics),
         *(own_notes(metrics["rows"]) if times else []),
         *kernel_notes(metrics["rows"]),
         "Measured with " + ", ".join(f"{key} {value}" for key, value in environment.items()) + ".",
@@ -242,6 +255,7 @@ def model_card(metrics: dict[str, Any], *, repo: str, license_id: str | None) ->
     return Template(files("diffusers_pqcad.publishing").joinpath("model_card.md").read_text()).substitute(
         pipeline_tag_line=f"pipeline_tag: {TASKS[kind]}\n" if TASKS[kind] else "",
         base_model_lines=base_model_lines(metrics),
+        dataset_lines=dataset_lines(metrics),
         tags=f"class-conditional, {tag}" if kind == "class_labels" else tag,
         license_line=f"license: {license_id}\n" if license_id else "",
         title=f"{metrics['teacher_id']} in {tag.upper()}, {part}{ratio:.1f} times smaller, {steps} steps",
@@ -383,15 +397,27 @@ def cad_terms(settings: dict[str, Any]) -> str:
 
 def base_model_lines(metrics: dict[str, Any]) -> str:
     """Return the front matter's lines about a teacher from the Hub; none for a local one, which the Hub refuses."""
+    if metrics["teacher_from"] != "hub" or not is_repo_id(metrics["teacher_id"]):
+        return ""
+    return f"base_model: {metrics['teacher_id']}\nbase_model_relation: quantized\n"
+
+
+def dataset_lines(metrics: dict[str, Any]) -> str:
+    """Return the front matter's lines about a data set of prompts from the Hub; none for other prompts."""
+    name = (metrics.get("prompts_from") or {}).get("dataset")
+    return f"datasets: [{name}]\n" if name is not None and is_repo_id(name) else ""
+
+
+def is_repo_id(name: str) -> bool:
+    """Return whether the Hub takes `name` for a repository's: it refuses a card that names another."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
-        validate_repo_id(metrics["teacher_id"])
+        validate_repo_id(name)
     except HFValidationError:
-        return ""
-    is_there = metrics["teacher_from"] == "hub"
-    return f"base_model: {metrics['teacher_id']}\nbase_model_relation: quantized\n" if is_there else ""
+        return False
+    return True
 
 
 def write_card(folder: str | Path, card: str) -> Path:

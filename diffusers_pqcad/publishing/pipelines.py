@@ -174,6 +174,21 @@ def prompts_of(run: CompressConfig, teacher: str | None = None) -> list[str]:
     return prompts_of_file(beside) if beside is not None and beside.is_file() and not run.class_labels else []
 
 
+def prompts_from(run: CompressConfig) -> dict[str, Any]:
+    """Return where a run's prompts come from, as JSON values that name no place of this computer.
+
+    `kind` is "dataset", "file" or "teacher" (the teacher's own folder). `dataset` is None for one in a folder.
+    """
+    if run.dataset_name is None:
+        return {"kind": "teacher" if run.prompts_file is None else "file"}
+    return {
+        "kind": "dataset",
+        "dataset": None if Path(run.dataset_name).exists() else run.dataset_name,
+        "configuration": run.dataset_config_name,
+        "column": run.prompt_column,
+    }
+
+
 def prompts_of_file(path: Path) -> list[str]:
     """Return the prompts of a text file, one of each line."""
     if not path.is_file():

@@ -148,6 +148,7 @@ def test_the_card_says_what_was_done_and_its_code_runs(finished: Path, monkeypat
         "by a DDIMScheduler in the place of its PNDMScheduler",
         "3. CAD: 2 updates, guidance folded into one branch, quantized teacher",
         "called with `guidance_scale=1`",
+        "- Prompts: of a file.",
         "| PQ + CAD | ",
     ):
         assert text in card
@@ -274,9 +275,17 @@ def test_the_ablations_of_a_guided_pipeline_that_is_halved_twice(
 def test_a_run_that_keeps_both_branches_is_called_with_its_guidance(
     folder: Path, main: Callable[[list[str]], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / "guided"
-    main(arguments(folder, "sd3", output, "--fold_guidance", "False", "--num_halvings", "0"))
+    """Its prompts are those of a data set, which the card says."""
+    output, data_set = tmp_path / "guided", tmp_path / "set"
+    data_set.mkdir()
+    (data_set / "train.jsonl").write_text("".join(json.dumps({"caption": prompt}) + "\n" for prompt in PROMPTS))
+    given = arguments(folder, "sd3", output, "--fold_guidance", "False", "--num_halvings", "0")
+    place = given.index("--prompts_file")
+    main([*given[:place], "--dataset_name", str(data_set), "--prompt_column", "caption", *given[place + 2 :]])
     metrics = metrics_of(output)
+    note = '- Prompts: a sample of the column "caption" of a data set in a folder.'
+    assert note in (output / "README.md").read_text().splitlines()
+    assert str(data_set) not in (output / "metrics.json").read_text()
     rows = {row["key"]: (row["num_inference_steps"], row["model_evaluations"]) for row in metrics["rows"]}
     assert rows == {"float": (4, 8), "fixed": (4, 8), "pq": (4, 8), "pq_cad": (4, 8)}
     pipeline, call = called_as_the_card_says(output, monkeypatch)

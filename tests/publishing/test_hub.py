@@ -20,6 +20,7 @@ from diffusers_pqcad.publishing.hub import (
     model_card,
     own_notes,
     plain,
+    prompt_notes,
     results_table,
     shortest,
     student_call,
@@ -466,6 +467,34 @@ def test_the_notes_say_what_was_measured_with(conditional: dict[str, Any], chang
     conditional["inputs"] |= changes
     assert input_notes(conditional) == [f"Inputs: {note}"]
     assert f"- Inputs: {note}" in card_of(conditional).splitlines()
+
+
+OF_DATASET = {"kind": "dataset", "dataset": "me/texts", "configuration": None, "column": "caption"}
+
+
+@pytest.mark.parametrize(
+    ("found", "note", "datasets"),
+    [
+        ({"kind": "file"}, "of a file.", None),
+        ({"kind": "teacher"}, "those in the teacher's folder.", None),
+        (OF_DATASET, 'a sample of the column "caption" of the data set "me/texts".', ["me/texts"]),
+        (
+            OF_DATASET | {"configuration": "fr", "column": "a_b"},
+            'a sample of the column "a\\_b" of the data set "me/texts" (configuration "fr").',
+            ["me/texts"],
+        ),
+        (OF_DATASET | {"dataset": None}, 'a sample of the column "caption" of a data set in a folder.', None),
+        (OF_DATASET | {"dataset": "no: id"}, 'a sample of the column "caption" of the data set "no: id".', None),
+    ],
+)
+def test_the_card_says_where_the_prompts_come_from(
+    conditional: dict[str, Any], found: dict[str, Any], note: str, datasets: list[str] | None
+) -> None:
+    assert prompt_notes(conditional) == []  # of a run from before
+    conditional["prompts_from"] = found
+    card = card_of(conditional)
+    assert f"- Prompts: {note}" in card.splitlines()
+    assert front_matter(card).get("datasets") == datasets
 
 
 def test_the_card_of_a_text_to_image_pipeline(conditional: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from diffusers_pqcad.publishing.pipelines import (
     load_teacher,
     own_num_inference_steps,
     prompt_labels_of,
+    prompts_from,
     prompts_of,
     source_of,
 )
@@ -210,6 +211,16 @@ def test_a_data_set_without_prompts_is_refused(tmp_path, columns, settings, mess
     run = CompressConfig(**data_set(tmp_path / "set", **columns) | settings)
     with pytest.raises(ValueError, match=message):
         prompts_of(run)
+
+
+def test_where_prompts_come_from_names_no_place_of_this_computer(tmp_path):
+    assert prompts_from(CompressConfig()) == {"kind": "teacher"}
+    assert prompts_from(CompressConfig(prompts_file=str(tmp_path / "a.txt"))) == {"kind": "file"}
+    of_folder = CompressConfig(**data_set(tmp_path / "set", caption=["a cat"]))
+    found = {"kind": "dataset", "dataset": None, "configuration": None, "column": "caption"}
+    assert prompts_from(of_folder) == found
+    of_hub = replace(of_folder, dataset_name="me/texts", dataset_config_name="fr")
+    assert prompts_from(of_hub) == found | {"dataset": "me/texts", "configuration": "fr"}
 
 
 def test_the_prompts_in_the_folder_of_a_teacher_are_used_where_a_run_names_none(tmp_path):
