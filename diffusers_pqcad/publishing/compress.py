@@ -37,7 +37,6 @@ from diffusers_pqcad.publishing.pipelines import (
     TeacherSource,
     call_arguments,
     can_fold,
-    can_take,
     check_folding,
     check_recording,
     check_teacher,
@@ -399,6 +398,9 @@ def untrained_rows(
         Row("float", "full precision", teacher, steps),
         *rows_in_fewer_steps("float", "full precision", teacher, fewer),
     ]
+    measured = {row.num_inference_steps for row in rows}
+    others = [count for count in dict.fromkeys(settings.run.float_steps or ()) if count not in measured]
+    rows += [Row(f"float_{count}", "full precision", teacher, count) for count in others]
     if as_you_run_it is not None:
         name = f"full precision, as you run it ({type(as_you_run_it.scheduler).__name__})"
         own_steps = own_num_inference_steps(as_you_run_it, settings.run)
@@ -427,19 +429,15 @@ def rows_in_fewer_steps(key: str, name: str, pipeline: Any, fewer: dict[int, dic
 
 
 def guidance_rows(teacher: Any, calibration: CalibrationSet, stride: int, *, folded: bool) -> list[Row]:
-    """Return the rows of the teacher that cost what a student costs which takes every `stride`-th of its steps.
+    """Return the rows of the teacher without guidance, beside a student that takes every `stride`-th of its steps.
 
-    Without guidance, in as many steps and in as many model evaluations: one row where guidance is `folded`. With it,
-    in as many evaluations, where the pipeline can be told so few steps; one that is not folded has that row already.
+    In as many steps, and in as many model evaluations: that is one row where guidance is `folded` into the student.
     """
     rows = []
     for every in [stride] if folded or stride == 1 else [stride // 2, stride]:
         arguments = calibration.student_arguments(teacher, every) | FOLDED_CALL
         key = f"float_unguided_{arguments['num_inference_steps']}"
         rows.append(row_of(key, "full precision, guidance off", teacher, arguments))
-    if folded and can_take(teacher, calibration, 2 * stride):
-        name = "full precision, as many model evaluations as the student"
-        rows.append(row_of("float_as_many", name, teacher, calibration.student_arguments(teacher, 2 * stride)))
     return rows
 
 

@@ -333,15 +333,6 @@ def can_fold(teacher: Any, run: CompressConfig, plan: StepPlan) -> bool:
     return True
 
 
-def can_take(teacher: Any, calibration: CalibrationSet, stride: int) -> bool:
-    """Return whether the teacher's pipeline can be told to take every `stride`-th of its recorded steps."""
-    try:
-        calibration.student_arguments(teacher, stride)
-    except ValueError:
-        return False
-    return calibration.num_inference_steps % stride == 0
-
-
 def reference_samples(teacher: Any, run: CompressConfig, *, progress: bool) -> Samples:
     """Return the teacher's final latents at all its steps, and its pictures: what every row is compared with."""
     return generate_images(

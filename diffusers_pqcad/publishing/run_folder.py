@@ -21,6 +21,7 @@ NEUTRAL_SETTINGS = (
     "hub_model_id",
     "hub_private_repo",
     "ablations",
+    "float_steps",
 )
 # Paths of one computer.
 LOCAL_SETTINGS = ("pretrained_model_name_or_path", "output_dir", "extractor")

@@ -107,6 +107,13 @@ class CompressConfig:
             "the pipeline's default"
         },
     )
+    float_steps: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "further numbers of steps in which full precision is measured: those that cost what the student "
+            "costs, or what else it should be compared with"
+        },
+    )
     sampling_batch_size: int | None = field(
         default=None,
         metadata={
@@ -145,6 +152,8 @@ class CompressConfig:
         check_minimum(self, num_threads=0, seed=0, num_halvings=0)
         sizes = ("height", "width", "max_sequence_length", "own_num_inference_steps", "sampling_batch_size")
         check_minimum(self, **{name: 1 for name in sizes if getattr(self, name) is not None})
+        if any(count < 1 for count in self.float_steps or ()):
+            raise ValueError(f"float_steps: expected numbers of at least 1, got {self.float_steps}.")
         if self.prompts_file is not None and self.dataset_name is not None:
             raise ValueError("dataset_name: prompts come from it or from prompts_file; leave one out.")
         if self.dataset_config_name is not None and self.dataset_name is None:

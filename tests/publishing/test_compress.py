@@ -257,11 +257,18 @@ def test_the_rows_of_what_a_student_costs(tiny_pipeline, tiny_calibration_set):
         return costs_of(module.guidance_rows(tiny_pipeline, tiny_calibration_set, stride, folded=folded))
 
     off = {"guidance_scale": 1}
-    assert costs(2, True) == {"float_unguided_2": (2, off), "float_as_many": (1, {})}
-    assert costs(4, True) == {"float_unguided_1": (1, off)}  # half a step
+    assert costs(2, True) == {"float_unguided_2": (2, off)}
+    assert costs(4, True) == {"float_unguided_1": (1, off)}
     assert costs(2, False) == {"float_unguided_4": (4, off), "float_unguided_2": (2, off)}
     assert costs(1, False) == {"float_unguided_4": (4, off)}
-    assert costs(1, True) == {"float_unguided_4": (4, off), "float_as_many": (2, {})}
+    assert costs(1, True) == {"float_unguided_4": (4, off)}
+
+
+def test_full_precision_has_a_row_for_each_number_of_steps(tiny_pipeline):
+    settings = settings_of({"num_inference_steps": 8, "float_steps": [3, 4, 1, 3]})
+    rows = module.untrained_rows(tiny_pipeline, None, settings, {2: {"num_inference_steps": 4}})
+    found = {row.key: row.num_inference_steps for row in rows if row.name == "full precision"}
+    assert found == {"float": 8, "float_half": 4, "float_3": 3, "float_1": 1}
 
 
 def test_variants_of_pq():

@@ -18,7 +18,6 @@ from diffusers_pqcad.publishing.compress import compress
 from diffusers_pqcad.publishing.pipelines import (
     TeacherSource,
     can_fold,
-    can_take,
     check_teacher,
     extractor_of,
     inputs_of_run,
@@ -108,12 +107,6 @@ def test_a_model_is_folded_where_its_pipeline_would_call_it_so(tmp_path, name, f
     if plan.branches == (2,):
         plan = replace(plan, weights=(-4.0, 5.0))  # which recording finds
     assert can_fold(pipeline, run, plan) == folds
-
-
-def test_the_steps_that_a_pipeline_can_be_told(tiny_pipeline, tiny_calibration_set):
-    assert [can_take(tiny_pipeline, tiny_calibration_set, stride) for stride in (1, 2, 4, 8)] == [True] * 3 + [False]
-    wan = PIPELINES["wan"].build()
-    assert [can_take(wan, tiny_calibration_set, stride) for stride in (1, 2)] == [True, False]
 
 
 def test_a_folder_without_an_extractor_is_named_by_its_setting(tmp_path):

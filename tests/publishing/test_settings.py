@@ -128,6 +128,7 @@ def test_flags_of_every_type_are_parsed(arguments, part, name, value):
         (("--own_num_inference_steps", "0"), "^own_num_inference_steps: expected at least 1, got 0"),
         (("--prompts_file", "x", "--dataset_name", "y"), "^dataset_name: prompts come from it or from prompts_file"),
         (("--dataset_config_name", "x"), "^dataset_config_name: of which data set"),
+        (("--float_steps", "4", "0"), "^float_steps: expected numbers of at least 1"),
         (("--dataset_name", "x", "--class_labels", "1"), "^class_labels: a pipeline takes prompts or classes"),
         (("--prompts_file", "x", "--class_labels", "1"), "^class_labels: a pipeline takes prompts or classes"),
         (("--num_threads", "-1"), "^num_threads: expected at least 0"),
