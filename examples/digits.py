@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from diffusers_pqcad.evaluation.extras import require
+from diffusers_pqcad.compression.extras import require
 
 SKLEARN_ID = "uci-digits"  # the test set of "Optical Recognition of Handwritten Digits"
 DIGITS_NOTICE = """\

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers_pqcad.evaluation.extras import MissingExtraError
+from diffusers_pqcad.compression.extras import MissingExtraError
 from diffusers_pqcad.publishing.compress import compress
 from diffusers_pqcad.publishing.hub import results_table, student_call, table_notes
 from diffusers_pqcad.publishing.pipelines import TeacherSource, bundled_source

@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from prompted_pictures import PromptedPictures
 from torch import Tensor
 
+from diffusers_pqcad.compression.extras import require
 from diffusers_pqcad.evaluation import generate_images, load_extractor
-from diffusers_pqcad.evaluation.extras import require
 from diffusers_pqcad.evaluation.features import CONFIG_FILE, ClassifierExtractor, extract_features
 from diffusers_pqcad.evaluation.metrics import feature_statistics, frechet_distance, kernel_distance
 from diffusers_pqcad.evaluation.prompts import prompts_met

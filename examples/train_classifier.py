@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from diffusers_pqcad.evaluation.extras import require
+from diffusers_pqcad.compression.extras import require
 from diffusers_pqcad.evaluation.features import (
     CONFIG_FILE,
     SmallClassifier,

@@ -40,7 +40,7 @@ from training_loop import Place, Recipe, fit
 from transformers import HfArgumentParser
 
 from diffusers_pqcad.compression.checkpoint import load_checkpoint, save_checkpoint
-from diffusers_pqcad.evaluation.extras import require
+from diffusers_pqcad.compression.extras import require
 from diffusers_pqcad.publishing.pipelines import LABELS_FILE
 
 LATENTS_FILE = "latents.safetensors"

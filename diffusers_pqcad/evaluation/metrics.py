@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from diffusers_pqcad.evaluation.extras import require
+from diffusers_pqcad.compression.extras import require
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # pixels, Wang et al. 2004
 PSD_TOLERANCE = 1e-6  # a covariance estimate may have eigenvalues this far below zero, relative to its largest one

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from diffusers_pqcad.compression.calling import distinct_inputs
 from diffusers_pqcad.compression.denoiser import SchedulerStep, Stop, denoiser_name
+from diffusers_pqcad.compression.extras import require
 from diffusers_pqcad.compression.fake_quant import fake_quant_layers
-from diffusers_pqcad.evaluation.extras import require
 from diffusers_pqcad.evaluation.features import ClassifierExtractor, FeatureExtractor, extract_features
 from diffusers_pqcad.evaluation.generate import (
     PipelineRun,

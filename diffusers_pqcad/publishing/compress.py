@@ -23,9 +23,9 @@ from diffusers_pqcad.compression.calibration import CalibrationSet
 from diffusers_pqcad.compression.checkpoint import load_checkpoint, save_checkpoint
 from diffusers_pqcad.compression.denoiser import denoiser_name, pipeline_with
 from diffusers_pqcad.compression.distillation import DistillConfig, distill
+from diffusers_pqcad.compression.extras import require
 from diffusers_pqcad.compression.fake_quant import convert_, fake_quant_state, freeze_, load_fake_quant_state_
 from diffusers_pqcad.compression.progressive import History, ProgressiveConfig, progressive_quantize
-from diffusers_pqcad.evaluation.extras import require
 from diffusers_pqcad.evaluation.generate import Samples, makes_pixels
 from diffusers_pqcad.evaluation.speed import environment
 from diffusers_pqcad.loading.config import PQCADConfig

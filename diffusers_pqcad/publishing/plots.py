@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusers_pqcad.evaluation.extras import require
+from diffusers_pqcad.compression.extras import require
 
 BIT_COLOURS = {2: "#7b3294", 3: "#c2a5cf", 4: "#5aae61", 6: "#4393c3", 8: "#2166ac"}
 MAX_TITLE = 36  # characters

@@ -15,7 +15,7 @@ import torch
 from contestants import CONTESTANTS, PACKAGES, QUICK, STOCK, Contestant
 
 from diffusers_pqcad.compression.checkpoint import write_text
-from diffusers_pqcad.evaluation.extras import missing
+from diffusers_pqcad.compression.extras import missing
 from diffusers_pqcad.evaluation.speed import environment
 from diffusers_pqcad.kernels import native, onednn
 

@@ -9,10 +9,10 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, LCMSchedul
 from pipelines import PIPELINES
 
 from diffusers_pqcad import PQCADConfig
+from diffusers_pqcad.compression import extras
 from diffusers_pqcad.compression.calibration import scheduler_settings
+from diffusers_pqcad.compression.extras import MissingExtraError
 from diffusers_pqcad.compression.recording import plan_of, restored
-from diffusers_pqcad.evaluation import extras
-from diffusers_pqcad.evaluation.extras import MissingExtraError
 from diffusers_pqcad.evaluation.features import ClassifierExtractor, SmallClassifier
 from diffusers_pqcad.publishing.compress import compress
 from diffusers_pqcad.publishing.pipelines import (

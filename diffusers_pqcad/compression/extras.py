@@ -1,4 +1,4 @@
-"""Packages that loading and sampling do without: measuring, plots and the examples ask for them before they start."""
+"""Packages that loading and sampling do without: measuring, plots, adapters and the examples ask for them first."""
 
 from importlib.util import find_spec
 

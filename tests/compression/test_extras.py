@@ -13,7 +13,7 @@ import torch
 from pipelines import PIPELINES
 
 from diffusers_pqcad import evaluate
-from diffusers_pqcad.evaluation.extras import MissingExtraError, missing, require
+from diffusers_pqcad.compression.extras import MissingExtraError, missing, require
 from diffusers_pqcad.evaluation.metrics import bootstrap_interval, kernel_distance, structural_similarity
 from diffusers_pqcad.publishing import compress
 from diffusers_pqcad.publishing.plots import plot_bits, plot_curves, plot_samples
