@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from diffusers_pqcad.kernels.operation import qparams_of_group
+from diffusers_pqcad.layers.find import layer_name
 from diffusers_pqcad.layers.quantized import FloatLayer
 from diffusers_pqcad.layers.timesteps import TimestepGroups, install_timestep_groups
 from diffusers_pqcad.loading.config import FORMAT_VERSION, PQCADConfig
-from diffusers_pqcad.loading.convert import finish_, mark_quantized_, match_modules, swap_
+from diffusers_pqcad.loading.convert import finish_, mark_quantized_, match_modules, refuse_adapters, swap_
 from diffusers_pqcad.numerics.qparams import (
     ActivationQParams,
     WeightSpec,
@@ -40,10 +41,11 @@ class WeightFakeQuantize(nn.Module):
         super().__init__()
         self.spec = spec
         self.scale = nn.Parameter(min_max_weight_scale(weight, spec))
+        self.at_rest: Tensor | None = None  # the rounded weight, while nothing that it depends on moves
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the rounded weight, differentiable in the latent weight and the scale."""
-        return fake_quantize_weight(weight, self.scale, self.spec)
+        """Return the rounded weight, differentiable in the latent weight and the scale unless they are at rest."""
+        return fake_quantize_weight(weight, self.scale, self.spec) if self.at_rest is None else self.at_rest
 
 
 class InputFakeQuantize(nn.Module):
@@ -113,8 +115,8 @@ def prepare_(model: nn.Module, config: PQCADConfig, bits: Mapping[str, int]) -> 
 
 
 def fake_quant_layers(model: nn.Module) -> dict[str, FloatLayer]:
-    """Return the fake-quantized layers of `model` by name, in registration order."""
-    return {name: module for name, module in model.named_modules() if is_fake_quant(module)}
+    """Return the fake-quantized layers of `model` by name, in registration order; adapted ones by their own names."""
+    return {layer_name(name): module for name, module in model.named_modules() if is_fake_quant(module)}
 
 
 def is_fake_quant(module: nn.Module) -> TypeGuard[FloatLayer]:
@@ -130,6 +132,43 @@ def weight_quantizer(layer: nn.Module) -> WeightFakeQuantize:
 def latent_weight(layer: nn.Module) -> nn.Parameter:
     """Return the float weight under the parametrization of a fake-quantized layer."""
     return layer.parametrizations.weight.original  # type: ignore[union-attr,return-value]
+
+
+@contextmanager
+def weights_at_rest(model: nn.Module) -> Iterator[None]:
+    """Round those weights of `model` once that nothing trains inside the block: latents and scales without gradients.
+
+    torch's own `parametrize.cached` keeps tensors by the addresses of their modules, of all models in the process.
+    """
+    resting = []
+    for layer in fake_quant_layers(model).values():
+        quantizer = weight_quantizer(layer)
+        if not (latent_weight(layer).requires_grad or quantizer.scale.requires_grad):
+            quantizer.at_rest = layer.weight.detach()
+            resting.append(quantizer)
+    try:
+        yield
+    finally:
+        for quantizer in resting:
+            quantizer.at_rest = None
+
+
+@contextmanager
+def plain_layers(model: nn.Module) -> Iterator[None]:
+    """Let fake-quantized layers be plain float layers inside the block, with their latent weights.
+
+    peft builds the adapter of a convolution as `type(base_layer)(...)`: a parametrized one has no place for a weight.
+    """
+    classes = {layer: type(layer) for layer in fake_quant_layers(model).values()}
+    for layer, kind in classes.items():
+        layer.__class__ = kind.__bases__[0]
+        layer.register_parameter("weight", latent_weight(layer))
+    try:
+        yield
+    finally:
+        for layer, kind in classes.items():
+            del layer.weight
+            layer.__class__ = kind
 
 
 def bits_by_module(model: nn.Module) -> dict[str, int]:
@@ -333,6 +372,7 @@ def convert_(model: nn.Module, *, num_inference_steps: int | None = None, guidan
     layers = fake_quant_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no fake-quantized layer; call progressive_quantize first.")
+    refuse_adapters(model)
     config: PQCADConfig = copy.deepcopy(model.pqcad_config)  # type: ignore[assignment]
     config.weight_bits_by_module = bits_by_module(model)
     config.method = "progressive"

@@ -2,14 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.training_utils import EMAModel
-from torch import nn
+from torch import Tensor, nn
 
-from diffusers_pqcad.compression.checkpoint import clone_state, copy_state_
-from diffusers_pqcad.compression.fake_quant import fake_quant_layers, latent_weight, weight_quantizer
+from diffusers_pqcad.compression.checkpoint import copy_state_
+from diffusers_pqcad.compression.fake_quant import fake_quant_layers, latent_weight, weight_quantizer, weights_at_rest
+from diffusers_pqcad.layers.find import is_of_adapter
+from diffusers_pqcad.loading.coverage import float_weights
+
+Trainable = Literal["all", "scales", "lora"]
 
 MIN_RMS = 0.01  # of a tensor that starts at or near zero, as a bias may
 WARMUP_STEPS = 10
@@ -33,7 +37,7 @@ def float_groups(module: nn.Module, rate: float) -> list[dict[str, Any]]:
 
     Each tensor's rate is `rate` times the root of its mean square, at least MIN_RMS: Adam's updates are as long as its
     rate, and the weights of a norm are a hundred times as large as those of a wide convolution. Adafactor scales its
-    updates so (Shazeer & Stern 2018, arXiv:1804.04235, section 8).
+    updates so (Shazeer & Stern 2018, arXiv:1804.04235, section 8). An adapter is not among them: it is trained alone.
     """
     quantized = {
         id(parameter)
@@ -42,9 +46,46 @@ def float_groups(module: nn.Module, rate: float) -> list[dict[str, Any]]:
     }
     return [
         {"params": [parameter], "lr": rate * max(parameter.detach().square().mean().sqrt().item(), MIN_RMS)}
-        for parameter in module.parameters()
-        if id(parameter) not in quantized
+        for name, parameter in module.named_parameters()
+        if id(parameter) not in quantized and not is_of_adapter(name)
     ]
+
+
+def scale_groups(module: nn.Module, step_rate: float, float_rate: float) -> list[dict[str, Any]]:
+    """Return those groups of `parameter_groups` that leave every weight where it is: scales, biases and norms."""
+    weights = {id(weight.parameter) for weight in float_weights(module)}  # latents, and of layers that are not rounded
+    groups = parameter_groups(module, step_rate, float_rate)
+    return [group for group in groups if id(group["params"][0]) not in weights]
+
+
+def adapter_groups(module: nn.Module, rate: float) -> list[dict[str, Any]]:
+    """Return Adam's one group for the LoRA of `module`: Adam's own `rate`, as half of its tensors begin at zero."""
+    return [{"params": [p for name, p in module.named_parameters() if is_of_adapter(name)], "lr": rate}]
+
+
+def trained_groups(
+    module: nn.Module, trainable: Trainable, *, step_rate: float, float_rate: float, lora_rate: float
+) -> list[dict[str, Any]]:
+    """Return Adam's groups for what is `trainable` of a fake-quantized `module`."""
+    if trainable == "lora":
+        return adapter_groups(module, lora_rate)
+    groups_of = {"all": parameter_groups, "scales": scale_groups}[trainable]
+    return groups_of(module, step_rate, float_rate)
+
+
+@contextmanager
+def trained_alone(module: nn.Module, groups: list[dict[str, Any]]) -> Iterator[None]:
+    """Let only the parameters in Adam's `groups` have gradients inside the block; weights at rest are rounded once."""
+    before = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    for parameter in before:
+        parameter.requires_grad_(id(parameter) in trained)
+    try:
+        with weights_at_rest(module):
+            yield
+    finally:
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
 
 
 def parameter_groups(module: nn.Module, step_rate: float, float_rate: float) -> list[dict[str, Any]]:
@@ -133,20 +174,26 @@ class AveragedAdam:
         self.average.to(self.parameters[0].device)
 
 
+def moving_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of what a training may change in `model`: parameters with gradients, and all buffers."""
+    still = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if name not in still}
+
+
 class BestState:
-    """The state with the smallest error so far; the start competes."""
+    """The state with the smallest error so far, of what moves; the start competes."""
 
     def __init__(self, model: nn.Module, error: float) -> None:
-        self.step, self.error, self.state = 0, error, clone_state(model)
+        self.step, self.error, self.state = 0, error, moving_state(model)
 
     def offer(self, model: nn.Module, step: int, error: float) -> None:
         """Keep the state of `model` if `error` is smaller than any before."""
         if error < self.error:
-            self.step, self.error, self.state = step, error, clone_state(model)
+            self.step, self.error, self.state = step, error, moving_state(model)
 
     def restore_(self, model: nn.Module) -> None:
         """Copy the best state into `model`."""
-        copy_state_(model, self.state)
+        copy_state_(model, model.state_dict() | self.state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything, for a resume file."""

@@ -53,6 +53,7 @@ from diffusers_pqcad.compression.reconstruction import (
     find_units,
     reconstruct,
 )
+from diffusers_pqcad.layers.find import layer_of
 from diffusers_pqcad.loading.config import PQCADConfig
 from diffusers_pqcad.loading.convert import match_modules, relative_weight_error, with_model_exemptions
 from diffusers_pqcad.numerics.allocation import BitController, Move, stage_budgets
@@ -221,7 +222,7 @@ def transition_prices(
     for name in controller.movable() if names is None else names:
         narrower = controller.narrower(name)
         assert narrower is not None
-        rounded = frozen.model.get_parameter(f"{name}.weight")
+        rounded = layer_of(frozen.model, name).get_parameter("weight")
         kept = rounded.clone()
         with at_bits(layers[name], narrower):
             rounded.copy_(layers[name].weight)
@@ -235,10 +236,10 @@ def weight_prices(reference: nn.Module, controller: BitController, group_size: i
     """Return each layer's added relative weight error in its next transition: the abstract's signal."""
     prices = {}
     for name in controller.movable():
-        layer, narrower = reference.get_submodule(name), controller.narrower(name)
+        layer, narrower = layer_of(reference, name), controller.narrower(name)
         assert narrower is not None
         groups = group_size if isinstance(layer, nn.Linear) else None
-        weight = reference.get_parameter(f"{name}.weight")
+        weight = layer.get_parameter("weight")
         after, before = (
             relative_weight_error(weight, WeightSpec(bits, groups)) for bits in (narrower, controller.bits[name])
         )
@@ -554,7 +555,7 @@ def progressive_quantize(
     if state is not None:
         run.load(state)
     history = run.run(path, progress=progress)
-    originals = {name: run.reference.get_parameter(f"{name}.weight") for name in fake_quant_layers(model)}
+    originals = {name: layer_of(run.reference, name).get_parameter("weight") for name in fake_quant_layers(model)}
     history.summary = {
         "average_bits": run.controller.average_bits(),
         "bits": dict(run.controller.bits),

@@ -15,6 +15,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tr
 
 from diffusers_pqcad.compression.fake_quant import fake_quant_layers
 from diffusers_pqcad.compression.optimization import check_minimum, parameter_groups
+from diffusers_pqcad.layers.find import layer_of
 
 # Whole blocks where diffusers has them, and below those the parts that also stand alone; a layer outside all of these
 # is a unit of its own.
@@ -372,21 +373,21 @@ def correct_biases_(model: nn.Module, reference: nn.Module, order: list[str], ru
     (Nagel et al. 2019, arXiv:1906.04721, section 4.2; exact for the samples of `run`, one call of the model that it is
     given). Layers without a bias are left.
     """
-    names = [name for name in order if model.get_submodule(name).bias is not None]
+    names = [name for name in order if layer_of(model, name).bias is not None]
     wanted: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         return lambda layer, args, output: wanted.update({name: channel_mean(output, layer)})
 
-    hooks = [reference.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    hooks = [layer_of(reference, name).register_forward_hook(keep(name)) for name in names]
     try:
         run(reference)
     finally:
         for hook in hooks:
             hook.remove()
     for name in names:
-        layer = model.get_submodule(name)
+        layer = layer_of(model, name)
         record: dict[str, Any] = {}
         with recording(layer, record), suppress(_Captured):
             run(model)
-        model.get_parameter(f"{name}.bias").add_(wanted[name] - channel_mean(record["output"], layer))
+        layer.get_parameter("bias").add_(wanted[name] - channel_mean(record["output"], layer))

@@ -1,4 +1,4 @@
-"""The quantized layers of a model."""
+"""The quantized layers of a model, and what its layers are called."""
 
 from typing import Any
 
@@ -14,6 +14,22 @@ def refuse_other_than_model(model: Any) -> None:
             f"expected a model, got {type(model).__name__}. Give its parts one by one, such as `pipe.unet`, or load "
             "the pipeline by from_pretrained(..., quantization_config=...)."
         )
+
+
+def layer_name(name: str) -> str:
+    """Return what the layer of the module `name` is called: an adapted one by its own name, not by peft's for it."""
+    return name.removesuffix(".base_layer")
+
+
+def layer_of(model: nn.Module, name: str) -> nn.Module:
+    """Return the layer of `model` that is called `name`; of an adapted one, the layer below its adapter."""
+    module = model.get_submodule(name)
+    return getattr(module, "base_layer", module)
+
+
+def is_of_adapter(name: str) -> bool:
+    """Return whether the module or parameter `name` belongs to a LoRA of peft."""
+    return ".lora_" in name
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

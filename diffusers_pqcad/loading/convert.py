@@ -12,7 +12,7 @@ from torch import nn
 from diffusers_pqcad import kernels
 from diffusers_pqcad.kernels.native import weights
 from diffusers_pqcad.layers.derived import is_quantizable, quantized_type
-from diffusers_pqcad.layers.find import packed_layers
+from diffusers_pqcad.layers.find import is_of_adapter, layer_name, packed_layers
 from diffusers_pqcad.layers.quantized import FloatLayer, QuantizedLayer
 from diffusers_pqcad.layers.timesteps import TimestepGroups, install_timestep_groups, remove_timestep_groups
 from diffusers_pqcad.loading.config import FORMAT_VERSION, PQCADConfig, matches
@@ -36,13 +36,14 @@ OF_ADAPTERS = ("image_proj.", "encoder_hid_proj.image_projection_layers.")
 def quantizable_layers(model: nn.Module) -> dict[str, FloatLayer]:
     """Return the layers of `model` that can be quantized and are not, by name, in registration order.
 
-    Without those of an IP-Adapter: its class does not build them, so a saved model could not be loaded.
+    Without those of an IP-Adapter: its class does not build them, so a saved model could not be loaded. And without
+    those of a LoRA, which stays in floating point; the layers below it go by their own names.
     """
     return {
-        name: cast(FloatLayer, module)
+        layer_name(name): cast(FloatLayer, module)
         for name, module in model.named_modules()
         if (is_quantizable(module) or (isinstance(module, QuantizedLayer) and not module.packed))
-        and not (name.startswith(OF_ADAPTERS) or ".processor." in name)
+        and not (name.startswith(OF_ADAPTERS) or ".processor." in name or is_of_adapter(name))
     }
 
 

@@ -177,11 +177,14 @@ def test_peers_that_are_not_installed_are_skipped_at_the_start(monkeypatch, caps
     assert capsys.readouterr().out.startswith("skipped: OpenVINO fp32: not installed: openvino")
 
 
-@pytest.mark.parametrize(("extra", "scripts"), [("eval", LIBRARY), ("experiments", LIBRARY + SCRIPTS)])
-def test_an_extra_holds_what_is_imported(extra, scripts):
+@pytest.mark.parametrize(
+    ("extras", "scripts"), [(("eval", "lora"), LIBRARY), (("experiments",), LIBRARY + SCRIPTS)], ids=["library", "all"]
+)
+def test_an_extra_holds_what_is_imported(extras, scripts):
     names = set().union(*(optional_imports(ast.parse(path.read_text())) for path in scripts))
     assert names
-    assert names <= {module for module, found in MODULES.items() if found & requirements(extra)}
+    held = set().union(*map(requirements, extras))
+    assert names <= {module for module, found in MODULES.items() if found & held}
 
 
 # What a user sees

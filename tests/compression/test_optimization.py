@@ -8,16 +8,23 @@ import torch
 from torch import nn
 
 from diffusers_pqcad import PQCADConfig
+from diffusers_pqcad.compression import fake_quant
+from diffusers_pqcad.compression.adapters import add_adapter_
 from diffusers_pqcad.compression.checkpoint import clone_state, load_checkpoint, save_checkpoint
 from diffusers_pqcad.compression.fake_quant import latent_weight, prepare_, weight_quantizer
 from diffusers_pqcad.compression.optimization import (
     MIN_RMS,
     AveragedAdam,
     BestState,
+    adapter_groups,
     float_groups,
+    moving_state,
     parameter_groups,
     rate_factor,
     rounding_step,
+    scale_groups,
+    trained_alone,
+    trained_groups,
 )
 
 pytestmark = pytest.mark.fast
@@ -79,6 +86,113 @@ def test_the_rounding_step_of_two_bits_is_the_distance_of_its_levels() -> None:
 def test_nothing_is_left_out_and_nothing_is_in_two_groups(model: nn.Module) -> None:
     together = [id(p) for group in parameter_groups(model, 0.3, 0.1) for p in group["params"]]
     assert sorted(together) == sorted(id(p) for p in model.parameters())
+
+
+def names_in(model: nn.Module, groups: list[dict]) -> list[str]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in groups for parameter in group["params"]]
+
+
+@pytest.fixture
+def larger() -> nn.Module:
+    """A fake-quantized convolution and Linear layer, a float one, a norm, and an embedding."""
+    torch.manual_seed(3)
+    parts = {
+        "conv": nn.Conv2d(2, 4, 3), "norm": nn.GroupNorm(2, 4), "fc": nn.Linear(4, 4), "left": nn.Linear(4, 1),
+        "table": nn.Embedding(3, 4),
+    }  # fmt: skip
+    config = PQCADConfig(activation_bits=None, modules_to_not_convert=["left"])
+    return prepare_(nn.ModuleDict(parts), config, {"conv": 4, "fc": 4})
+
+
+def test_scales_biases_and_norms_are_what_leaves_every_weight_where_it_is(larger: nn.Module) -> None:
+    groups = scale_groups(larger, 0.3, 0.2)
+    scale = "parametrizations.weight.0.scale"
+    assert names_in(larger, groups) == [
+        f"conv.{scale}", f"fc.{scale}", "conv.bias", "norm.weight", "norm.bias", "fc.bias", "left.bias",
+    ]  # fmt: skip
+    rates = {id(group["params"][0]): group["lr"] for group in parameter_groups(larger, 0.3, 0.2)}
+    assert all(group["lr"] == rates[id(group["params"][0])] for group in groups)
+
+
+def test_an_adapter_is_trained_alone_or_not_at_all(larger: nn.Module) -> None:
+    before = [(names_in(larger, [group]), group["lr"]) for group in parameter_groups(larger, 0.3, 0.2)]
+    add_adapter_(larger, rank=2, lora_alpha=None, target_modules=["fc", "conv"], seed=0)
+    found = [
+        ([name.replace(".base_layer", "") for name in names_in(larger, [group])], group["lr"])
+        for group in parameter_groups(larger, 0.3, 0.2)
+    ]
+    assert found == before
+    (group,) = adapter_groups(larger, 0.01)
+    assert group["lr"] == 0.01
+    assert names_in(larger, [group]) == [
+        f"{layer}.lora_{part}.default.weight" for layer in ("conv", "fc") for part in "AB"
+    ]
+
+
+def test_what_is_trained_is_chosen_by_name(larger: nn.Module) -> None:
+    add_adapter_(larger, rank=2, lora_alpha=None, target_modules=["fc"], seed=0)
+    rates = {"step_rate": 0.3, "float_rate": 0.2, "lora_rate": 0.1}
+    wanted = {
+        "all": parameter_groups(larger, 0.3, 0.2),
+        "scales": scale_groups(larger, 0.3, 0.2),
+        "lora": adapter_groups(larger, 0.1),
+    }
+    assert all(trained_groups(larger, name, **rates) == groups for name, groups in wanted.items())
+
+
+@pytest.mark.parametrize("trainable", ["all", "scales", "lora"])
+def test_gradients_are_those_of_what_is_trained_inside_the_block(larger: nn.Module, trainable: str) -> None:
+    add_adapter_(larger, rank=2, lora_alpha=None, target_modules=["fc"], seed=0)
+    larger.fc.base_layer.bias.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in larger.named_parameters()}
+    groups = trained_groups(larger, trainable, step_rate=0.3, float_rate=0.2, lora_rate=0.1)
+
+    def leave_by_an_error() -> None:
+        with trained_alone(larger, groups):
+            moving = [name for name, parameter in larger.named_parameters() if parameter.requires_grad]
+            assert sorted(moving) == sorted(names_in(larger, groups))
+            assert sorted(moving_state(larger)) == sorted(moving)  # there are no buffers
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        leave_by_an_error()
+    assert before == {name: parameter.requires_grad for name, parameter in larger.named_parameters()}
+
+
+@pytest.mark.parametrize(("trainable", "times"), [("all", 6), ("scales", 6), ("lora", 2)])
+def test_weights_that_nothing_moves_are_rounded_once(
+    larger: nn.Module, monkeypatch: pytest.MonkeyPatch, trainable: str, times: int
+) -> None:
+    add_adapter_(larger, rank=2, lora_alpha=None, target_modules=["fc"], seed=0)
+    groups = trained_groups(larger, trainable, step_rate=0.3, float_rate=0.2, lora_rate=0.1)
+    expected, calls, rounded = larger.conv.weight.detach().clone(), [], fake_quant.fake_quantize_weight
+
+    def watch(*args: object) -> torch.Tensor:
+        calls.append(args)
+        return rounded(*args)
+
+    monkeypatch.setattr(fake_quant, "fake_quantize_weight", watch)
+    with trained_alone(larger, groups):
+        for _ in range(3):
+            larger.fc(larger.conv(torch.ones(1, 2, 3, 3)).flatten(1)).sum()
+        assert torch.equal(larger.conv.weight, expected)
+    calls_inside = len(calls) - (trainable != "lora")  # the comparison's
+    assert calls_inside == times
+    with torch.no_grad():
+        latent_weight(larger.conv).add_(1.0)
+    assert not torch.equal(larger.conv.weight, expected)  # what comes after the block is rounded anew
+
+
+def test_the_best_state_is_that_of_what_moves(larger: nn.Module) -> None:
+    add_adapter_(larger, rank=2, lora_alpha=None, target_modules=["fc"], seed=0)
+    with trained_alone(larger, adapter_groups(larger, 0.1)):
+        best = BestState(larger, 3.0)
+        assert set(best.state) == {f"fc.lora_{part}.default.weight" for part in "AB"}
+        with torch.no_grad():
+            larger.fc.lora_B["default"].weight.fill_(1.0)
+        best.restore_(larger)
+    assert not larger.fc.lora_B["default"].weight.any()
 
 
 def test_rates_rise_and_then_fall_linearly_to_zero(model: nn.Module) -> None:

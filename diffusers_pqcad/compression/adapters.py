@@ -1,0 +1,122 @@
+"""Adapters: LoRAs of peft (Hu et al. 2021, arXiv:2106.09685) on a denoiser, which learn what quantization took away.
+
+An adapter is in floating point throughout. The layers below it are quantized as all others are, under their own
+names; the packed model is saved without it, and it in a file of its own.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_pqcad.compression.extras import require
+from diffusers_pqcad.compression.fake_quant import plain_layers
+
+ADAPTER = "default"  # its name in peft; the file of a LoRA has none
+# The projections of all attention layers, as in diffusers' training scripts.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class Adapter(NamedTuple):
+    """A LoRA apart from its model: peft's `LoraConfig`, and its tensors, (rank, C_in, ...) and (C_out, rank, ...)."""
+
+    config: Any
+    tensors: dict[str, Tensor]
+
+
+def carries_adapter(model: nn.Module) -> bool:
+    """Return whether `model` carries adapters of peft."""
+    return bool(getattr(model, "peft_config", None))
+
+
+def adapter_facts(model: nn.Module) -> dict[str, Any] | None:
+    """Return the largest rank of the adapter of `model` and how many layers it adapts; None where there is none."""
+    ranks = [len(p) for name, p in model.named_parameters() if ".lora_A." in name and name.endswith(".weight")]
+    return {"rank": max(ranks), "num_layers": len(ranks)} if ranks else None
+
+
+def check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
+    """Raise ValueError for one of `target_modules` that no Linear or convolution layer of `model` is called."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)]
+    for target in target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ValueError(
+                f"target_modules: {target!r} is the end of no layer's name in {type(model).__name__} (such as "
+                f"{names[:3]}). Give names, or their last parts, of Linear and convolution layers."
+            )
+
+
+def add_adapter_(
+    model: nn.Module, *, rank: int, lora_alpha: int | None, target_modules: Sequence[str], seed: int
+) -> nn.Module:
+    """Add an adapter that changes nothing yet to the float or fake-quantized `model`, in place, and return it.
+
+    It adapts the Linear and convolution layers whose names end in one of `target_modules`; `lora_alpha` is by default
+    the `rank`, so that the adapter's output counts once. The same `seed` gives the same adapter. Raises ValueError for
+    a target that fits no layer, MissingExtraError without peft.
+    """
+    require("lora", "peft")
+    from peft import LoraConfig
+
+    check_targets(model, target_modules)
+    config = LoraConfig(r=rank, lora_alpha=lora_alpha or rank, target_modules=list(target_modules))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return inject_(model, config)
+
+
+def inject_(model: Any, config: Any, tensors: dict[str, Tensor] | None = None) -> nn.Module:
+    """Build the layers of an adapter into `model` and return it; `tensors` name those of one that is there already."""
+    require("lora", "peft")
+    from peft import inject_adapter_in_model
+
+    config = copy.deepcopy(config)  # peft writes to it
+    config.base_model_name_or_path = None  # as diffusers does
+    with plain_layers(model):
+        inject_adapter_in_model(config, model, ADAPTER, state_dict=tensors)
+    if hasattr(model, "_hf_peft_config_loaded"):  # what diffusers looks at
+        model._hf_peft_config_loaded = True
+    return model
+
+
+def take_adapter_(model: Any) -> Adapter | None:
+    """Take the adapter off `model`, which is as it was without, and return it; None where there is none.
+
+    Raises ValueError for several.
+    """
+    if not carries_adapter(model):
+        return None
+    require("lora", "peft")
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+    from peft import get_peft_model_state_dict
+
+    configs: dict[str, Any] = model.peft_config
+    if len(configs) != 1:
+        raise ValueError(f"{type(model).__name__}: expected one adapter, got {[*configs]}. Unload the others.")
+    ((name, config),) = configs.items()
+    tensors = get_peft_model_state_dict(model, adapter_name=name)
+    adapter = Adapter(config, {key: tensor.detach().clone() for key, tensor in tensors.items()})
+    recurse_remove_peft_layers(model)
+    del model.peft_config
+    if hasattr(model, "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = False
+    return adapter
+
+
+def put_adapter_(model: nn.Module, adapter: Adapter) -> nn.Module:
+    """Put a copy of `adapter` on the float, fake-quantized or packed `model`, in place, and return it."""
+    require("lora", "peft")
+    from peft import set_peft_model_state_dict
+
+    inject_(model, adapter.config, adapter.tensors)
+    set_peft_model_state_dict(model, adapter.tensors, adapter_name=ADAPTER)
+    return model
+
+
+def below_adapter_(model: nn.Module, change_: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Return what `change_` makes of `model`, in place, with its adapter off meanwhile, if it carries one."""
+    adapter = take_adapter_(model)
+    changed = change_(model)
+    return changed if adapter is None else put_adapter_(changed, adapter)
