@@ -62,10 +62,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     metrics = compress(*settings, bundled=BUNDLED)
     folder = settings.run.output_dir
     print(f"\n{results_table(metrics)}\n\n{table_notes(metrics)}")
-    print(
-        f"\nSaved in {folder}. Load it: pipe = DiffusionPipeline.from_pretrained({folder!r}); it was distilled for "
-        f"pipe({student_call(metrics)})"
-    )
+    load = f"pipe = DiffusionPipeline.from_pretrained({folder!r})"
+    if metrics["adapter"]:
+        load += f"; pipe.load_lora_weights({folder!r})"
+    print(f"\nSaved in {folder}. Load it: {load}; it was distilled for pipe({student_call(metrics)})")
     return metrics
 
 

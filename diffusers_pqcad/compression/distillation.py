@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from diffusers_pqcad.compression.adapters import ATTENTION, add_adapter_, carries_adapter
 from diffusers_pqcad.compression.calibration import CalibrationSet
 from diffusers_pqcad.compression.checkpoint import (
     check_request,
@@ -36,14 +37,17 @@ from diffusers_pqcad.compression.fake_quant import (
     fake_quant_layers,
     fake_quant_state,
     load_fake_quant_state_,
+    timestep_boundaries,
 )
 from diffusers_pqcad.compression.grid import Grid
 from diffusers_pqcad.compression.optimization import (
     AveragedAdam,
     BestState,
+    Trainable,
     check_minimum,
-    parameter_groups,
     rate_factor,
+    trained_alone,
+    trained_groups,
 )
 from diffusers_pqcad.compression.progressive import image_error, trajectory_error, weighted_error
 
@@ -71,6 +75,23 @@ class DistillConfig:
     gate: bool = field(
         default=True, metadata={"help": "whether CAD's teacher speaks only while it is better than the student"}
     )
+    trainable: Trainable = field(
+        default="all",
+        metadata={
+            "help": "what CAD trains: all; scales, biases and norms alone; or a LoRA alone (needs peft): the one that "
+            "the pipeline came with, else a new one"
+        },
+    )
+    rank: int = field(default=16, metadata={"help": "rank of a new adapter"})
+    lora_alpha: int | None = field(
+        default=None,
+        metadata={"help": "alpha of a new adapter, whose output counts alpha / rank times; None: its rank"},
+    )
+    target_modules: list[str] = field(
+        default_factory=lambda: list(ATTENTION),
+        metadata={"help": "layers of a new adapter, by their names or the last parts of these"},
+    )
+    lora_rate: float = field(default=1e-3, metadata={"help": "rate of CAD for an adapter, Adam's own"})
     max_train_steps: int = field(default=320, metadata={"help": "updates of CAD"})
     train_batch_size: int = field(default=32, metadata={"help": "images of an update of CAD, per term and process"})
     step_rate: float = field(
@@ -105,8 +126,13 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.teacher not in ("quantized", "fp", "none"):
             raise ValueError(f"teacher: expected 'quantized', 'fp' or 'none', got {self.teacher!r}.")
-        check_minimum(self, max_train_steps=1, train_batch_size=1, gate_steps=1, evaluation_steps=1)
-        check_minimum(self, step_rate=0, float_rate=0, calibration_weight=0)
+        if self.trainable not in ("all", "scales", "lora"):
+            raise ValueError(f"trainable: expected 'all', 'scales' or 'lora', got {self.trainable!r}.")
+        if not self.target_modules:
+            raise ValueError(f"target_modules: expected names of layers, such as {ATTENTION}, got none.")
+        check_minimum(self, max_train_steps=1, train_batch_size=1, gate_steps=1, evaluation_steps=1, rank=1)
+        check_minimum(self, step_rate=0, float_rate=0, lora_rate=0, calibration_weight=0)
+        check_minimum(self, **({} if self.lora_alpha is None else {"lora_alpha": 1}))
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: expected more than 0, inf for no limit, got {self.max_grad_norm}.")
         for name in ("gate_momentum", "ema_decay"):
@@ -188,8 +214,11 @@ class Distillation:
         stride: int = 2,
     ) -> None:
         self.num_steps = calibration.check_student_steps(stride)
-        if not fake_quant_layers(student):
-            raise ValueError("student: expected a fake-quantized model, as progressive_quantize leaves it.")
+        if config.trainable != "lora" and not fake_quant_layers(student):
+            raise ValueError(
+                "student: expected a fake-quantized model, as progressive_quantize leaves it; only an adapter, "
+                "trainable='lora', is trained on one in full precision, too."
+            )
         if (teacher is None) != (config.teacher == "none"):
             found = "missing" if teacher is None else "given"
             raise ValueError(f"teacher={config.teacher!r}, but teacher is {found}.")
@@ -204,6 +233,8 @@ class Distillation:
             raise ValueError("data: fresh inputs of a model with conditions need theirs; leave data out.")
         self.config, self.data, self.stride = config, data, stride
         self.student, self.teacher = student.eval(), teacher
+        # An adapter is for a base that stays as it is, activation ranges included: other adapters may share it.
+        self.keeps_ranges = config.trainable == "lora" and timestep_boundaries(student) is not None
         self.teacher_plan = calibration.plan
         self.calibration = calibration.folded() if config.folds(calibration.plan) else calibration  # of the student
         self.train_set, self.held_out = self.calibration.split()
@@ -276,7 +307,9 @@ class Distillation:
         return image_error(self.student, self.held_out, self.num_steps)
 
     def calibrate_activations(self) -> None:
-        """Set the activation ranges on the student's own trajectories, in its steps."""
+        """Set the activation ranges on the student's own trajectories, in its steps; below an adapter they stay."""
+        if self.keeps_ranges:
+            return
         train = self.train_set.select(slice(0, RANGE_TRAJECTORIES))
         rows, condition_at = torch.arange(len(train)), train.condition_at(self.stride)
         noise = train.states(rows, torch.zeros_like(rows))
@@ -350,6 +383,19 @@ TERMS = {
 }
 
 
+def adapted_(student: nn.Module, config: DistillConfig) -> nn.Module:
+    """Return `student` with what `config` trains in it: with trainable="lora", a new adapter unless it carries one."""
+    if config.trainable != "lora" or carries_adapter(student):
+        return student
+    return add_adapter_(
+        student,
+        rank=config.rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=config.target_modules,
+        seed=config.seed,
+    )
+
+
 def request_of(
     student: nn.Module,
     teacher: nn.Module | None,
@@ -394,12 +440,23 @@ def distill(
     trajectory error in its steps; the undistilled start competes (`best_step` 0 means that it won). `checkpoint`
     names a resume file. `accelerator` defaults to fp32 on the student's device.
 
+    With `trainable="scales"` no weight moves, with "lora" nothing but an adapter: that of the student, else a new one,
+    which the student has from then on. It may be one in full precision then, and learns fewer steps alone.
+
     Raises ValueError for an N that `stride` does not divide, guidance that cannot be folded, a calibration set of
     another model, switches that leave nothing to learn from, or a resume file that was begun with other settings.
     """
     config = config or DistillConfig()
     device = next(student.parameters()).device
     run = Distillation(student, teacher, calibration.to(device), config, data, stride=stride)
+    adapted_(student, config)
+    groups = trained_groups(
+        student,
+        config.trainable,
+        step_rate=config.step_rate,
+        float_rate=config.float_rate,
+        lora_rate=config.lora_rate,
+    )
     # Rounded weights trained under autocast would be other weights than those that are packed.
     accelerator = accelerator or Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     path = None if checkpoint is None else Path(checkpoint)
@@ -407,10 +464,27 @@ def distill(
     request = request_of(student, teacher, calibration, config, data, stride)
     if path is not None and state is not None:
         check_request(path, state, request)
+    with trained_alone(student, groups):
+        yield from updates(run, groups, accelerator, path, request, state)
 
+
+def updates(
+    run: Distillation,
+    groups: list[dict[str, Any]],
+    accelerator: Accelerator,
+    path: Path | None,
+    request: dict[str, Any],
+    state: dict[str, Any] | None,
+) -> Iterator[StepStats]:
+    """Train Adam's `groups` of the student of `run`, yielding each update's statistics; see `distill`.
+
+    `path` is that of a resume file for `request`, or None; `state` is what an earlier call left there, or None.
+    """
+    config, student, teacher = run.config, run.student, run.teacher
+    device = next(student.parameters()).device
     run.calibrate_activations()
     adam = AveragedAdam(
-        parameter_groups(student, config.step_rate, config.float_rate),
+        groups,
         num_steps=config.max_train_steps,
         ema_decay=config.ema_decay,
         max_grad_norm=config.max_grad_norm,
@@ -471,6 +545,8 @@ def distill(
         pass  # stopped early: the best state so far is the student
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     best.restore_(student)
+    if run.keeps_ranges:
+        return
     before, error = copy.deepcopy(fake_quant_state(student)), run.image_error()
     run.calibrate_activations()
     if not run.image_error() < error:  # new ranges may help on the way, and not the images

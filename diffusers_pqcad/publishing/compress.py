@@ -19,10 +19,11 @@ from accelerate.utils import set_seed
 from torch import nn
 from tqdm.auto import tqdm
 
+from diffusers_pqcad.compression.adapters import adapter_facts, below_adapter_
 from diffusers_pqcad.compression.calibration import CalibrationSet
 from diffusers_pqcad.compression.checkpoint import load_checkpoint, save_checkpoint
 from diffusers_pqcad.compression.denoiser import denoiser_name, pipeline_with
-from diffusers_pqcad.compression.distillation import DistillConfig, distill
+from diffusers_pqcad.compression.distillation import DistillConfig, adapted_, distill
 from diffusers_pqcad.compression.extras import require
 from diffusers_pqcad.compression.fake_quant import convert_, fake_quant_state, freeze_, load_fake_quant_state_
 from diffusers_pqcad.compression.progressive import History, ProgressiveConfig, progressive_quantize
@@ -37,21 +38,26 @@ from diffusers_pqcad.publishing.pipelines import (
     TeacherSource,
     call_arguments,
     can_fold,
+    check_adapter,
     check_folding,
     check_recording,
     check_teacher,
     denoiser_of,
     extractor_of,
+    has_adapter,
     inputs_of_run,
+    load_adapter_,
     load_teacher,
     measure,
     own_num_inference_steps,
+    parted,
     prompt_labels_of,
     prompts_from,
     prompts_of,
     record,
     reference_samples,
     sample_images,
+    save_adapter,
     source_of,
     strides_of,
 )
@@ -136,12 +142,16 @@ def compress(
     require("train", "matplotlib", "scipy")  # for what comes last: the intervals and the pictures
     if source.extractor is not None:
         require("train", "torchmetrics")
+    if has_adapter(run, settings.distillation):
+        require("lora", "peft")
     prepare_process(run)
 
     prompts, extractor = prompts_of(run, source.path), extractor_of(source)
     teacher, as_you_run_it = load_teacher(source.path)
     if not makes_pixels(teacher):
         require("train", "torchmetrics")  # for the decoded pictures
+    check_adapter(teacher, run, settings.distillation)
+    load_adapter_(teacher, run)
     check_teacher(teacher, run, settings.quantization, prompts)
     folder = Path(run.output_dir)
     claim_folder(folder, settings, prompts)
@@ -186,6 +196,7 @@ def compress(
     metrics = {
         **metrics_of(site, settings, source, calibration, history, trained, measured),
         **pipeline_facts(source, bundled, Teacher(teacher, as_you_run_it), trained["pq_cad"].student),
+        "adapter": adapter_of_run(run, trained["pq_cad"].student),
         **call_facts(run, student_arguments(teacher, calibration, strides_of(run)[-1], folded=folds), folded=folds),
     }
     metrics["prompts_from"] = prompts_from(settings.run) if prompts else None
@@ -346,7 +357,7 @@ def distilled_student(site: Site, key: str, lesson: Lesson, teacher: Any, before
     )
     if saved.get("folds", False) != folds:  # older versions folded nothing
         raise ValueError(f"{path}: this student was trained with both branches of guidance; give another output_dir.")
-    student = copy.deepcopy(before)
+    student = adapted_(copy.deepcopy(before), lesson.config)
     load_fake_quant_state_(student, saved["student"])
     return Trained(student, saved["stats"])
 
@@ -443,14 +454,15 @@ def guidance_rows(teacher: Any, calibration: CalibrationSet, stride: int, *, fol
 
 def at_load_time(teacher: Any, quantization: PQCADConfig) -> Any:
     """Return a pipeline like the teacher's, quantized as `from_pretrained` would."""
-    return pipeline_with(teacher, quantize_(copy.deepcopy(denoiser_of(teacher)), quantization))
+    model = copy.deepcopy(denoiser_of(teacher))
+    return pipeline_with(teacher, below_adapter_(model, partial(quantize_, config=quantization)))
 
 
 def quantized_rows(
     teacher: Any, quantized: nn.Module, num_inference_steps: int, fewer: dict[int, dict[str, Any]]
 ) -> list[Row]:
     """Return the rows of PQ without CAD, in all steps and in `fewer` of them."""
-    packed = pipeline_with(teacher, convert_(copy.deepcopy(quantized)))
+    packed = pipeline_with(teacher, below_adapter_(copy.deepcopy(quantized), convert_))
     return [
         Row("pq", "PQ", packed, num_inference_steps),
         *rows_in_fewer_steps("pq", "PQ, not distilled", packed, fewer),
@@ -476,7 +488,12 @@ def variant_rows(
 ) -> list[Row]:
     """Return the rows of the further PQs, whose models are packed in place."""
     return [
-        Row(variant.key, variant.name, pipeline_with(teacher, convert_(models[variant.key])), num_inference_steps)
+        Row(
+            variant.key,
+            variant.name,
+            pipeline_with(teacher, below_adapter_(models[variant.key], convert_)),
+            num_inference_steps,
+        )
         for variant in variants
     ]
 
@@ -578,6 +595,12 @@ def pipeline_facts(
     }
 
 
+def adapter_of_run(run: CompressConfig, student: nn.Module) -> dict[str, Any] | None:
+    """Return what a reader must know of the adapter of the packed `student`: None without one."""
+    facts = adapter_facts(student)
+    return None if facts is None else facts | {"is_given": run.lora_weights is not None}
+
+
 def call_facts(run: CompressConfig, arguments: dict[str, Any], *, folded: bool) -> dict[str, Any]:
     """Return what a reader needs to call the student as it was measured, and which inputs that was with.
 
@@ -619,7 +642,9 @@ def save_results(
 ) -> None:
     """Write the student's pipeline, the metrics, the history and the pictures."""
     by_key = {row.key: row for row in rows}
-    by_key["pq_cad"].pipeline.save_pretrained(folder)
+    student, adapter = parted(by_key["pq_cad"].pipeline)
+    student.save_pretrained(folder)
+    save_adapter(student, adapter, folder)
     save_json(folder / "metrics.json", metrics)
     history.save(folder / "history.json")
     assets = folder / "assets"

@@ -22,6 +22,7 @@ PUBLISHED_FILES = (
     "metrics.json",
     "history.json",
     "model_index.json",
+    "pytorch_lora_weights.safetensors",
     "assets/*.png",
     "*/config.json",
     "*/scheduler_config.json",
@@ -205,7 +206,7 @@ def table_notes(metrics: dict[str, Any], *, times: bool = True) -> str:
         f"{row['reference_num_inference_steps']} steps from the same noise, with a 95 % bootstrap interval "
         "over images; a few images that end somewhere else decide it. Median: that of the median image.",
         f"Average bits: over the quantized layers' weights, scales not counted{packed_shares(metrics)}. Size: the "
-        "denoiser's files.",
+        f"denoiser's files{', its LoRA in floating point among them' if metrics.get('adapter') else ''}.",
         *(time_notes(row, fidelity_of) if times else []),
         *input_notes(metrics),
         *prompt_notes(metrics),
@@ -267,6 +268,7 @@ def model_card(metrics: dict[str, Any], *, repo: str, license_id: str | None) ->
         table=results_table(metrics),
         table_notes=table_notes(metrics),
         repo=repo,
+        load_adapter=f'pipe.load_lora_weights("{repo}")\n' if metrics.get("adapter") else "",
         student_call=student_call(metrics),
         shown_inputs=shown_inputs(metrics),
         method=method(metrics),
@@ -337,6 +339,8 @@ def reproduce(metrics: dict[str, Any]) -> str:
     others = ""
     if metrics["teacher_from"] == "folder":  # which is that of one computer
         others = ", with the folder of the teacher as `--pretrained_model_name_or_path`"
+    if (metrics.get("adapter") or {}).get("is_given"):
+        others += ", with the LoRA that it came with as `--lora_weights`"
     return f"Reproduce: `accelerate launch examples/distill.py {flags}` ({beside} in this repository){others}."
 
 
@@ -382,7 +386,17 @@ def cad_updates(metrics: dict[str, Any]) -> str:
     halvings = settings.get("num_halvings", 1)
     times = {0: ", in as many steps", 1: ""}.get(halvings, f" in each of {halvings} halvings")
     folded = ", guidance folded into one branch" if metrics.get("guidance_folded") else ""
-    return f"{settings['max_train_steps']} updates{times}{folded}"
+    return f"{settings['max_train_steps']} updates{trained_part(metrics)}{times}{folded}"
+
+
+def trained_part(metrics: dict[str, Any]) -> str:
+    """Return what CAD trained, after its number of updates; nothing where that was all."""
+    adapter = metrics.get("adapter")
+    return {
+        "all": "",
+        "scales": " of scales, biases and norms",
+        "lora": f" of a LoRA of rank {adapter['rank']} on {adapter['num_layers']} layers" if adapter else "",
+    }[metrics["settings"].get("trainable", "all")]
 
 
 def cad_terms(settings: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """What `compress` does with pipelines: every place that knows their denoiser or their scheduler."""
 
+import copy
 import inspect
 import json
 import logging
@@ -10,17 +11,20 @@ from typing import Any, NamedTuple
 
 from datasets import load_dataset
 from diffusers import DDIMScheduler, DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffusers_pqcad.compression.adapters import ADAPTER, Adapter, carries_adapter, check_targets, take_adapter_
 from diffusers_pqcad.compression.calibration import CalibrationSet, check_takes_sigmas
 from diffusers_pqcad.compression.calling import call_arguments_of, distinct_inputs
-from diffusers_pqcad.compression.denoiser import StepPlan, denoiser_name, with_components
+from diffusers_pqcad.compression.denoiser import StepPlan, denoiser_name, pipeline_with, with_components
+from diffusers_pqcad.compression.distillation import DistillConfig
 from diffusers_pqcad.compression.grid import ddim_grid
 from diffusers_pqcad.compression.recording import collect_calibration_set, plan_of, restored
 from diffusers_pqcad.compression.schedulers import deterministic_scheduler
 from diffusers_pqcad.evaluation import evaluate, generate_images, load_extractor
 from diffusers_pqcad.evaluation.features import ClassifierExtractor
 from diffusers_pqcad.evaluation.generate import Samples, makes_pixels
+from diffusers_pqcad.layers.find import is_of_adapter
 from diffusers_pqcad.loading.config import PQCADConfig
 from diffusers_pqcad.loading.convert import match_modules, with_model_exemptions
 from diffusers_pqcad.publishing.run_folder import PROMPTS_FILE
@@ -139,6 +143,76 @@ def load_teacher(path: str) -> Teacher:
 def denoiser_of(pipeline: Any) -> Any:
     """Return the model that is compressed."""
     return getattr(pipeline, denoiser_name(pipeline))
+
+
+def has_adapter(run: CompressConfig, distillation: DistillConfig) -> bool:
+    """Return whether the student of a run carries an adapter."""
+    return run.lora_weights is not None or distillation.trainable == "lora"
+
+
+def check_adapter(pipeline: Any, run: CompressConfig, distillation: DistillConfig) -> None:
+    """Raise ValueError, naming the field, for an adapter that `pipeline` could not load, or has no layers for."""
+    if not has_adapter(run, distillation):
+        return
+    setting = "trainable" if run.lora_weights is None else "lora_weights"
+    if not hasattr(type(pipeline), "load_lora_weights"):
+        raise ValueError(
+            f"{setting}: expected a pipeline with load_lora_weights, got {type(pipeline).__name__}, whose users could "
+            "not load the adapter. Train all or scales."
+        )
+    if run.lora_weights is None:
+        check_targets(denoiser_of(pipeline), distillation.target_modules)
+
+
+def load_adapter_(pipeline: Any, run: CompressConfig) -> None:
+    """Load the run's LoRA, if it has one, into the denoiser of `pipeline`, in float32.
+
+    Raises ValueError for what cannot be loaded, and for a LoRA that is none of the denoiser, or not of it alone.
+    """
+    path, denoiser = run.lora_weights, denoiser_of(pipeline)
+    if path is None:
+        return
+    if Path(path).is_file() and Path(path).suffix != ".safetensors":
+        raise ValueError(f"lora_weights: expected a safetensors file or a folder with one, got {path!r}.")
+    try:
+        pipeline.load_lora_weights(path, adapter_name=ADAPTER, use_safetensors=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"lora_weights: {path!r} cannot be loaded into {type(pipeline).__name__}. {error}") from error
+    models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    adapted = [name for name, model in models.items() if carries_adapter(model)]
+    if adapted != [denoiser_name(pipeline)]:
+        raise ValueError(
+            f"lora_weights: expected a LoRA of the {denoiser_name(pipeline)} alone, got one of "
+            f"{adapted or 'no model'}. Fuse those of other models into them, and save the pipeline, first."
+        )
+    parameters = [parameter for name, parameter in denoiser.named_parameters() if is_of_adapter(name)]
+    if not parameters:
+        raise ValueError(f"lora_weights: {path!r} holds an adapter of another kind than LoRA.")
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+
+
+def parted(pipeline: Any) -> tuple[Any, Adapter | None]:
+    """Return a pipeline like `pipeline` whose denoiser carries no adapter, and that adapter, if there is one."""
+    model = denoiser_of(pipeline)
+    if not carries_adapter(model):
+        return pipeline, None
+    bare = copy.deepcopy(model)
+    adapter = take_adapter_(bare)
+    return pipeline_with(pipeline, bare), adapter
+
+
+def save_adapter(pipeline: Any, adapter: Adapter | None, folder: Path) -> None:
+    """Write `adapter`, if there is one, to `folder`, so that a pipeline like `pipeline` loads it from there."""
+    if adapter is None:
+        return
+    name, config = denoiser_name(pipeline), adapter.config.to_dict()
+    config = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
+    }  # the same file
+    type(pipeline).save_lora_weights(
+        folder, **{f"{name}_lora_layers": adapter.tensors, f"{name}_lora_adapter_metadata": config}
+    )
 
 
 def own_num_inference_steps(pipeline: Any, run: CompressConfig) -> int:
@@ -359,11 +433,13 @@ def measure(
     weights: Path,
     progress: bool,
 ) -> dict[str, Any]:
-    """Return what the table says of `row`, as JSON values; its denoiser is saved in `weights`.
+    """Return what the table says of `row`, as JSON values; its denoiser is saved in `weights`, its adapter beside it.
 
     `samples` are the teacher's `reference_samples`, `prompt_labels` those of `prompt_labels_of`.
     """
-    denoiser_of(row.pipeline).save_pretrained(weights)
+    bare, adapter = parted(row.pipeline)
+    denoiser_of(bare).save_pretrained(weights)
+    save_adapter(bare, adapter, weights)
     report = evaluate(
         row.pipeline,
         teacher,

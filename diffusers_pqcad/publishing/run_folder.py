@@ -24,7 +24,7 @@ NEUTRAL_SETTINGS = (
     "float_steps",
 )
 # Paths of one computer.
-LOCAL_SETTINGS = ("pretrained_model_name_or_path", "output_dir", "extractor")
+LOCAL_SETTINGS = ("pretrained_model_name_or_path", "lora_weights", "output_dir", "extractor")
 # Where a run's prompts come from: its copy of them is what counts, and what a recipe is repeated with.
 PROMPT_SETTINGS = ("prompts_file", "dataset_name", "dataset_config_name", "prompt_column")
 PROMPTS_FILE, PROMPTS = (

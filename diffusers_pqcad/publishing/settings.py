@@ -55,6 +55,13 @@ class CompressConfig:
         default=None,
         metadata={"help": "the pipeline: a folder, or a repository of the Hub; None: the bundled teacher"},
     )
+    lora_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "LoRA of the pipeline's denoiser, such as a few-step one: a folder or a file of safetensors, as "
+            "load_lora_weights takes it; it stays in floating point, and is saved beside the quantized pipeline"
+        },
+    )
     output_dir: str = field(
         default="outputs/distill", metadata={"help": "folder of the result; the same run goes on there after a kill"}
     )

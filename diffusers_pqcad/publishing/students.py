@@ -6,11 +6,13 @@ of the UNet's config that latent consistency models have; elsewhere the call say
 
 import copy
 import inspect
+from functools import partial
 from typing import Any
 
 from diffusers import DDIMScheduler
 from torch import nn
 
+from diffusers_pqcad.compression.adapters import below_adapter_
 from diffusers_pqcad.compression.calibration import CalibrationSet
 from diffusers_pqcad.compression.denoiser import denoiser_name, pipeline_with, with_components
 from diffusers_pqcad.compression.fake_quant import convert_
@@ -42,7 +44,7 @@ def student_pipeline(
     if folded:
         leave_out_guidance_(pipeline)
     steps = calibration.student_arguments(teacher, stride)["num_inference_steps"]
-    convert_(student, num_inference_steps=steps, guidance_folded=folded)
+    below_adapter_(student, partial(convert_, num_inference_steps=steps, guidance_folded=folded))
     if not calibration.takes_all_steps:  # by another number of steps than is asked for; see `student_arguments`
         return pipeline
     default = inspect.signature(type(teacher).__call__).parameters["num_inference_steps"].default

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from diffusers_pqcad import DistillConfig, PQCADConfig, distill
 from diffusers_pqcad.compression import distillation as distillation_module
+from diffusers_pqcad.compression.adapters import adapter_facts, add_adapter_, take_adapter_
 from diffusers_pqcad.compression.calibration import CalibrationSet
-from diffusers_pqcad.compression.checkpoint import save_checkpoint
+from diffusers_pqcad.compression.checkpoint import clone_state, save_checkpoint
 from diffusers_pqcad.compression.denoiser import Condition, Denoiser, Stop, TappedStep, run_tapped
 from diffusers_pqcad.compression.distillation import (
     TERMS,
@@ -28,7 +29,9 @@ from diffusers_pqcad.compression.distillation import (
 )
 from diffusers_pqcad.compression.fake_quant import (
     bits_by_module,
+    convert_,
     fake_quant_layers,
+    fake_quant_state,
     freeze_,
     input_quantizers,
     latent_weight,
@@ -41,6 +44,7 @@ from diffusers_pqcad.compression.recording import collect_calibration_set
 from diffusers_pqcad.compression.sampling import image_generator
 from diffusers_pqcad.compression.schedulers import deterministic_scheduler
 from diffusers_pqcad.loading.convert import match_modules
+from diffusers_pqcad.loading.coverage import float_weights
 
 PREDICTIONS = ["sample", "epsilon", "v_prediction"]
 QUICK = DistillConfig(
@@ -655,11 +659,17 @@ class Killed(BaseException):
     """Stands for a signal: no handler in the package may catch it."""
 
 
+@pytest.mark.parametrize("trainable", ["all", "lora"])
 def test_a_run_that_is_killed_at_every_save_ends_in_the_same_bits(
-    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_quantized: UNet2DModel,
+    tiny_calibration_set: CalibrationSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trainable: str,
 ) -> None:
     teacher, straight = copy.deepcopy(tiny_quantized), copy.deepcopy(tiny_quantized)
-    wanted = train(straight, teacher, tiny_calibration_set)
+    config = dataclasses.replace(QUICK, trainable=trainable, rank=2)
+    wanted = train(straight, teacher, tiny_calibration_set, trainable=trainable, rank=2)
     kills, seen = 0, []
 
     def save_and_die(*args: object) -> None:
@@ -672,7 +682,7 @@ def test_a_run_that_is_killed_at_every_save_ends_in_the_same_bits(
     for _ in range(20):
         student = copy.deepcopy(tiny_quantized)
         try:
-            for entry in distill(student, teacher, tiny_calibration_set, QUICK, checkpoint=tmp_path / "cad"):
+            for entry in distill(student, teacher, tiny_calibration_set, config, checkpoint=tmp_path / "cad"):
                 seen.append(entry)
             break
         except Killed:
@@ -751,7 +761,9 @@ def test_the_largest_seed_draws(tiny_quantized: UNet2DModel, tiny_calibration_se
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("name", ["max_train_steps", "train_batch_size", "gate_steps", "evaluation_steps"])
+@pytest.mark.parametrize(
+    "name", ["max_train_steps", "train_batch_size", "gate_steps", "evaluation_steps", "rank", "lora_alpha"]
+)
 def test_settings_out_of_range_are_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
         DistillConfig(**{name: 0})
@@ -812,6 +824,92 @@ def test_a_float_student_is_refused(
         train(tiny_unet, tiny_quantized, tiny_calibration_set)
 
 
+# Scales or an adapter alone
+
+
+def packed_state(model: nn.Module) -> dict[str, Tensor]:
+    return clone_state(convert_(copy.deepcopy(model)))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_below_an_adapter_everything_stays_as_it_is(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet, stride: int
+) -> None:
+    """Packed integers, scales, biases, norms, float layers and activation ranges: other adapters may share them."""
+    before, packed = fake_quant_state(copy.deepcopy(tiny_quantized)), packed_state(tiny_quantized)
+    config = dataclasses.replace(QUICK, trainable="lora", rank=2, lora_rate=1e-2, teacher="none")
+    stats = list(distill(tiny_quantized, None, tiny_calibration_set, config, stride=stride))
+    assert stats[-1].best_step > 0
+    adapter = take_adapter_(tiny_quantized)
+    assert all(value.any() for value in adapter.tensors.values())
+    after = fake_quant_state(tiny_quantized)
+    assert after["bits"] == before["bits"]
+    assert after["timestep_boundaries"] == before["timestep_boundaries"]
+    assert after["tensors"].keys() == before["tensors"].keys()
+    assert all(torch.equal(value, before["tensors"][name]) for name, value in after["tensors"].items())
+    again = packed_state(tiny_quantized)
+    assert all(torch.equal(value, again[name]) for name, value in packed.items())
+
+
+def test_an_adapter_that_the_student_carries_is_the_one_that_is_trained(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet
+) -> None:
+    add_adapter_(tiny_quantized, rank=3, lora_alpha=6, target_modules=["to_v"], seed=1)
+    first = clone_state(tiny_quantized)
+    train(tiny_quantized, None, tiny_calibration_set, teacher="none", trainable="lora", rank=2, lora_rate=1e-2)
+    assert adapter_facts(tiny_quantized) == {"rank": 3, "num_layers": 4}
+    moved = {name for name, value in tiny_quantized.state_dict().items() if not torch.equal(value, first[name])}
+    assert moved == {name for name in first if ".lora_" in name}
+
+
+def test_an_adapter_is_left_alone_by_what_trains_all(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet
+) -> None:
+    add_adapter_(tiny_quantized, rank=3, lora_alpha=6, target_modules=["to_v"], seed=1)
+    first = clone_state(tiny_quantized)
+    train(tiny_quantized, None, tiny_calibration_set, teacher="none")
+    moved = {name for name, value in tiny_quantized.state_dict().items() if not torch.equal(value, first[name])}
+    assert moved
+    assert not any(".lora_" in name for name in moved)
+
+
+def test_scales_are_trained_without_any_weight(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet
+) -> None:
+    first = clone_state(tiny_quantized)
+    stats = train(tiny_quantized, None, tiny_calibration_set, teacher="none", trainable="scales")
+    assert stats[-1].best_step > 0
+    moved = {name for name, value in tiny_quantized.state_dict().items() if not torch.equal(value, first[name])}
+    scales = {name for name in first if name.endswith("parametrizations.weight.0.scale")}
+    assert scales <= moved
+    weights = {weight.name for weight in float_weights(tiny_quantized)}
+    assert {"conv_in.weight", "down_blocks.0.resnets.0.conv1.parametrizations.weight.original"} <= weights
+    assert not moved & (weights - scales)
+
+
+def test_a_float_student_learns_fewer_steps_by_an_adapter_alone(
+    tiny_unet: UNet2DModel, tiny_calibration_set: CalibrationSet
+) -> None:
+    start, before = copy.deepcopy(tiny_unet), clone_state(tiny_unet)
+    for stride in (2, 4):  # the same adapter goes on
+        config = dataclasses.replace(QUICK, teacher="fp", trainable="lora", rank=4, lora_rate=1e-2, max_train_steps=20)
+        stats = list(distill(tiny_unet, start, tiny_calibration_set, config, stride=stride))
+        assert stats[-1].best_error < trajectory_error(start, tiny_calibration_set.split()[1], 4 // stride)
+    take_adapter_(tiny_unet)
+    assert all(torch.equal(value, before[name]) for name, value in tiny_unet.state_dict().items())
+
+
+def test_a_teacher_that_is_another_keeps_the_student_without_an_adapter(
+    tiny_unet: UNet2DModel, tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet
+) -> None:
+    """What is refused is refused before the student changes."""
+    for student, changes in ((tiny_unet, {"target_modules": ["nowhere"]}), (tiny_quantized, {"teacher": "none"})):
+        before = student.state_dict().keys()
+        with pytest.raises(ValueError, match="target_modules|teacher"):
+            train(student, tiny_quantized, tiny_calibration_set, trainable="lora", **changes)
+        assert student.state_dict().keys() == before
+
+
 def test_an_odd_number_of_steps_is_refused(tiny_quantized: UNet2DModel, tiny_pipeline: DDIMPipeline) -> None:
     odd = collect_calibration_set(tiny_pipeline, num_trajectories=4, num_inference_steps=5, seed=0, progress=False)
     with pytest.raises(ValueError, match="num_inference_steps=5 is odd"):
@@ -857,6 +955,9 @@ def test_a_further_term_is_a_function_and_an_entry(
         ("max_grad_norm", float("nan"), "max_grad_norm: expected more than 0"),
         ("gate_momentum", 1.0, "gate_momentum: expected 0 to below 1"),
         ("ema_decay", -0.1, "ema_decay: expected 0 to below 1"),
+        ("lora_rate", -0.1, "lora_rate: expected at least 0"),
+        ("trainable", "none", "trainable: expected 'all', 'scales' or 'lora', got 'none'"),
+        ("target_modules", [], "target_modules: expected names of layers, such as .*to_q"),
     ],
 )
 def test_what_would_train_nothing_is_refused(name: str, value: float, message: str) -> None:

@@ -126,7 +126,7 @@ def test_an_optional_package_is_imported_in_a_function_that_asks_for_it(path):
 @pytest.mark.parametrize(
     ("path", "name", "packages"),
     [
-        ("diffusers_pqcad/publishing/compress.py", "compress", {"matplotlib", "scipy", "torchmetrics"}),
+        ("diffusers_pqcad/publishing/compress.py", "compress", {"matplotlib", "peft", "scipy", "torchmetrics"}),
         ("examples/train_classifier.py", "main", {"torchmetrics"}),
         ("examples/train_text_to_image.py", "train", {"torchmetrics"}),
         ("diffusers_pqcad/evaluation/report.py", "evaluate", {"scipy", "torchmetrics"}),

@@ -382,6 +382,32 @@ def test_the_method_is_that_of_the_settings(metrics: dict[str, Any], settings: d
     assert terms in model_card(metrics, repo="someone/w4a8", license_id=None)
 
 
+@pytest.mark.parametrize(
+    ("trainable", "part"),
+    [
+        ("all", "313 updates, "),
+        ("scales", "313 updates of scales, biases and norms, "),
+        ("lora", "313 updates of a LoRA of rank 16 on 32 layers, "),
+    ],
+)
+def test_the_method_says_what_was_trained(metrics: dict[str, Any], trainable: str, part: str):
+    metrics["settings"]["trainable"] = trainable
+    metrics["adapter"] = {"rank": 16, "num_layers": 32, "is_given": False} if trainable == "lora" else None
+    assert f"3. CAD: {part}" in card_of(metrics)
+
+
+def test_a_lora_is_loaded_counted_and_asked_for(metrics: dict[str, Any]):
+    line = 'pipe.load_lora_weights("me/my-model")'
+    assert line not in card_of(metrics)
+    assert "LoRA" not in card_of(metrics | {"adapter": None})
+    metrics["adapter"] = {"rank": 16, "num_layers": 32, "is_given": False}
+    assert f'from_pretrained("me/my-model")\n{line}\nimage = pipe(' in card_of(metrics)
+    assert "Size: the denoiser's files, its LoRA in floating point among them." in card_of(metrics)
+    assert "--lora_weights" not in card_of(metrics)
+    metrics["adapter"]["is_given"] = True
+    assert ", with the LoRA that it came with as `--lora_weights`." in card_of(metrics)
+
+
 def test_the_table_of_decoded_pictures_by_hand(conditional: dict[str, Any]) -> None:
     conditional["rows"][1] |= {"image_psnr_db": "inf", "sqnr_median_db": "inf", "sqnr_interval_db": [16.161, "inf"]}
     header, rule, teacher, pq, student = cells(results_table(conditional))

@@ -124,10 +124,11 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 def test_a_recipe_names_a_teacher_of_the_hub_and_no_place_of_this_computer(tmp_path):
-    values = flat(settings_of({"output_dir": "out", "extractor": "x", "pretrained_model_name_or_path": str(tmp_path)}))
+    places = {"output_dir": "out", "extractor": "x", "lora_weights": "y"}
+    values = flat(settings_of(places | {"pretrained_model_name_or_path": str(tmp_path)}))
     recipe = recipe_of(values)
     assert recipe["num_images"] == values["num_images"]
-    assert not {"output_dir", "extractor", "pretrained_model_name_or_path", "num_threads"} & set(recipe)
+    assert not {*places, "pretrained_model_name_or_path", "num_threads"} & set(recipe)
     assert recipe_of(values | {"pretrained_model_name_or_path": "some/one"})["pretrained_model_name_or_path"] == (
         "some/one"
     )

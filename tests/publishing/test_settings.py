@@ -37,7 +37,8 @@ def test_every_field_is_a_flag_with_the_default_of_its_dataclass():
     ):
         for item in dataclasses.fields(kind):
             if kind not in NO_FLAGS.get(item.name, ()):
-                assert values.pop(prefix + item.name) == item.default, item.name
+                default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+                assert values.pop(prefix + item.name) == default, item.name
     assert values.pop("weight_bits") == WEIGHT_BITS
     default = PQCADConfig()
     assert values == {
@@ -106,6 +107,12 @@ def test_names_that_two_dataclasses_have_are_two_flags():
         (("--fold_guidance", "False"), "distillation", "fold_guidance", False),
         (("--fold_guidance", "true"), "distillation", "fold_guidance", True),
         (("--num_halvings", "0", "--num_inference_steps", "5"), "run", "num_inference_steps", 5),
+        (("--trainable", "lora"), "distillation", "trainable", "lora"),
+        (("--rank", "4"), "distillation", "rank", 4),
+        (("--lora_alpha", "8"), "distillation", "lora_alpha", 8),
+        (("--lora_rate", "0.5"), "distillation", "lora_rate", 0.5),
+        (("--target_modules", "to_q", "conv1"), "distillation", "target_modules", ["to_q", "conv1"]),
+        (("--lora_weights", "a/folder"), "run", "lora_weights", "a/folder"),
     ],
 )
 def test_flags_of_every_type_are_parsed(arguments, part, name, value):
