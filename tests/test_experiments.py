@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMPipeline
+from pipelines import PIPELINES, PROMPTS
+
+from diffusers_pqcad.compression.reconstruction import ReconstructionConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +28,8 @@ def scripts(monkeypatch, tmp_path, tiny_unet):
 
     def run(name: str, *arguments: str) -> list[dict]:
         script = __import__(name)
-        monkeypatch.setattr(script, "teacher", teacher)
+        if hasattr(script, "teacher"):
+            monkeypatch.setattr(script, "teacher", teacher)
         if hasattr(script, "calibration_set"):
             record = script.calibration_set
             monkeypatch.setattr(script, "calibration_set", lambda pipeline, seed: record(pipeline, seed, 4))
@@ -119,6 +123,37 @@ def test_rates(scripts, monkeypatch):
         ("recovery", "none"), ("recovery", "step"),
     ]  # fmt: skip
     assert all(row["error_after"] <= row["error_before"] for row in rows)
+
+
+@pytest.mark.parametrize(("name", "arms"), [("sd", ["float + LoRA", "quantized base, repaired", "lora"]), ("sd3", [])])
+def test_lora(scripts, monkeypatch, tmp_path, name, arms):
+    import lora
+
+    quick = {"rounds_per_stage": 1, "reconstruction_samples": 8, "price_batch_size": 2}
+    monkeypatch.setattr(lora, "PQ", quick | {"reconstruction": ReconstructionConfig(iterations=0)})
+    monkeypatch.setattr(lora, "NUM_STEPS", 4)
+    PIPELINES[name].build().save_pretrained(tmp_path / name)
+    (tmp_path / name / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    given = {
+        "max_train_steps": 2,
+        "train_batch_size": 2,
+        "lora_updates": 2,
+        "num_trajectories": 6,
+        "seeds": 3,
+        "rank": 2,
+    }
+    arguments = [text for key, value in given.items() for text in (f"--{key}", str(value))]
+    arguments += ["--teacher", str(tmp_path / name), "--work_dir", str(tmp_path / "work")]
+    rows = scripts("lora", *arguments, *(["--arms", *arms] if arms else []))
+    assert {row["arm"] for row in rows} == set(arms or [*lora.REPAIR, "all", "scales", "lora"])
+    for row in rows:
+        assert row["num_steps"] == (1 if row["task"] == "repair" else 2)
+        assert ("seconds" in row) == ("grown_bytes" in row) == (row["task"] == "trainable" or "repaired" in row["arm"])
+        assert ("mean" in row) == (row["arm"] != "float + LoRA")
+        assert ("teacher_mean" in row) == (row["task"] == "repair")
+    found = [tuple(row["images"]) for row in rows if "images" in row]
+    assert len(set(found)) > len(found) // 2  # rows are of other models
+    assert all(len(images) == 2 for images in found)
 
 
 def test_parts(scripts, monkeypatch):

@@ -106,12 +106,17 @@ def take_adapter_(model: Any) -> Adapter | None:
 
 
 def put_adapter_(model: nn.Module, adapter: Adapter) -> nn.Module:
-    """Put a copy of `adapter` on the float, fake-quantized or packed `model`, in place, and return it."""
+    """Put a copy of `adapter` on the float, fake-quantized or packed `model`, in place, and return it.
+
+    A fake-quantized model is no longer what it was quantized from: `distill` takes the recording of any other, such as
+    that of the float model with the same adapter.
+    """
     require("lora", "peft")
     from peft import set_peft_model_state_dict
 
     inject_(model, adapter.config, adapter.tensors)
     set_peft_model_state_dict(model, adapter.tensors, adapter_name=ADAPTER)
+    model.__dict__.pop("pqcad_source_hash", None)
     return model
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffusers_pqcad import DistillConfig, PQCADConfig, distill
 from diffusers_pqcad.compression import distillation as distillation_module
-from diffusers_pqcad.compression.adapters import adapter_facts, add_adapter_, take_adapter_
+from diffusers_pqcad.compression.adapters import adapter_facts, add_adapter_, put_adapter_, take_adapter_
 from diffusers_pqcad.compression.calibration import CalibrationSet
 from diffusers_pqcad.compression.checkpoint import clone_state, save_checkpoint
 from diffusers_pqcad.compression.denoiser import Condition, Denoiser, Stop, TappedStep, run_tapped
@@ -885,6 +885,26 @@ def test_scales_are_trained_without_any_weight(
     weights = {weight.name for weight in float_weights(tiny_quantized)}
     assert {"conv_in.weight", "down_blocks.0.resnets.0.conv1.parametrizations.weight.original"} <= weights
     assert not moved & (weights - scales)
+
+
+def test_an_adapter_from_elsewhere_is_repaired_on_a_base_that_was_quantized_without(
+    tiny_pipeline: DDIMPipeline, tiny_quantized: UNet2DModel
+) -> None:
+    """By the recording of the float model with it, which is of another model than the base's."""
+    model = add_adapter_(tiny_pipeline.unet, rank=2, lora_alpha=None, target_modules=["to_q", "conv1"], seed=1)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            nn.init.normal_(parameter, std=0.1)
+    recorded = collect_calibration_set(
+        tiny_pipeline, num_trajectories=16, num_inference_steps=2, seed=1, progress=False
+    )
+    with pytest.raises(ValueError, match="it was quantized from another model"):
+        train(copy.deepcopy(tiny_quantized), None, recorded, teacher="none", trainable="lora")
+    student = put_adapter_(tiny_quantized, take_adapter_(copy.deepcopy(model)))
+    config = dataclasses.replace(QUICK, teacher="fp", trainable="lora", max_train_steps=20)
+    before = trajectory_error(student, recorded.split()[1], 2)
+    stats = list(distill(student, model, recorded, config, stride=1))
+    assert stats[-1].best_error < before
 
 
 def test_a_float_student_learns_fewer_steps_by_an_adapter_alone(

@@ -20,8 +20,8 @@ from diffusers_pqcad.compression.extras import MissingExtraError
 from diffusers_pqcad.evaluation.speed import directory_size_bytes
 from diffusers_pqcad.layers.find import packed_layers
 from diffusers_pqcad.publishing.hub import PUBLISHED_FILES
-from diffusers_pqcad.publishing.pipelines import denoiser_of, parted, save_adapter
-from diffusers_pqcad.publishing.settings import settings_of
+from diffusers_pqcad.publishing.pipelines import denoiser_of, load_adapter_, parted, save_adapter
+from diffusers_pqcad.publishing.settings import CompressConfig, settings_of
 
 module = importlib.import_module("diffusers_pqcad.publishing.compress")
 ROOT = Path(__file__).parents[2]
@@ -241,6 +241,16 @@ def test_adapters_that_no_one_could_load_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         module.compress(*settings, progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_in_half_precision_is_trained_in_full(folder: Path, tmp_path: Path) -> None:
+    given = {name: value.half() for name, value in load_file(folder / "sd-lora" / LORA).items()}
+    save_file(given, tmp_path / "half.safetensors")
+    pipeline = DiffusionPipeline.from_pretrained(folder / "sd")
+    load_adapter_(pipeline, CompressConfig(lora_weights=str(tmp_path / "half.safetensors")))
+    assert {parameter.dtype for parameter in pipeline.unet.parameters()} == {torch.float32}
+    adapter = parted(pipeline)[1]
+    assert all(torch.equal(value, given[f"unet.{name}"].float()) for name, value in adapter.tensors.items())
 
 
 @pytest.mark.parametrize("flags", [{"trainable": "lora"}, {"lora_weights": "anywhere"}])
