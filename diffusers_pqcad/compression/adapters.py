@@ -4,7 +4,6 @@ An adapter is in floating point throughout. The layers below it are quantized as
 names; the packed model is saved without it, and it in a file of its own.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +14,8 @@ from diffusers_pqcad.compression.extras import require
 from diffusers_pqcad.compression.fake_quant import plain_layers
 
 ADAPTER = "default"  # its name in peft; the file of a LoRA has none
-# The projections of all attention layers, as in diffusers' training scripts.
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+# The projections of attention, as in diffusers' training scripts; the last four are those of a second stream.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
 class Adapter(NamedTuple):
@@ -37,31 +36,37 @@ def adapter_facts(model: nn.Module) -> dict[str, Any] | None:
     return {"rank": max(ranks), "num_layers": len(ranks)} if ranks else None
 
 
-def check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
-    """Raise ValueError for one of `target_modules` that no Linear or convolution layer of `model` is called."""
+def targets_of(model: nn.Module, target_modules: Sequence[str] | None) -> list[str]:
+    """Return what a new adapter of `model` adapts: `target_modules`, or by default its ATTENTION.
+
+    Raises ValueError for one that no Linear or convolution layer of `model` is called, and where there is none.
+    """
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)]
-    for target in target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise ValueError(
-                f"target_modules: {target!r} is the end of no layer's name in {type(model).__name__} (such as "
-                f"{names[:3]}). Give names, or their last parts, of Linear and convolution layers."
-            )
+    wanted = ATTENTION if target_modules is None else target_modules
+    found = [target for target in wanted if any(f".{name}".endswith(f".{target}") for name in names)]
+    missing = [] if target_modules is None else [target for target in target_modules if target not in found]
+    if missing or not found:
+        raise ValueError(
+            f"target_modules: {(missing or [*ATTENTION])[0]!r} is the end of no layer's name in "
+            f"{type(model).__name__} (such as {names[:3]}). Give names, or their last parts, of Linear and "
+            "convolution layers."
+        )
+    return found
 
 
 def add_adapter_(
-    model: nn.Module, *, rank: int, lora_alpha: int | None, target_modules: Sequence[str], seed: int
+    model: nn.Module, *, rank: int, lora_alpha: int | None, target_modules: Sequence[str] | None, seed: int
 ) -> nn.Module:
     """Add an adapter that changes nothing yet to the float or fake-quantized `model`, in place, and return it.
 
-    It adapts the Linear and convolution layers whose names end in one of `target_modules`; `lora_alpha` is by default
-    the `rank`, so that the adapter's output counts once. The same `seed` gives the same adapter. Raises ValueError for
-    a target that fits no layer, MissingExtraError without peft.
+    It adapts the Linear and convolution layers whose names end in one of `target_modules`, by default the projections
+    of attention; `lora_alpha` is by default the `rank`, so that the adapter's output counts once. The same `seed`
+    gives the same adapter. Raises ValueError for a target that fits no layer, MissingExtraError without peft.
     """
     require("lora", "peft")
     from peft import LoraConfig
 
-    check_targets(model, target_modules)
-    config = LoraConfig(r=rank, lora_alpha=lora_alpha or rank, target_modules=list(target_modules))
+    config = LoraConfig(r=rank, lora_alpha=lora_alpha or rank, target_modules=targets_of(model, target_modules))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return inject_(model, config)
@@ -72,8 +77,6 @@ def inject_(model: Any, config: Any, tensors: dict[str, Tensor] | None = None) -
     require("lora", "peft")
     from peft import inject_adapter_in_model
 
-    config = copy.deepcopy(config)  # peft writes to it
-    config.base_model_name_or_path = None  # as diffusers does
     with plain_layers(model):
         inject_adapter_in_model(config, model, ADAPTER, state_dict=tensors)
     if hasattr(model, "_hf_peft_config_loaded"):  # what diffusers looks at

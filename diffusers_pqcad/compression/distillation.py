@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from diffusers_pqcad.compression.adapters import ATTENTION, add_adapter_, carries_adapter
+from diffusers_pqcad.compression.adapters import add_adapter_, carries_adapter
 from diffusers_pqcad.compression.calibration import CalibrationSet
 from diffusers_pqcad.compression.checkpoint import (
     check_request,
@@ -87,9 +87,12 @@ class DistillConfig:
         default=None,
         metadata={"help": "alpha of a new adapter, whose output counts alpha / rank times; None: its rank"},
     )
-    target_modules: list[str] = field(
-        default_factory=lambda: list(ATTENTION),
-        metadata={"help": "layers of a new adapter, by their names or the last parts of these"},
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "layers of a new adapter, by their names or the last parts of these; None: the projections of "
+            "attention"
+        },
     )
     lora_rate: float = field(default=1e-3, metadata={"help": "rate of CAD for an adapter, Adam's own"})
     max_train_steps: int = field(default=320, metadata={"help": "updates of CAD"})
@@ -128,8 +131,6 @@ class DistillConfig:
             raise ValueError(f"teacher: expected 'quantized', 'fp' or 'none', got {self.teacher!r}.")
         if self.trainable not in ("all", "scales", "lora"):
             raise ValueError(f"trainable: expected 'all', 'scales' or 'lora', got {self.trainable!r}.")
-        if not self.target_modules:
-            raise ValueError(f"target_modules: expected names of layers, such as {ATTENTION}, got none.")
         check_minimum(self, max_train_steps=1, train_batch_size=1, gate_steps=1, evaluation_steps=1, rank=1)
         check_minimum(self, step_rate=0, float_rate=0, lora_rate=0, calibration_weight=0)
         check_minimum(self, **({} if self.lora_alpha is None else {"lora_alpha": 1}))

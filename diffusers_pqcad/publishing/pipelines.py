@@ -13,7 +13,7 @@ from datasets import load_dataset
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
-from diffusers_pqcad.compression.adapters import ADAPTER, Adapter, carries_adapter, check_targets, take_adapter_
+from diffusers_pqcad.compression.adapters import ADAPTER, Adapter, carries_adapter, take_adapter_, targets_of
 from diffusers_pqcad.compression.calibration import CalibrationSet, check_takes_sigmas
 from diffusers_pqcad.compression.calling import call_arguments_of, distinct_inputs
 from diffusers_pqcad.compression.denoiser import StepPlan, denoiser_name, pipeline_with, with_components
@@ -161,7 +161,7 @@ def check_adapter(pipeline: Any, run: CompressConfig, distillation: DistillConfi
             "not load the adapter. Train all or scales."
         )
     if run.lora_weights is None:
-        check_targets(denoiser_of(pipeline), distillation.target_modules)
+        targets_of(denoiser_of(pipeline), distillation.target_modules)
 
 
 def load_adapter_(pipeline: Any, run: CompressConfig) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import build_tiny_scheduler, build_tiny_unet
 from diffusers import DDIMPipeline, UNet2DModel
+from families import FAMILIES
 from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, quantize_
@@ -17,9 +18,9 @@ from diffusers_pqcad.compression.adapters import (
     add_adapter_,
     below_adapter_,
     carries_adapter,
-    check_targets,
     put_adapter_,
     take_adapter_,
+    targets_of,
 )
 from diffusers_pqcad.compression.checkpoint import clone_state, model_hash
 from diffusers_pqcad.compression.extras import MissingExtraError
@@ -92,7 +93,18 @@ def test_a_target_that_is_no_layer_is_refused(tiny_unet: UNet2DModel, target: st
     with pytest.raises(ValueError, match=f"target_modules: '{target}' is the end of no layer's name in UNet2DModel"):
         add_adapter_(tiny_unet, rank=2, lora_alpha=None, target_modules=["to_q", target], seed=0)
     assert tiny_unet.state_dict().keys() == before
-    check_targets(tiny_unet, ["down_blocks.0.resnets.0.conv1", "to_out.0"])
+    given = ["down_blocks.0.resnets.0.conv1", "to_out.0"]
+    assert targets_of(tiny_unet, given) == given
+
+
+def test_by_default_the_projections_of_attention_are_adapted() -> None:
+    one, two = ["to_q", "to_k", "to_v", "to_out.0"], ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    assert targets_of(FAMILIES["SD-1.5 UNet"].build(), None) == one
+    assert targets_of(FAMILIES["SD3"].build(), None) == one + two
+    with pytest.raises(ValueError, match="target_modules: 'to_q' is the end of no layer's name in Sequential"):
+        targets_of(nn.Sequential(nn.Linear(2, 2)), None)
+    with pytest.raises(ValueError, match="target_modules: 'to_q' is"):
+        targets_of(nn.Sequential(nn.Linear(2, 2)), [])
 
 
 @pytest.mark.parametrize("state", ["float", "fake-quantized", "packed"])

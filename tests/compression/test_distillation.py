@@ -977,7 +977,6 @@ def test_a_further_term_is_a_function_and_an_entry(
         ("ema_decay", -0.1, "ema_decay: expected 0 to below 1"),
         ("lora_rate", -0.1, "lora_rate: expected at least 0"),
         ("trainable", "none", "trainable: expected 'all', 'scales' or 'lora', got 'none'"),
-        ("target_modules", [], "target_modules: expected names of layers, such as .*to_q"),
     ],
 )
 def test_what_would_train_nothing_is_refused(name: str, value: float, message: str) -> None:
