@@ -14,8 +14,13 @@ from diffusers_pqcad.compression.extras import require
 from diffusers_pqcad.compression.fake_quant import plain_layers
 
 ADAPTER = "default"  # its name in peft; the file of a LoRA has none
-# The projections of attention, as in diffusers' training scripts; the last four are those of a second stream.
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+# What diffusers' LCM-LoRA script adapts, and the second stream of joint attention. Rounding takes from all layers:
+# those of a UNet's attention, which most scripts adapt alone, have few of its weights, and give little back.
+TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("proj_in", "proj_out", "net.0.proj", "net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+)
 
 
 class Adapter(NamedTuple):
@@ -37,17 +42,17 @@ def adapter_facts(model: nn.Module) -> dict[str, Any] | None:
 
 
 def targets_of(model: nn.Module, target_modules: Sequence[str] | None) -> list[str]:
-    """Return what a new adapter of `model` adapts: `target_modules`, or by default its ATTENTION.
+    """Return what a new adapter of `model` adapts: `target_modules`, by default those of TARGETS that it has.
 
     Raises ValueError for one that no Linear or convolution layer of `model` is called, and where there is none.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)]
-    wanted = ATTENTION if target_modules is None else target_modules
+    wanted = TARGETS if target_modules is None else target_modules
     found = [target for target in wanted if any(f".{name}".endswith(f".{target}") for name in names)]
     missing = [] if target_modules is None else [target for target in target_modules if target not in found]
     if missing or not found:
         raise ValueError(
-            f"target_modules: {(missing or [*ATTENTION])[0]!r} is the end of no layer's name in "
+            f"target_modules: {(missing or TARGETS)[0]!r} is the end of no layer's name in "
             f"{type(model).__name__} (such as {names[:3]}). Give names, or their last parts, of Linear and "
             "convolution layers."
         )
@@ -59,9 +64,10 @@ def add_adapter_(
 ) -> nn.Module:
     """Add an adapter that changes nothing yet to the float or fake-quantized `model`, in place, and return it.
 
-    It adapts the Linear and convolution layers whose names end in one of `target_modules`, by default the projections
-    of attention; `lora_alpha` is by default the `rank`, so that the adapter's output counts once. The same `seed`
-    gives the same adapter. Raises ValueError for a target that fits no layer, MissingExtraError without peft.
+    It adapts the Linear and convolution layers whose names end in one of `target_modules`, by default those of
+    attention, feed-forward and residual blocks; `lora_alpha` is by default the `rank`, so that the adapter's output
+    counts once. The same `seed` gives the same adapter. Raises ValueError for a target that fits no layer,
+    MissingExtraError without peft.
     """
     require("lora", "peft")
     from peft import LoraConfig
@@ -77,8 +83,11 @@ def inject_(model: Any, config: Any, tensors: dict[str, Tensor] | None = None) -
     require("lora", "peft")
     from peft import inject_adapter_in_model
 
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with plain_layers(model):
         inject_adapter_in_model(config, model, ADAPTER, state_dict=tensors)
+    for parameter, required in before.items():
+        parameter.requires_grad_(required)  # peft freezes them
     if hasattr(model, "_hf_peft_config_loaded"):  # what diffusers looks at
         model._hf_peft_config_loaded = True
     return model

@@ -90,8 +90,8 @@ class DistillConfig:
     target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "layers of a new adapter, by their names or the last parts of these; None: the projections of "
-            "attention"
+            "help": "layers of a new adapter, by their names or the last parts of these; None: those of attention, "
+            "feed-forward and residual blocks"
         },
     )
     lora_rate: float = field(default=1e-3, metadata={"help": "rate of CAD for an adapter, Adam's own"})

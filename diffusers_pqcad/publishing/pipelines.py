@@ -165,7 +165,7 @@ def check_adapter(pipeline: Any, run: CompressConfig, distillation: DistillConfi
 
 
 def load_adapter_(pipeline: Any, run: CompressConfig) -> None:
-    """Load the run's LoRA, if it has one, into the denoiser of `pipeline`, in float32.
+    """Load the run's LoRA, if it has one, into the denoiser of `pipeline`; peft casts it to float32, as that is.
 
     Raises ValueError for what cannot be loaded, and for a LoRA that is none of the denoiser, or not of it alone.
     """
@@ -185,11 +185,8 @@ def load_adapter_(pipeline: Any, run: CompressConfig) -> None:
             f"lora_weights: expected a LoRA of the {denoiser_name(pipeline)} alone, got one of "
             f"{adapted or 'no model'}. Fuse those of other models into them, and save the pipeline, first."
         )
-    parameters = [parameter for name, parameter in denoiser.named_parameters() if is_of_adapter(name)]
-    if not parameters:
+    if not any(is_of_adapter(name) for name, _ in denoiser.named_parameters()):
         raise ValueError(f"lora_weights: {path!r} holds an adapter of another kind than LoRA.")
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
 
 
 def parted(pipeline: Any) -> tuple[Any, Adapter | None]:

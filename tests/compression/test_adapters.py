@@ -97,10 +97,17 @@ def test_a_target_that_is_no_layer_is_refused(tiny_unet: UNet2DModel, target: st
     assert targets_of(tiny_unet, given) == given
 
 
-def test_by_default_the_projections_of_attention_are_adapted() -> None:
+def test_by_default_most_weights_are_adapted() -> None:
     one, two = ["to_q", "to_k", "to_v", "to_out.0"], ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-    assert targets_of(FAMILIES["SD-1.5 UNet"].build(), None) == one
-    assert targets_of(FAMILIES["SD3"].build(), None) == one + two
+    between, residual = ["net.0.proj", "net.2"], ["conv1", "conv2", "conv_shortcut"]
+    ends = ["downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"]
+    unet = FAMILIES["SD-1.5 UNet"].build()
+    assert targets_of(unet, None) == [*one, "proj_in", "proj_out", *between, *residual, *ends]
+    assert targets_of(FAMILIES["SD3"].build(), None) == [*one, *two, "proj_out", *between]
+    add_adapter_(unet, rank=1, lora_alpha=None, target_modules=None, seed=0)
+    adapted = {name.partition(".base_layer")[0] for name, _ in unet.named_modules() if name.endswith("base_layer")}
+    left = set(quantizable_layers(unet)) - adapted
+    assert left == {"conv_in", "time_embedding.linear_1", "time_embedding.linear_2", "conv_out"}
     with pytest.raises(ValueError, match="target_modules: 'to_q' is the end of no layer's name in Sequential"):
         targets_of(nn.Sequential(nn.Linear(2, 2)), None)
     with pytest.raises(ValueError, match="target_modules: 'to_q' is"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffusers_pqcad import DistillConfig, PQCADConfig, distill
 from diffusers_pqcad.compression import distillation as distillation_module
+from diffusers_pqcad.compression import fake_quant as fake_quant_module
 from diffusers_pqcad.compression.adapters import adapter_facts, add_adapter_, put_adapter_, take_adapter_
 from diffusers_pqcad.compression.calibration import CalibrationSet
 from diffusers_pqcad.compression.checkpoint import clone_state, save_checkpoint
@@ -849,6 +850,21 @@ def test_below_an_adapter_everything_stays_as_it_is(
     assert all(torch.equal(value, before["tensors"][name]) for name, value in after["tensors"].items())
     again = packed_state(tiny_quantized)
     assert all(torch.equal(value, again[name]) for name, value in packed.items())
+
+
+def test_below_an_adapter_weights_are_rounded_once_and_have_no_gradients(
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, rounded = [], fake_quant_module.fake_quantize_weight
+
+    def watch(weight: Tensor, scale: Tensor, spec: object) -> Tensor:
+        calls.append(weight.requires_grad or scale.requires_grad)
+        return rounded(weight, scale, spec)
+
+    monkeypatch.setattr(fake_quant_module, "fake_quantize_weight", watch)
+    train(tiny_quantized, None, tiny_calibration_set, teacher="none", trainable="lora", rank=2)
+    assert calls == [False] * len(fake_quant_layers(tiny_quantized))
+    assert all(parameter.requires_grad for parameter in tiny_quantized.parameters())  # as before
 
 
 def test_an_adapter_that_the_student_carries_is_the_one_that_is_trained(
