@@ -279,6 +279,31 @@ def test_intervals_and_pairs(scripts):
     )
 
 
+def test_the_tables_of_adapters(scripts):
+    import table
+
+    start = {"subject": "emoji", "arm": "quantized base + same LoRA", "seed": 1, "num_steps": 5, "images": [9.0, 11.0]}
+    start |= {"mean": 10.0, "median": 10.0, "teacher_mean": 8.0, "teacher_median": 9.0}
+    better = start | {"arm": "quantized base, repaired", "images": [19.0, 21.0], "mean": 20.0, "median": 20.0}
+    better |= {"seconds": 90.0, "grown_bytes": 5_000_000}
+    whole = {key: value for key, value in start.items() if key not in ("images", "mean", "median")}
+    text = table.repair_table([start, better, whole | {"arm": "float + LoRA"}])
+    assert [line.split(" | ", 2)[1:] for line in text.splitlines()[2:]] == [
+        ["float + LoRA", "1 | 5 | (reference) |  |  | 8.0 / 9.0 |  |  |"],
+        ["quantized base + same LoRA", "1 | 5 | 10.0 / 10.0 |  |  | 8.0 / 9.0 |  |  |"],
+        [
+            "quantized base, repaired",
+            "1 | 5 | 20.0 / 20.0 | +10.0 (+10.0 to +10.0) | 10 % | 8.0 / 9.0 | 1.5 | 5 MB |",
+        ],
+    ]
+    rows = [
+        better | {"arm": arm, "images": [value + by for value in (9.0, 11.0)]} for arm, by in (("all", 0), ("lora", 1))
+    ]
+    assert "| emoji | lora | 1 | 20.0 / 20.0 | +1.0 (+1.0 to +1.0) | +1.0 (+1.0 to +1.0) | 1.5 | 5 MB |" in (
+        table.trainable_table(rows)
+    )
+
+
 def test_gains_are_paired_by_seed_and_image(scripts):
     """Other images, or other seeds, cancel: only what an arm changes counts."""
     import table
