@@ -199,6 +199,7 @@ def test_bundled_teachers_have_their_own_defaults_which_flags_replace(monkeypatc
     assert run_of(*emoji, "--guidance_scale", "5").guidance_scale == 5.0
     assert run_of(f"{emoji[0]}={emoji[1]}").num_halvings == 2
     assert run_of(*emoji, "--preset", "smoke").num_halvings == 1
+    assert run_of("--pretrained_model_name_or_path", "examples/models/fashion-flow").max_sequence_length == 8
     for others in ((), ("--pretrained_model_name_or_path", "someone/emoji")):
         assert (run_of(*others).guidance_scale, run_of(*others).num_halvings) == (None, 1)
 
