@@ -1,4 +1,4 @@
-"""Write the tables of the READMEs from the committed results in this folder.
+"""Write the tables of the READMEs and of end_to_end.md from the committed results in this folder.
 
     python examples/results/update_readme.py
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from diffusers_pqcad.publishing.hub import results_table, table_notes
 
 HERE = Path(__file__).resolve().parent
-READMES = (HERE.parents[1] / "README.md", HERE.parent / "benchmarks" / "README.md")
+READMES = (HERE.parents[1] / "README.md", HERE.parent / "benchmarks" / "README.md", HERE / "end_to_end.md")
 
 
 def run_block(metrics: dict, *, times: bool) -> str:
