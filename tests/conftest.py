@@ -25,9 +25,10 @@ def one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
-    """Every test starts from the same seed, whatever ran before it."""
+def seed_and_one_thread() -> None:
+    """Every test starts from the same seed and on one thread, whatever ran before it."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 def build_tiny_unet() -> UNet2DModel:
