@@ -25,9 +25,14 @@ def one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def seed_and_one_thread() -> None:
-    """Every test starts from the same seed and on one thread, whatever ran before it."""
+def seed() -> None:
+    """Every test starts from the same seed, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def still_one_thread() -> None:
+    """And on one thread: a test may leave torch on all cores."""
     torch.set_num_threads(1)
 
 
