@@ -41,7 +41,7 @@ BUNDLED = (
     bundled("fashion-mnist", "fashion-mnist-features", "mit"),
     bundled("fashion-mnist-epsilon", "fashion-mnist-features", "mit"),
     bundled("emoji", "emoji-features", "ofl-1.1", **GUIDED),
-    # Its T5 is silent: 256 tokens of it, the pipeline's default, cost six times the time and say nothing.
+    # Its T5 is silent: 256 tokens of it, the pipeline's default, cost several times the time and say nothing.
     bundled("fashion-flow", "fashion-mnist-features", "mit", **GUIDED, max_sequence_length=8),
 )
 

@@ -215,10 +215,6 @@ def bootstrap_interval(
     Raises ValueError for fewer than two images, a negative or non-finite error, or a variance that is not positive.
     Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, section 13.3.
     """
-    require("eval", "scipy")
-    import numpy as np
-    from scipy.stats import bootstrap
-
     if mse_per_image.ndim != 1 or len(mse_per_image) < 2:
         raise ValueError(f"mse_per_image: expected (n,) with n >= 2 images, got shape {tuple(mse_per_image.shape)}.")
     _check_finite(mse_per_image, "mse_per_image")
@@ -226,18 +222,9 @@ def bootstrap_interval(
         raise ValueError("mse_per_image: expected squared errors >= 0, got a negative one. Pass image_mse's result.")
     if not variance > 0:
         raise ValueError(f"variance={variance}: expected a positive number. Pass the result of reference_variance.")
-    result = bootstrap(
-        (mse_per_image.detach().cpu().double().numpy(),),
-        np.mean,
-        n_resamples=num_resamples,
-        batch=100,  # bounds the memory to 100 n values
-        confidence_level=confidence_level,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
+    low_mse, high_mse = _interval_of_mean(mse_per_image, confidence_level, num_resamples, seed)
     # The SQNR falls with the MSE, so the upper end of one interval is the lower end of the other.
-    low_mse, high_mse = result.confidence_interval
-    return _decibel(variance, float(high_mse)), _decibel(variance, float(low_mse))
+    return _decibel(variance, high_mse), _decibel(variance, low_mse)
 
 
 def paired_change_interval(
@@ -251,26 +238,12 @@ def paired_change_interval(
     Raises ValueError for other shapes than (n,) with n >= 2, the same in both.
     Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, section 13.3.
     """
-    require("eval", "scipy")
-    import numpy as np
-    from scipy.stats import bootstrap
-
     if before.ndim != 1 or before.shape != after.shape or len(before) < 2:
         raise ValueError(
             f"before and after: expected (n,) with n >= 2 images, the same in both, got {tuple(before.shape)} and "
             f"{tuple(after.shape)}."
         )
-    result = bootstrap(
-        ((after.double() - before.double()).cpu().numpy(),),
-        np.mean,
-        n_resamples=num_resamples,
-        batch=100,  # bounds the memory to 100 n values
-        confidence_level=confidence_level,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    low, high = result.confidence_interval
-    return float(low), float(high)
+    return _interval_of_mean(after.double() - before.double(), confidence_level, num_resamples, seed)
 
 
 def trajectory_error(reference: Tensor, sample: Tensor) -> Tensor:
@@ -288,6 +261,25 @@ def trajectory_error(reference: Tensor, sample: Tensor) -> Tensor:
     if (power == 0).any():
         raise ValueError(f"reference: step {int(power.argmin())} is all zero, so a relative error is undefined there.")
     return error / power
+
+
+def _interval_of_mean(values: Tensor, confidence_level: float, num_resamples: int, seed: int) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of the mean of `values` (n,)."""
+    require("eval", "scipy")
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    result = bootstrap(
+        (values.detach().cpu().double().numpy(),),
+        np.mean,
+        n_resamples=num_resamples,
+        batch=100,  # bounds the memory to 100 n values
+        confidence_level=confidence_level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    low, high = result.confidence_interval
+    return float(low), float(high)
 
 
 def _decibel(signal: float, noise: float) -> float:

@@ -30,13 +30,6 @@ def prompts_met(
     return torch.tensor([wish.items() <= shown.items() for wish, shown in zip(wanted, found, strict=True)])
 
 
-def prompt_accuracy(
-    extractor: ClassifierExtractor, images: Tensor, wanted: Sequence[Mapping[str, str]], *, batch_size: int = 256
-) -> float:
-    """Return the share of `images` that show what their prompts say, in [0, 1]; arguments and errors as there."""
-    return prompts_met(extractor, images, wanted, batch_size=batch_size).double().mean().item()
-
-
 def check_wanted(extractor: ClassifierExtractor, wanted: Sequence[Mapping[str, str]]) -> None:
     """Raise ValueError for a label, of what prompts say, that `extractor` does not know."""
     for attribute, label in {item for entry in wanted for item in entry.items()}:
