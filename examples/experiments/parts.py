@@ -18,6 +18,7 @@ from typing import Any, Literal
 from unittest import mock
 
 import torch
+from controller import LogController
 from rates import one_rate
 from subjects import (
     NUM_STEPS,
@@ -80,6 +81,13 @@ def third_quarter_counts_double() -> Iterator[None]:
 
 
 @contextmanager
+def momentum_of_logarithms() -> Iterator[None]:
+    """Let PQ average the logarithms of its prices."""
+    with mock.patch.object(progressive, "BitController", LogController):
+        yield
+
+
+@contextmanager
 def as_it_is() -> Iterator[None]:
     """Change nothing."""
     yield
@@ -101,6 +109,8 @@ ARMS = {
     "one width": Arm(method="fixed"),
     "one stage": Arm({"rounds_per_stage": 2 * ROUNDS}, context=one_stage),
     "no momentum": Arm({"beta": 0.0}),
+    "momentum of logarithms": Arm(context=momentum_of_logarithms),
+    "average of all rounds": Arm({"beta": 0.999}),
     "weight signal": Arm({"signal": "weight"}),
     "no trust region": Arm({"trust": math.inf}),
     "no reconstruction": Arm(reconstruction={"iterations": 0}),

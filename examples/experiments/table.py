@@ -78,47 +78,43 @@ def widths_table(rows: list[Row]) -> str:
     return markdown(["allocation", "shortcuts", "average bits", "activations", *subjects], lines)
 
 
-def controller_table(rows: list[Row]) -> str:
-    """Return the fidelity of the controller's allocation, by arm and images a price; differences to no momentum."""
-    base = {
+def controller_table(rows: list[Row], base: str = "no momentum") -> str:
+    """Return the fidelity of the controller's allocation, by arm and images a price.
+
+    Beside the arm `base`: the differences to it at as many images, and at four times as many.
+    """
+    theirs = {
         (row["subject"], row["seed"], row["budget"], row["images_per_price"]): row
         for row in rows
-        if row["arm"] == "no momentum"
+        if row["arm"] == base
     }
-    lines = []
-    for (arm, budget, images, subject), found in sorted(
-        grouped(rows, "arm", "budget", "images_per_price", "subject").items()
-    ):
+
+    def differences(found: list[Row], times: int) -> list[str]:
         pairs = [
-            (row["mean"] - other["mean"], row["median"] - other["median"])
+            (row, other)
             for row in found
-            if (other := base.get((subject, row["seed"], budget, images)))
+            if (
+                other := theirs.get(
+                    (row["subject"], row["seed"], row["budget"], times * row["images_per_price"]),
+                )
+            )
+            and other is not row
         ]
-        differences = (
-            ["", ""]
-            if arm == "no momentum" or not pairs
-            else [
-                f"{mean(values):+.2f} ({low:+.2f} to {high:+.2f})"
-                for values in ([pair[0] for pair in pairs], [pair[1] for pair in pairs])
-                for low, high in [interval(values)]
-            ]
+        if not pairs:
+            return ["", ""]
+        values = [[ours[key] - other[key] for ours, other in pairs] for key in ("mean", "median")]
+        return [f"{mean(each):+.2f} ({low:+.2f} to {high:+.2f})" for each in values for low, high in [interval(each)]]
+
+    lines = [
+        [subject, f"{budget:g}", str(images), arm, str(len(found)), f"{mean(row['evaluations'] for row in found):.0f}"]
+        + [decibels(found), *differences(found, 1), *differences(found, 4)]
+        for (subject, budget, images, arm), found in sorted(
+            grouped(rows, "subject", "budget", "images_per_price", "arm").items()
         )
-        cost = mean(row["evaluations"] for row in found)
-        lines.append(
-            [subject, f"{budget:g}", str(images), arm, str(len(found)), f"{cost:.0f}", decibels(found), *differences]
-        )
-    header = [
-        "model",
-        "bits",
-        "images a price",
-        "arm",
-        "seeds",
-        "evaluations",
-        "mean / median dB",
-        "mean, against no momentum",
-        "median",
     ]
-    return markdown(header, sorted(lines, key=lambda line: (line[0], line[1], int(line[2]))))
+    header = ["model", "bits", "images a price", "arm", "seeds", "evaluations", "mean / median dB"]
+    others = [f"mean, against {base}", "median", f"mean, against {base} at 4 times the images", "median"]
+    return markdown([*header, *others], lines)
 
 
 def errors_of(rows: list[Row]) -> torch.Tensor:
