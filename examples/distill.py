@@ -36,7 +36,8 @@ def bundled(folder: str, features: str, license: str, **defaults: Any) -> Teache
 
 # The first is that of a run that names none. Guidance is that of the teachers' cards; with it, half of 20 steps are
 # still close to all of them, so these are halved twice. Such a student costs about what two or four guided steps cost.
-GUIDED: dict[str, Any] = {"guidance_scale": 3.0, "num_halvings": 2, "float_steps": [4, 2]}
+# Folding is learned prompt by prompt: it takes more of them than quantizing does.
+GUIDED: dict[str, Any] = {"guidance_scale": 3.0, "num_halvings": 2, "float_steps": [4, 2], "num_trajectories": 512}
 BUNDLED = (
     bundled("fashion-mnist", "fashion-mnist-features", "mit"),
     bundled("fashion-mnist-epsilon", "fashion-mnist-features", "mit"),

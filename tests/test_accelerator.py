@@ -13,7 +13,7 @@ from diffusers_pqcad.loading.coverage import average_bits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-CAD = DistillConfig(max_train_steps=6, train_batch_size=4, evaluation_steps=2, gate_steps=2)
+CAD = DistillConfig(max_train_steps=6, train_batch_size=4, evaluation_steps=2)
 
 
 @pytest.fixture

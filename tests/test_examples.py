@@ -211,7 +211,7 @@ def test_ablations_are_added_to_a_finished_run(teacher, finished):
     rows = {row["key"]: row for row in json.loads((finished / "metrics.json").read_text())["rows"]}
     assert [rows[row["key"]] for row in metrics["rows"]] == metrics["rows"]  # what was measured stays
     assert set(rows) - {row["key"] for row in metrics["rows"]} == {
-        "cad_calibration_only", "cad_float_teacher", "cad_no_gate", "cad_no_calibration",
+        "cad_calibration_only", "cad_float_teacher", "cad_no_calibration",
         "pq_no_momentum", "fixed_reconstructed", "load_time",
     }  # fmt: skip
     assert all((weights(finished)[name] == before[name]).all() for name in before)

@@ -64,7 +64,7 @@ SMALL = {  # the settings of the text, and those of its test
     "num_images=100": "num_images=4, num_latency_rounds=1",
     "ProgressiveConfig())": "ProgressiveConfig(rounds_per_stage=1, price_batch_size=2, "
     "reconstruction_samples=8, reconstruction=ReconstructionConfig(iterations=1, batch_size=4)))",
-    "DistillConfig())": "DistillConfig(max_train_steps=2, train_batch_size=4, evaluation_steps=1, gate_steps=1))",
+    "DistillConfig())": "DistillConfig(max_train_steps=2, train_batch_size=4, evaluation_steps=1))",
 }
 
 

@@ -3,8 +3,7 @@
 The student learns to land in one DDIM step where the teacher lands in two (Salimans & Ho 2022, arXiv:2202.00512), and,
 of a guided model, to answer in one branch what the teacher gives in two (Meng et al. 2023, arXiv:2210.03142, at one
 guidance scale). A quantized teacher's landing points are biased, and more data do not help; recorded full-precision
-trajectories are not. Inspired by the abstract of PQCAD-DM (arXiv:2506.16776): both terms together, and a momentum of
-the two errors that lets the teacher speak only while it is better than the student.
+trajectories are not. Inspired by the abstract of PQCAD-DM (arXiv:2506.16776): both terms together.
 """
 
 import copy
@@ -51,13 +50,10 @@ from diffusers_pqcad.compression.optimization import (
 )
 from diffusers_pqcad.compression.progressive import image_error, trajectory_error, weighted_error
 
-GATE_TRAJECTORIES = 16  # of the held-out ones: the gate is measured often, and smoothed by its momentum
-START_RATIO = 2.0  # the student's error counts as twice the teacher's until it has been measured
-
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Settings of CAD; the three switches make the ablations.
+    """Settings of CAD; the two switches make the ablations.
 
     What they are worth, in the median image of two small models at 4 bits, three seeds each, simulated
     (examples/results/method.md): CAD 6.6 and 4.8 dB against the same model in half the steps, undistilled; a
@@ -72,9 +68,6 @@ class DistillConfig:
         },
     )
     calibration: bool = field(default=True, metadata={"help": "whether CAD has its full-precision calibration term"})
-    gate: bool = field(
-        default=True, metadata={"help": "whether CAD's teacher speaks only while it is better than the student"}
-    )
     trainable: Trainable = field(
         default="all",
         metadata={
@@ -118,8 +111,6 @@ class DistillConfig:
     calibration_weight: float = field(
         default=1.0, metadata={"help": "weight of CAD's calibration term; the teacher's is 1"}
     )
-    gate_momentum: float = field(default=0.7, metadata={"help": "momentum of the errors that CAD's gate compares"})
-    gate_steps: int = field(default=10, metadata={"help": "updates between two measurements of CAD's gate"})
     ema_decay: float = field(default=0.99, metadata={"help": "decay of the moving average of CAD's weights"})
     evaluation_steps: int = field(
         default=40, metadata={"help": "updates between two measurements on the held-out trajectories"}
@@ -131,14 +122,13 @@ class DistillConfig:
             raise ValueError(f"teacher: expected 'quantized', 'fp' or 'none', got {self.teacher!r}.")
         if self.trainable not in ("all", "scales", "lora"):
             raise ValueError(f"trainable: expected 'all', 'scales' or 'lora', got {self.trainable!r}.")
-        check_minimum(self, max_train_steps=1, train_batch_size=1, gate_steps=1, evaluation_steps=1, rank=1)
+        check_minimum(self, max_train_steps=1, train_batch_size=1, evaluation_steps=1, rank=1)
         check_minimum(self, step_rate=0, float_rate=0, lora_rate=0, calibration_weight=0)
         check_minimum(self, **({} if self.lora_alpha is None else {"lora_alpha": 1}))
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: expected more than 0, inf for no limit, got {self.max_grad_norm}.")
-        for name in ("gate_momentum", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 0 to below 1, got {getattr(self, name)}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: expected 0 to below 1, got {self.ema_decay}.")
         if not any(term.weight(self) for term in TERMS.values()):
             raise ValueError(
                 f"teacher={self.teacher!r} with calibration={self.calibration} and calibration_weight="
@@ -157,12 +147,11 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class StepStats:
-    """One update: losses, mean gate, rate, speed; at evaluations the held-out trajectory error."""
+    """One update: losses, rate, speed; at evaluations the held-out trajectory error."""
 
     step: int
     loss: float
-    losses: dict[str, float]  # of the terms that spoke, by name
-    gate: float | None
+    losses: dict[str, float]  # of the terms, by name
     step_rate: float
     images_per_second: float
     held_out_error: float | None = None
@@ -177,25 +166,6 @@ def landing_of(teacher: Denoiser, grid: Grid, k: Tensor, state: Tensor, conditio
         timestep = grid.timestep[k + index].to(state.device)
         state = grid.step(k + index, state, teacher(state, timestep, condition))
     return state
-
-
-class Gate:
-    """Momentum of the student's held-out error per jump against the teacher's: how far the teacher is trusted.
-
-    g_k = clip((e_student,k - e_teacher,k) / e_student,k, 0, 1), with e_student an exponential moving average.
-    """
-
-    def __init__(self, teacher_error: Tensor, momentum: float) -> None:
-        self.teacher_error, self.momentum = teacher_error, momentum
-        self.student_error = START_RATIO * teacher_error
-
-    def update(self, student_error: Tensor) -> None:
-        """Take in the student's measured error per jump (K,)."""
-        self.student_error = self.momentum * self.student_error + (1 - self.momentum) * student_error
-
-    def value(self) -> Tensor:
-        """Return the gate of each jump, (K,), in [0, 1]."""
-        return ((self.student_error - self.teacher_error) / self.student_error.clamp(min=1e-20)).clamp(0, 1)
 
 
 class Distillation:
@@ -281,24 +251,6 @@ class Distillation:
         landing = landing_of(Denoiser(model, self.teacher_plan), self.grid, first, state, conditions)
         return self.student_grid.output_to(jump, state, landing)
 
-    @torch.no_grad()
-    def held_out_error_per_jump(self, model: nn.Module, *, as_teacher: bool) -> Tensor:
-        """Return the mean squared output error on the held-out trajectories for each jump, (K,).
-
-        Of a `model` in the student's steps, or `as_teacher` in the teacher's.
-        """
-        data, trajectory = self.held_out, torch.arange(min(len(self.held_out), GATE_TRAJECTORIES))
-        errors = []
-        for index in range(len(self.student_grid)):
-            jump = torch.full_like(trajectory, index)
-            state, target = self.recorded(data, trajectory, jump)
-            if as_teacher:
-                output = self.teacher_target(model, data, trajectory, jump, state)
-            else:
-                output = self.outputs(model, jump, state, data.condition(trajectory, self.stride * jump))
-            errors.append((output - target).square().mean())
-        return torch.stack(errors)
-
     def trajectory_error(self) -> float:
         """Return the student's held-out trajectory error in its steps: what the best state is chosen by."""
         return trajectory_error(self.student, self.held_out, self.num_steps)
@@ -322,12 +274,10 @@ class Distillation:
         timesteps = self.student_grid.timestep.tolist()
         calibrate_activations_(self.student, ((t, partial(run, index)) for index, t in enumerate(timesteps)))
 
-    def losses(self, model: nn.Module, step: int, rank: int, gate: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, model: nn.Module, step: int, rank: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of one update and its terms; the draws are a function of (seed, step, rank)."""
         generator = torch.Generator().manual_seed(((self.config.seed * 1_000_003 + step) * 8191 + rank) % 2**63)
-        drawn = {name: draw for name, term in self.terms.items() if (draw := term.draw(self, generator, gate))}
-        if not drawn:
-            return self.weight.new_zeros(()), {}
+        drawn = {name: term.draw(self, generator) for name, term in self.terms.items()}
         # One call for all terms: a larger batch costs less than two, and the weights are rounded once.
         trajectory, jump, state, target, weight = map(torch.cat, zip(*drawn.values(), strict=True))
         output = self.outputs(model, jump, state, self.train_set.condition(trajectory, self.stride * jump))
@@ -349,21 +299,16 @@ class Draw(NamedTuple):
     weight: Tensor
 
 
-def teacher_draw(run: Distillation, generator: torch.Generator, gate: Tensor) -> Draw | None:
-    """Return fresh states and where the teacher takes them, of those jumps for which the gate is open."""
+def teacher_draw(run: Distillation, generator: torch.Generator) -> Draw:
+    """Return fresh states and where the teacher takes them."""
     assert run.teacher is not None
-    size = run.config.train_batch_size
-    jump = torch.randint(0, len(run.student_grid), (size,), generator=generator)
+    jump = torch.randint(0, len(run.student_grid), (run.config.train_batch_size,), generator=generator)
     trajectory, state = run.fresh_states(jump, generator)
-    spoken = (gate[jump] > 0).cpu()  # the others add nothing to the mean, and need not be computed
-    if not bool(spoken.any()):
-        return None
-    trajectory, jump, state = trajectory[spoken], jump[spoken], state[spoken]
     target = run.teacher_target(run.teacher, run.train_set, trajectory, jump, state)
-    return Draw(trajectory, jump, state, target, run.weight[jump] * gate[jump] * len(jump) / size)
+    return Draw(trajectory, jump, state, target, run.weight[jump])
 
 
-def calibration_draw(run: Distillation, generator: torch.Generator, gate: Tensor) -> Draw:
+def calibration_draw(run: Distillation, generator: torch.Generator) -> Draw:
     """Return recorded states, and the outputs that land on the recorded states a jump later."""
     size = run.config.train_batch_size
     jump = torch.randint(0, len(run.student_grid), (size,), generator=generator)
@@ -375,7 +320,7 @@ class Term(NamedTuple):
     """A term of CAD's loss: its weight under a config (0: it is left out), and what it learns from in an update."""
 
     weight: Callable[[DistillConfig], float]
-    draw: Callable[[Distillation, torch.Generator, Tensor], Draw | None]
+    draw: Callable[[Distillation, torch.Generator], Draw]
 
 
 TERMS = {
@@ -481,8 +426,7 @@ def updates(
 
     `path` is that of a resume file for `request`, or None; `state` is what an earlier call left there, or None.
     """
-    config, student, teacher = run.config, run.student, run.teacher
-    device = next(student.parameters()).device
+    config, student = run.config, run.student
     run.calibrate_activations()
     adam = AveragedAdam(
         groups,
@@ -490,16 +434,11 @@ def updates(
         ema_decay=config.ema_decay,
         max_grad_norm=config.max_grad_norm,
     )
-    gate = None
-    if teacher is not None and config.gate:
-        gate = Gate(run.held_out_error_per_jump(teacher, as_teacher=True), config.gate_momentum)
     best, first = BestState(student, run.trajectory_error()), 0
     if state is not None:
         load_fake_quant_state_(student, state["model"])
         adam.load_state_dict(state["adam"])
         best.load_state_dict(state["best"])
-        if gate is not None:
-            gate.student_error = state["student_error"].to(device)
         first = state["step"]
     model, adam.optimizer = accelerator.prepare(student, adam.optimizer)
     images_per_update = config.train_batch_size * accelerator.num_processes
@@ -507,13 +446,9 @@ def updates(
     try:
         for step in range(first, config.max_train_steps):
             started = time.perf_counter()
-            if gate is not None and step % config.gate_steps == 0:
-                gate.update(run.held_out_error_per_jump(student, as_teacher=False))
-            open_by = torch.ones_like(run.weight) if gate is None else gate.value()
-            loss, terms = run.losses(model, step, accelerator.process_index, open_by)
-            if loss.requires_grad:  # a closed gate without a calibration term leaves nothing to learn from this time
-                accelerator.backward(loss)
-                adam.update(step)
+            loss, terms = run.losses(model, step, accelerator.process_index)
+            accelerator.backward(loss)
+            adam.update(step)
 
             done, error = step + 1, None
             if done % config.evaluation_steps == 0 or done == config.max_train_steps:
@@ -524,7 +459,6 @@ def updates(
                 step=done,
                 loss=loss.item(),
                 losses={name: term.item() for name, term in terms.items()},
-                gate=None if teacher is None else open_by.mean().item(),
                 step_rate=config.step_rate * rate_factor(step, adam.num_steps, adam.warmup_steps),
                 images_per_second=images_per_update / (time.perf_counter() - started),
                 held_out_error=error,
@@ -537,7 +471,6 @@ def updates(
                     "model": fake_quant_state(student),
                     "adam": adam.state_dict(),
                     "best": best.state_dict(),
-                    "student_error": None if gate is None else gate.student_error,
                     "step": done,
                     "request": json.dumps(request),
                 }

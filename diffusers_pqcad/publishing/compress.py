@@ -287,12 +287,11 @@ def arms_of(config: DistillConfig, ablations: bool, *, fold_otherwise: bool | No
 
     `fold_otherwise`: whether guidance is folded in the arm that is the other way round; None: there is no such arm.
     """
-    whole = replace(config, teacher="quantized", calibration=True, gate=True)
+    whole = replace(config, teacher="quantized", calibration=True)
     others = [
         Arm("cad_calibration_only", "CAD: calibration only", replace(whole, teacher="none")),
         Arm("cad_float_teacher", "CAD: full-precision teacher", replace(whole, teacher="fp")),
-        Arm("cad_no_gate", "CAD: gate off", replace(whole, gate=False)),
-        Arm("cad_no_calibration", "CAD: no calibration, gate off", replace(whole, gate=False, calibration=False)),
+        Arm("cad_no_calibration", "CAD: no calibration", replace(whole, calibration=False)),
     ]
     if fold_otherwise is not None:
         key, way = ("cad_folded", "guidance folded") if fold_otherwise else ("cad_guided", "both branches of guidance")

@@ -404,8 +404,6 @@ def cad_terms(settings: dict[str, Any]) -> str:
     teacher = settings.get("teacher", "quantized")
     terms = [{"quantized": "quantized teacher", "fp": "full-precision teacher", "none": "no teacher"}[teacher]]
     terms.append("full-precision calibration" if settings.get("calibration", True) else "no calibration")
-    if teacher != "none":
-        terms.append("gate" if settings.get("gate", True) else "no gate")
     return ", ".join(terms)
 
 

@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from diffusers_pqcad import DistillConfig, PQCADConfig, ProgressiveConfig, progressive_quantize
 from diffusers_pqcad.compression import distillation
 from diffusers_pqcad.compression.calibration import CalibrationSet
-from diffusers_pqcad.compression.distillation import Distillation, Gate
+from diffusers_pqcad.compression.distillation import Distillation
 from diffusers_pqcad.compression.fake_quant import fake_quant_layers, freeze_, latent_weight, weight_quantizer
 from diffusers_pqcad.compression.optimization import (
     AveragedAdam,
@@ -103,7 +103,6 @@ class Arm:
     ema_decay: float = 0.99
     teacher: str = "quantized"
     calibration: bool = True
-    gate: bool = True
     weight: str = "gain"
     num_trajectories: int = NUM_TRAJECTORIES
     evaluation_steps: int = EVALUATION_STEPS
@@ -146,8 +145,7 @@ DISTILLATION = {
     "Huber": Arm(RATE, weight="huber"),
     "calibration alone": Arm(RATE, teacher="none"),
     "full-precision teacher": Arm(RATE, teacher="fp"),
-    "gate off": Arm(RATE, gate=False),
-    "no calibration": Arm(RATE, gate=False, calibration=False),
+    "no calibration": Arm(RATE, calibration=False),
     "16 trajectories": Arm(RATE, num_trajectories=16),
     "16 trajectories, calibration alone": Arm(RATE, teacher="none", num_trajectories=16),
 }
@@ -167,8 +165,7 @@ CAD = {
     "CAD": cad_arm(),
     "calibration alone": cad_arm(teacher="none"),
     "full-precision teacher": cad_arm(teacher="fp"),
-    "gate off": cad_arm(gate=False),
-    "no calibration": cad_arm(gate=False, calibration=False),
+    "no calibration": cad_arm(calibration=False),
     "twice the updates": cad_arm(updates=2 * DistillConfig.max_train_steps),
     "16 trajectories": cad_arm(num_trajectories=16),
     "16 trajectories, calibration alone": cad_arm(teacher="none", num_trajectories=16),
@@ -262,7 +259,7 @@ def distil(
 ) -> dict[str, Any]:
     """Train `model` to take half the steps; the teacher is what it was when it started, or `float_model`."""
     config = DistillConfig(
-        teacher=arm.teacher, calibration=arm.calibration, gate=arm.gate, train_batch_size=arm.batch_size, seed=seed
+        teacher=arm.teacher, calibration=arm.calibration, train_batch_size=arm.batch_size, seed=seed
     )  # type: ignore[arg-type]
     speaker = {"none": None, "fp": float_model, "quantized": None}[arm.teacher]
     if arm.teacher == "quantized":
@@ -274,15 +271,9 @@ def distil(
     run.held_out = calibration.split()[1]  # all arms are judged by the same
     run.weight = jump_weights(run, arm.weight)
     run.calibrate_activations()
-    gate = None
-    if speaker is not None and arm.gate:
-        gate = Gate(run.held_out_error_per_jump(speaker, as_teacher=True), config.gate_momentum)
 
     def loss_of(step: int) -> Tensor:
-        if gate is not None and step % config.gate_steps == 0:
-            gate.update(run.held_out_error_per_jump(model, as_teacher=False))
-        open_by = torch.ones_like(run.weight) if gate is None else gate.value()
-        return run.losses(model, step, 0, open_by)[0]
+        return run.losses(model, step, 0)[0]
 
     error_of = huber_error if arm.weight == "huber" else distillation.weighted_error
     with mock.patch.object(distillation, "weighted_error", error_of):

@@ -75,7 +75,7 @@ def test_metrics_are_what_the_folder_says(finished):
     assert metrics["rows"][-1]["num_inference_steps"] == 2
     assert metrics["cad"]["steps"] == 4
     card = (folder / "README.md").read_text()
-    assert "quantized teacher, full-precision calibration, gate" in card
+    assert "quantized teacher, full-precision calibration" in card
     assert "license:" not in card
 
 
@@ -224,8 +224,7 @@ def test_ablations_change_one_part_of_the_whole_method_each():
         "pq_cad": {},
         "cad_calibration_only": {"teacher": "none"},
         "cad_float_teacher": {"teacher": "fp"},
-        "cad_no_gate": {"gate": False},
-        "cad_no_calibration": {"gate": False, "calibration": False},
+        "cad_no_calibration": {"calibration": False},
     }
     found = {arm.key: arm.config for arm in arms_of(config, True)}
     assert found == {key: DistillConfig(max_train_steps=7, **change) for key, change in changes.items()}

@@ -263,7 +263,7 @@ def test_the_ablations_of_a_guided_pipeline_that_is_halved_twice(
     assert {key: cost for key, cost in rows.items() if key.startswith("float")} == {
         "float": (8, 16), "float_half": (4, 8), "float_2": (2, 4), "float_unguided_2": (2, 2), "float_1": (1, 2),
     }  # fmt: skip
-    arms = ("pq_cad", "cad_calibration_only", "cad_float_teacher", "cad_no_gate", "cad_no_calibration")
+    arms = ("pq_cad", "cad_calibration_only", "cad_float_teacher", "cad_no_calibration")
     assert {key: cost for key, cost in rows.items() if "cad" in key} == {
         **{f"{arm}_4": (4, 4) for arm in arms}, **dict.fromkeys(arms, (2, 2)),
         "cad_guided_4": (4, 8), "cad_guided": (2, 4),

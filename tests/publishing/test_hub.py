@@ -368,13 +368,13 @@ def test_metrics_of_a_file_make_the_same_card(metrics: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("settings", "terms"),
     [
-        ({}, "quantized teacher, full-precision calibration, gate;"),
+        ({}, "quantized teacher, full-precision calibration;"),
         (
-            {"teacher": "fp", "gate": False},
-            "full-precision teacher, full-precision calibration, no gate;",
+            {"teacher": "fp"},
+            "full-precision teacher, full-precision calibration;",
         ),
         ({"teacher": "none"}, "no teacher, full-precision calibration;"),
-        ({"calibration": False}, "quantized teacher, no calibration, gate;"),
+        ({"calibration": False}, "quantized teacher, no calibration;"),
     ],
 )
 def test_the_method_is_that_of_the_settings(metrics: dict[str, Any], settings: dict[str, Any], terms: str):

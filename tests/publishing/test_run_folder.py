@@ -69,8 +69,8 @@ def begun(folder, **changes):
 def test_a_folder_that_was_begun_with_fewer_settings_has_the_defaults_of_the_others(tmp_path):
     assert set(FIRST_SETTINGS) < set(flat(settings_of({})))
     begun(tmp_path / "old")
-    with pytest.raises(ValueError, match="gate_steps"):
-        claim_folder(tmp_path / "old", settings_of({"gate_steps": 5}))
+    with pytest.raises(ValueError, match="ema_decay"):
+        claim_folder(tmp_path / "old", settings_of({"ema_decay": 0.5}))
     claim_folder(tmp_path / "old", settings_of({}))
 
 

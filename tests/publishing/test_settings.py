@@ -66,7 +66,7 @@ def test_every_flag_has_a_help_text_that_says_its_default(capsys):
     assert "What it does." in text
     assert "0: PQ without momentum (default: 0.9)" in text
     assert "--signal {output,weight}" in text
-    assert "--no_gate" in text
+    assert "--no_calibration" in text
     assert "(default: 4.0)" in text
     assert text.count("--preset {default,full,smoke} set of defaults") == 1
     assert all(part.title in text for part in PARTS)
@@ -93,7 +93,7 @@ def test_names_that_two_dataclasses_have_are_two_flags():
         (("--perturbation-floor", "0.5"), "progressive", "perturbation_floor", 0.5),
         (("--signal", "weight"), "progressive", "signal", "weight"),
         (("--teacher", "fp"), "distillation", "teacher", "fp"),
-        (("--gate", "False"), "distillation", "gate", False),
+        (("--calibration", "False"), "distillation", "calibration", False),
         (("--no_calibration",), "distillation", "calibration", False),
         (("--ablations",), "run", "ablations", True),
         (("--ablations", "False", "--preset", "full"), "run", "ablations", False),
@@ -199,11 +199,11 @@ def test_a_recipe_comes_after_the_preset_and_before_the_flags(tmp_path):
 
 
 def test_what_is_written_is_what_is_read(tmp_path):
-    flags = ["--trust", "inf", "--no_gate", "--activation_bits", "0", "--bit_choices", "8", "4"]
+    flags = ["--trust", "inf", "--no_calibration", "--activation_bits", "0", "--bit_choices", "8", "4"]
     settings = parse_settings([*flags, "--modules_to_not_convert", "mid_block", "--license", "mit"])
     assert parse_settings(written(tmp_path, yaml.safe_dump(flat(settings)))) == settings
-    settings = parse_settings(written(tmp_path, "step_rate: 1e-2\nactivation_bits: null\ngate: off\n"))
-    assert (settings.distillation.step_rate, settings.distillation.gate) == (0.01, False)
+    settings = parse_settings(written(tmp_path, "step_rate: 1e-2\nactivation_bits: null\ncalibration: off\n"))
+    assert (settings.distillation.step_rate, settings.distillation.calibration) == (0.01, False)
     assert settings.quantization.activation_bits is None
 
 
