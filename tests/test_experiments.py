@@ -165,7 +165,7 @@ def test_parts(scripts, monkeypatch):
         name: dataclasses.replace(arm, progressive=arm.progressive | little)
         for name, arm in parts.ARMS.items()
         if name in ("PQ", "one width", "one stage", "reconstruction at 3e-4", "steps 11 to 15 double")
-        or name == "momentum of logarithms"
+        or name in ("momentum of logarithms", "sensitivity")
     }
     monkeypatch.setattr(parts, "ARMS", chosen)
     rows = {row["arm"]: row for row in scripts("parts", "--subjects", "digits-epsilon", "--seeds", "0")}
@@ -178,6 +178,7 @@ def test_parts(scripts, monkeypatch):
     assert rows["steps 11 to 15 double"]["images"] != rows["PQ"]["images"]
     assert rows["steps 11 to 15 double"]["evaluations"] > 0
     assert rows["momentum of logarithms"]["rounds"] > 0
+    assert rows["sensitivity"]["images"] != rows["PQ"]["images"]
 
 
 def test_the_third_quarter_of_the_steps_counts_double(scripts, tiny_pipeline):
