@@ -72,6 +72,20 @@ def test_controller(scripts):
         assert row["evaluations"] > 0
 
 
+@pytest.mark.parametrize("name", ["momentum of prices", "momentum of logarithms"])
+def test_an_arm_of_pq_has_another_controller(scripts, name):
+    import controller
+    import parts
+
+    from diffusers_pqcad.compression import progressive
+
+    kinds = {"momentum of prices": controller.PriceController, "momentum of logarithms": controller.LogController}
+    with parts.ARMS[name].context():
+        made = progressive.SensitivityController({"a": 1}, (8, 4), 0.5, changes={}, beta=0.7)
+    assert type(made) is kinds[name]
+    assert (made.trust, made.beta) == (0.5, 0.7)
+
+
 def test_the_solver_finds_the_smallest_sum_of_errors(scripts):
     import itertools
 
@@ -165,7 +179,7 @@ def test_parts(scripts, monkeypatch):
         name: dataclasses.replace(arm, progressive=arm.progressive | little)
         for name, arm in parts.ARMS.items()
         if name in ("PQ", "one width", "one stage", "reconstruction at 3e-4", "steps 11 to 15 double")
-        or name in ("momentum of logarithms", "sensitivity")
+        or name in ("momentum of prices", "momentum of logarithms")
     }
     monkeypatch.setattr(parts, "ARMS", chosen)
     rows = {row["arm"]: row for row in scripts("parts", "--subjects", "digits-epsilon", "--seeds", "0")}
@@ -178,7 +192,6 @@ def test_parts(scripts, monkeypatch):
     assert rows["steps 11 to 15 double"]["images"] != rows["PQ"]["images"]
     assert rows["steps 11 to 15 double"]["evaluations"] > 0
     assert rows["momentum of logarithms"]["rounds"] > 0
-    assert rows["sensitivity"]["images"] != rows["PQ"]["images"]
 
 
 def test_the_third_quarter_of_the_steps_counts_double(scripts, tiny_pipeline):

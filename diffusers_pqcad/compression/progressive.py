@@ -8,10 +8,11 @@ block reconstruction.
 import copy
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,8 +57,8 @@ from diffusers_pqcad.compression.reconstruction import (
 from diffusers_pqcad.layers.find import layer_of
 from diffusers_pqcad.loading.config import PQCADConfig
 from diffusers_pqcad.loading.convert import match_modules, relative_weight_error, with_model_exemptions
-from diffusers_pqcad.numerics.allocation import BitController, Move, stage_budgets
-from diffusers_pqcad.numerics.qparams import WeightSpec
+from diffusers_pqcad.numerics.allocation import BitController, Move, SensitivityController, stage_budgets
+from diffusers_pqcad.numerics.qparams import WeightSpec, fake_quantize_weight, min_max_weight_scale
 
 MIN_RECONSTRUCTION_SAMPLES = 8
 BATCH_SIZE = 64  # images of one pass, where nothing is trained; as many rows again for each branch of guidance
@@ -90,7 +91,9 @@ class ProgressiveConfig:
         default="output",
         metadata={"help": "what a transition's price is measured by; 'weight' is the abstract's wording, and weaker"},
     )
-    beta: float = field(default=0.9, metadata={"help": "momentum of the prices; 0: PQ without momentum"})
+    beta: float = field(
+        default=0.9, metadata={"help": "momentum of the layers' sensitivities; 0: PQ without momentum"}
+    )
     trust: float = field(
         default=1.0,
         metadata={"help": "how much a round may add to the perturbation (plus the floor); 1: it may double it"},
@@ -247,6 +250,28 @@ def weight_prices(reference: nn.Module, controller: BitController, group_size: i
     return prices
 
 
+@torch.no_grad()
+def weight_changes(
+    layers: Mapping[str, nn.Module], bit_choices: Sequence[int], group_size: int | None = None
+) -> dict[tuple[str, int], float]:
+    """Return ||Q_b'(W) - Q_b(W)||^2 of each layer's transition from b to the next narrower b', by (layer, b).
+
+    Min-max scales, as transitions have; `group_size` is that of Linear layers. Raises ValueError, naming the layer,
+    for weights that are not finite.
+    """
+    changes, widths = {}, sorted(bit_choices, reverse=True)
+    for name, layer in layers.items():
+        weight = layer.get_parameter("weight")
+        specs = [WeightSpec(bits, group_size if isinstance(layer, nn.Linear) else None) for bits in widths]
+        try:
+            rounded = [fake_quantize_weight(weight, min_max_weight_scale(weight, spec), spec) for spec in specs]
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        for wide, (before, after) in zip(widths, pairwise(rounded), strict=False):
+            changes[name, wide] = (after - before).square().sum().item()
+    return changes
+
+
 def passes_of(denoiser: Denoiser, calls: Calls) -> list[Pass]:
     """Return the model calls of a step with drawn `calls`, for any model that `denoiser` could call."""
 
@@ -272,7 +297,13 @@ class ProgressiveQuantizer:
         if config.method == "fixed":  # one width everywhere; reconstruction as with any other
             config = replace(config, method="progressive", bit_choices=(int(config.weight_bits),))
         num_weights = {name: layer.weight.numel() for name, layer in searched.items()}
-        self.controller = BitController(num_weights, config.bit_choices, settings.beta, settings.trust)
+        self.controller = SensitivityController(
+            num_weights,
+            config.bit_choices,
+            settings.trust,
+            changes=weight_changes(searched, config.bit_choices, config.group_size),
+            beta=settings.beta,
+        )
         self.controller.check_budget(config.weight_bits)
         self.model, self.config, self.settings = model, config, settings
         # A copy, because the latents move away from the original weights, which the targets need.
@@ -545,6 +576,7 @@ def progressive_quantize(
     request = {
         "config": with_model_exemptions(model, config).to_dict(),  # older versions searched other layers
         "settings": asdict(settings),
+        "controller": SensitivityController.__name__,  # older versions kept a momentum of prices
         "calibration": calibration.identity(),
         "num_inference_steps": calibration.num_inference_steps,
     }

@@ -1,12 +1,12 @@
-"""The bit controller: prices with momentum decide which layers move to fewer bits. Pure: no model.
+"""The bit controllers: prices decide which layers move to fewer bits, with data those of a momentum. Pure: no model.
 
 The abstract of PQCAD-DM (arXiv:2506.16776) asks for "adaptive bit-width transitions guided by a momentum-based
 mechanism, reducing excessive weight perturbations in low-precision". Inspired by it, and our own design: every layer
 starts at the widest choice; a transition of layer l from b to the next narrower width b' costs a *perturbation* (of
-the weights, or of the model's output) and saves n_l (b - b') bits; its price is the cost per bit saved. An exponential
-moving average of the price is the layer's priority: cheap layers move first. What that momentum is worth was measured
-(examples/results/method.md): at 2, 8 and 32 images a price, the median image of two small models differs by less than
-1 dB from that without it, in either direction. The noise of prices is no bottleneck there.
+the weights, or of the model's output) and saves n_l (b - b') bits; its price is the cost per bit saved, and cheap
+layers move first. Measured from few images, a price is noisy. How far a transition moves the *weights* is known, so
+what has to be measured is the layer's sensitivity alone, perturbation over that change; an exponential moving average
+of it serves all rounds and all widths (`SensitivityController`). Its worth is in examples/results/method.md.
 A trust region bounds the perturbation of one round, and a forced phase makes sure that the budget is met.
 """
 
@@ -46,12 +46,11 @@ class Momentum:
 
 @dataclass
 class BitController:
-    """Bits of every layer under a budget of average bits.
+    """Bits of every layer under a budget of average bits; a price is the one that was measured last.
 
     Args:
         num_weights: weights of every searched layer.
         bit_choices: widths, any order; every layer starts at the widest.
-        beta: momentum of the prices; 0 switches it off.
         trust: a round's predicted perturbation may be at most `trust` times (what is there already + the floor).
 
     Raises ValueError for an empty model or a budget (`check_budget`) that no allocation meets.
@@ -59,10 +58,9 @@ class BitController:
 
     num_weights: Mapping[str, int]
     bit_choices: tuple[int, ...]
-    beta: float = 0.9
     trust: float = 1.0
     bits: dict[str, int] = field(default_factory=dict)
-    momenta: dict[tuple[str, int], Momentum] = field(default_factory=dict)  # keyed by layer and the width it leaves
+    prices: dict[tuple[str, int], float] = field(default_factory=dict)  # by layer and the width that it leaves
 
     def __post_init__(self) -> None:
         if not self.num_weights:
@@ -102,35 +100,23 @@ class BitController:
         return [layer for layer in self.num_weights if self.narrower(layer) is not None]
 
     def observe(self, perturbations: Mapping[str, float]) -> None:
-        """Update the momentum of each layer's next transition with its measured perturbation (>= 0)."""
+        """Take in the measured perturbation (>= 0) of each layer's next transition."""
         for layer, perturbation in perturbations.items():
-            if self.narrower(layer) is None:
-                continue
-            price = max(perturbation, 0.0) / self.saved_bits(layer)
-            self.momenta.setdefault((layer, self.bits[layer]), Momentum()).update(price, self.beta)
+            if self.narrower(layer) is not None:
+                self.prices[layer, self.bits[layer]] = max(perturbation, 0.0) / self.saved_bits(layer)
 
     def saved_bits(self, layer: str) -> int:
         """Return the bits that the layer's next transition saves, over all its weights; 0 at the narrowest width."""
         return self.num_weights[layer] * (self.bits[layer] - (self.narrower(layer) or self.bits[layer]))
 
     def price(self, layer: str, bits: int) -> float:
-        """Return the expected price of the layer's transition down from `bits`."""
-        return self.momentum(layer, bits).mean(self.beta)
+        """Return the expected price of the layer's transition down from `bits`.
 
-    def momentum(self, layer: str, bits: int) -> Momentum:
-        """Return the momentum of the layer's transition down from `bits`.
-
-        Where it was not measured yet, the last measured one stands in, scaled as rounding noise is: four times the
-        variance for each bit less.
+        Where it was not measured yet, that of the next wider one stands in, scaled as rounding noise is: four times
+        the variance for each bit less. 0 where none was.
         """
-        if (layer, bits) in self.momenta:
-            return self.momenta[layer, bits]
-        wider = [width for width in self.bit_choices[::-1] if width > bits and (layer, width) in self.momenta]
-        if not wider:
-            return Momentum()
-        known = self.momenta[layer, wider[0]]
-        factor = 4.0 ** (wider[0] - bits)
-        return Momentum(known.count, known.average * factor)
+        known = [width for width in self.bit_choices[::-1] if width >= bits and (layer, width) in self.prices]
+        return self.prices[layer, known[0]] * 4.0 ** (known[0] - bits) if known else 0.0
 
     def priority(self, layer: str) -> float:
         """Return the expected price of the layer's next transition; the smallest moves first."""
@@ -197,13 +183,57 @@ class BitController:
         """Return everything that changes, as plain JSON values."""
         return {
             "bits": dict(self.bits),
-            "momenta": [[*key, value.count, value.average] for key, value in self.momenta.items()],
+            "prices": [[*key, price] for key, price in self.prices.items()],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.bits = dict(state["bits"])
-        self.momenta = {(layer, bits): Momentum(*rest) for layer, bits, *rest in state["momenta"]}
+        self.prices = {(layer, bits): price for layer, bits, price in state["prices"]}
+
+
+@dataclass
+class SensitivityController(BitController):
+    """A price is the known change of the layer's weights times its sensitivity, of which a momentum is kept.
+
+    Args:
+        changes: ||Q_b'(W) - Q_b(W)||^2 of each layer's transition from b to the next narrower b', by (layer, b).
+        beta: momentum of the sensitivities; with 0 a price is the one that was measured last.
+
+    The change may be of any unit: only its ratio between the widths of one layer counts.
+    """
+
+    changes: Mapping[tuple[str, int], float] = field(default_factory=dict)
+    beta: float = 0.9
+    momenta: dict[str, Momentum] = field(default_factory=dict)
+
+    def observe(self, perturbations: Mapping[str, float]) -> None:
+        """Update each layer's sensitivity with the measured perturbation (>= 0) of its next transition.
+
+        A transition that changes no weight says nothing of the sensitivity.
+        """
+        for layer, perturbation in perturbations.items():
+            change = self.changes.get((layer, self.bits[layer]), 0.0)
+            if self.narrower(layer) is not None and change > 0:
+                self.momenta.setdefault(layer, Momentum()).update(max(perturbation, 0.0) / change, self.beta)
+
+    def price(self, layer: str, bits: int) -> float:
+        """Return the expected price of the layer's transition down from `bits`; 0 where nothing was measured."""
+        position = self.bit_choices.index(bits)
+        if layer not in self.momenta or position + 1 == len(self.bit_choices):
+            return 0.0
+        saved = self.num_weights[layer] * (bits - self.bit_choices[position + 1])
+        return self.momenta[layer].mean(self.beta) * self.changes[layer, bits] / saved
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that changes, as plain JSON values."""
+        momenta = [[layer, momentum.count, momentum.average] for layer, momentum in self.momenta.items()]
+        return {"bits": dict(self.bits), "sensitivities": momenta}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.bits = dict(state["bits"])
+        self.momenta = {layer: Momentum(*rest) for layer, *rest in state["sensitivities"]}
 
 
 def stage_budgets(target: float, widest: int) -> tuple[float, ...]:
@@ -222,8 +252,8 @@ def allocate(
 ) -> dict[str, int]:
     """Return bits per layer for an average of `budget`, from a perturbation that needs no data.
 
-    `perturbation(layer, bits)` is the layer's cost at a width, such as its relative weight error. The same controller
-    and the same two stages as with data; rounds take the place of calibration batches.
+    `perturbation(layer, bits)` is the layer's cost at a width, such as its relative weight error. The same rounds in
+    the same two stages as with data; such a cost has no noise, so the controller keeps no momentum.
     """
     controller = BitController(num_weights, bit_choices)
     controller.check_budget(budget)

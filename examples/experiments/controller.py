@@ -22,86 +22,62 @@ from tqdm.auto import tqdm
 from diffusers_pqcad import PQCADConfig
 from diffusers_pqcad.compression.calibration import CalibrationSet
 from diffusers_pqcad.compression.fake_quant import at_bits, fake_quant_layers, freeze_, prepare_, set_bits_
-from diffusers_pqcad.compression.progressive import output_error, transition_prices
+from diffusers_pqcad.compression.progressive import output_error, transition_prices, weight_changes
 from diffusers_pqcad.loading.convert import match_modules, with_model_exemptions
-from diffusers_pqcad.numerics.allocation import BitController, Momentum, stage_budgets
-from diffusers_pqcad.numerics.qparams import WeightSpec, fake_quantize_weight, min_max_weight_scale
+from diffusers_pqcad.numerics.allocation import BitController, Momentum, SensitivityController, stage_budgets
 
 ROUNDS_PER_STAGE, PRICE_BATCHES = 2, 2
 IMAGES_PER_PRICE = (1, 2, 4, 8, 32)
 
 
-def weight_distances(layers: Mapping[str, Any], widths: tuple[int, ...]) -> dict[tuple[str, int], float]:
-    """Return ||Q_b'(W) - Q_b(W)||^2 of each layer's transition from b to the next narrower b', by (layer, b)."""
-    distances = {}
-    for name, layer in layers.items():
-        weight = layer.weight.detach()
-        rounded = {
-            bits: fake_quantize_weight(weight, min_max_weight_scale(weight, WeightSpec(bits)), WeightSpec(bits))
-            for bits in widths
-        }
-        for wide, narrow in zip(widths, widths[1:], strict=False):
-            distances[name, wide] = (rounded[narrow] - rounded[wide]).square().sum().item()
-    return distances
+@dataclass
+class PriceController(BitController):
+    """A moving average of a transition's price: one for each layer and width, as the library had it."""
+
+    beta: float = 0.9
+    momenta: dict[tuple[str, int], Momentum] = field(default_factory=dict)
+
+    def observe(self, perturbations: Mapping[str, float]) -> None:
+        for layer, perturbation in perturbations.items():
+            if self.narrower(layer) is not None:
+                self.average(layer, max(perturbation, 0.0) / self.saved_bits(layer))
+
+    def average(self, layer: str, price: float) -> None:
+        key = layer, self.bits[layer]
+        momentum = self.momenta.setdefault(key, Momentum())
+        momentum.update(price, self.beta)
+        self.prices[key] = momentum.mean(self.beta)
 
 
 @dataclass
-class SensitivityController(BitController):
-    """Prices as a layer's sensitivity times the known change of its weights: one momentum a layer, over all widths."""
+class LogSensitivityController(SensitivityController):
+    """A moving average of the logarithm of a layer's sensitivity."""
 
-    distances: dict[tuple[str, int], float] = field(default_factory=dict)
-    logarithmic: bool = True
-    sensitivities: dict[str, tuple[float, float]] = field(default_factory=dict)  # sum of decayed values, of weights
+    logs: dict[str, Momentum] = field(default_factory=dict)
 
     def observe(self, perturbations: Mapping[str, float]) -> None:
         for layer, perturbation in perturbations.items():
             if self.narrower(layer) is None:
                 continue
-            value = max(perturbation, 1e-20) / max(self.distances[layer, self.bits[layer]], 1e-30)
-            value = math.log(value) if self.logarithmic else value
-            total, weight = self.sensitivities.get(layer, (0.0, 0.0))
-            self.sensitivities[layer] = self.beta * total + value, self.beta * weight + 1
-
-    def price(self, layer: str, bits: int) -> float:
-        if bits == self.bit_choices[-1] or layer not in self.sensitivities:
-            return 0.0
-        total, weight = self.sensitivities[layer]
-        mean = math.exp(total / weight) if self.logarithmic else total / weight
-        saved = self.num_weights[layer] * (bits - self.bit_choices[self.bit_choices.index(bits) + 1])
-        return mean * self.distances[layer, bits] / saved
-
-    def priority(self, layer: str) -> float:
-        return self.price(layer, self.bits[layer])
+            value = math.log(max(perturbation, 1e-20) / max(self.changes[layer, self.bits[layer]], 1e-30))
+            momentum = self.logs.setdefault(layer, Momentum())
+            momentum.update(value, self.beta)
+            self.momenta[layer] = Momentum(1, (1 - self.beta) * math.exp(momentum.mean(self.beta)))
 
 
 @dataclass
-class LogController(BitController):
-    """A moving average of the logarithm of a transition's price: one layer and width, as in `BitController`."""
+class LogController(PriceController):
+    """A moving average of the logarithm of a transition's price."""
 
-    logs: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
-
-    def observe(self, perturbations: Mapping[str, float]) -> None:
-        for layer, perturbation in perturbations.items():
-            if self.narrower(layer) is None:
-                continue
-            key = layer, self.bits[layer]
-            total, weight = self.logs.get(key, (0.0, 0.0))
-            value = math.log(max(perturbation, 1e-20) / self.saved_bits(layer))
-            self.logs[key] = self.beta * total + value, self.beta * weight + 1
-
-    def price(self, layer: str, bits: int) -> float:
-        for width in (bits, *(width for width in self.bit_choices[::-1] if width > bits)):
-            if (layer, width) in self.logs:
-                total, weight = self.logs[layer, width]
-                return math.exp(total / weight) * 4.0 ** (width - bits)
-        return 0.0
-
-    def priority(self, layer: str) -> float:
-        return self.price(layer, self.bits[layer])
+    def average(self, layer: str, price: float) -> None:
+        key = layer, self.bits[layer]
+        momentum = self.momenta.setdefault(key, Momentum())
+        momentum.update(math.log(max(price, 1e-30)), self.beta)
+        self.prices[key] = math.exp(momentum.mean(self.beta))
 
 
 @dataclass
-class DispersionController(BitController):
+class DispersionController(PriceController):
     """A layer's priority is its average price plus `kappa` standard deviations of it: a noisy layer waits."""
 
     kappa: float = 1.0
@@ -156,15 +132,15 @@ class Solver(BitController):
 
 # Arms: the class, its settings, and whether a round's batches are one price (no memory) or an observation each.
 ARMS: dict[str, tuple[type[BitController], dict[str, Any], bool]] = {
-    "no momentum": (BitController, {"beta": 0.0}, True),
-    "momentum": (BitController, {"beta": 0.9}, False),
+    "no momentum": (BitController, {}, True),
+    "momentum": (PriceController, {"beta": 0.9}, False),
     "momentum, dispersion 1": (DispersionController, {"beta": 0.9, "kappa": 1.0}, False),
     "momentum, dispersion 0.3": (DispersionController, {"beta": 0.9, "kappa": 0.3}, False),
     "momentum of logarithms": (LogController, {"beta": 0.9}, False),
     "sensitivity, no momentum": (SensitivityController, {"beta": 0.0}, True),
-    "sensitivity, momentum": (SensitivityController, {"beta": 0.9, "logarithmic": False}, False),
-    "sensitivity, momentum of logarithms": (SensitivityController, {"beta": 0.9}, False),
-    "average of all rounds": (BitController, {"beta": 0.999}, False),
+    "sensitivity, momentum": (SensitivityController, {"beta": 0.9}, False),
+    "sensitivity, momentum of logarithms": (LogSensitivityController, {"beta": 0.9}, False),
+    "average of all rounds": (PriceController, {"beta": 0.999}, False),
     "momentum, relative dispersion": (DispersionController, {"beta": 0.9, "relative": True}, False),
     "solver": (Solver, {}, True),
 }
@@ -233,8 +209,8 @@ def row(subject: str, seed: int, arm: str, images: int, budget: float, context: 
     kind, settings, one = ARMS[arm]
     config = with_model_exemptions(pipeline.unet, PQCADConfig(weight_bits=budget, activation_bits=None))
     searched = match_modules(pipeline.unet, config)
-    if kind is SensitivityController:
-        settings = settings | {"distances": context["distances"]}
+    if issubclass(kind, SensitivityController):
+        settings = settings | {"changes": context["changes"]}
     controller = kind({name: layer.weight.numel() for name, layer in searched.items()}, config.bit_choices, **settings)
     model = prepare_(copy.deepcopy(pipeline.unet), config, controller.bits).eval()
     with torch.no_grad():
@@ -279,7 +255,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "pipeline": pipeline,
                 "calibration": calibration_set(pipeline, seed),
                 "wanted": samples(pipeline.unet, pipeline.scheduler, args.num_images, NUM_STEPS, seed),
-                "distances": weight_distances(match_modules(pipeline.unet, PQCADConfig()), PQCADConfig().bit_choices),
+                "changes": weight_changes(match_modules(pipeline.unet, PQCADConfig()), PQCADConfig().bit_choices),
             }
         cached(path, row, subject, seed, arm, images, budget, context)
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from unittest import mock
 
 import torch
-from controller import LogController, SensitivityController, weight_distances
+from controller import LogController, PriceController
 from rates import one_rate
 from subjects import (
     NUM_STEPS,
@@ -45,10 +45,8 @@ from diffusers_pqcad.compression.fake_quant import (
     freeze_,
     input_quantizers,
 )
-from diffusers_pqcad.compression.progressive import ProgressiveQuantizer
 from diffusers_pqcad.compression.reconstruction import ReconstructionConfig
 from diffusers_pqcad.evaluation.metrics import reference_variance
-from diffusers_pqcad.loading.convert import match_modules, with_model_exemptions
 
 DEPARTURE = 10.0
 RECONSTRUCTION: dict[str, Any] = {"iterations": 100, "batch_size": 16}  # of `distill.py`
@@ -83,33 +81,13 @@ def third_quarter_counts_double() -> Iterator[None]:
 
 
 @contextmanager
-def momentum_of_logarithms() -> Iterator[None]:
-    """Let PQ average the logarithms of its prices."""
-    with mock.patch.object(progressive, "BitController", LogController):
-        yield
+def momentum_of(kind: type[PriceController]) -> Iterator[None]:
+    """Let PQ keep a momentum of prices, of a layer and width each, in the place of one of a layer's sensitivity."""
 
+    def made(num_weights: Any, bit_choices: Any, trust: float, *, changes: Any, beta: float) -> PriceController:
+        return kind(num_weights, bit_choices, trust, beta=beta)
 
-@contextmanager
-def sensitivities() -> Iterator[None]:
-    """Let PQ's momentum be that of a layer's sensitivity, over all widths: the price of a known change of weights."""
-    begin = ProgressiveQuantizer.__init__
-
-    def with_sensitivities(
-        self: ProgressiveQuantizer,
-        model: nn.Module,
-        calibration: CalibrationSet,
-        config: PQCADConfig,
-        settings: ProgressiveConfig,
-    ) -> None:
-        searched = match_modules(model, with_model_exemptions(model, config))
-        distances = weight_distances(searched, config.bit_choices)
-        begin(self, model, calibration, config, settings)
-        known = self.controller
-        self.controller = SensitivityController(
-            known.num_weights, known.bit_choices, known.beta, known.trust, distances=distances, logarithmic=False
-        )
-
-    with mock.patch.object(ProgressiveQuantizer, "__init__", with_sensitivities):
+    with mock.patch.object(progressive, "SensitivityController", made):
         yield
 
 
@@ -135,12 +113,13 @@ ARMS = {
     "one width": Arm(method="fixed"),
     "one stage": Arm({"rounds_per_stage": 2 * ROUNDS}, context=one_stage),
     "no momentum": Arm({"beta": 0.0}),
-    "momentum of logarithms": Arm(context=momentum_of_logarithms),
-    "average of all rounds": Arm({"beta": 0.999}),
-    "sensitivity": Arm(context=sensitivities),
+    "momentum of prices": Arm(context=partial(momentum_of, PriceController)),
+    "momentum of logarithms": Arm(context=partial(momentum_of, LogController)),
     "4 images a round": Arm({"price_batch_size": 4}),
     "4 images a round, no momentum": Arm({"price_batch_size": 4, "beta": 0.0}),
-    "4 images a round, sensitivity": Arm({"price_batch_size": 4}, context=sensitivities),
+    "4 images a round, momentum of prices": Arm(
+        {"price_batch_size": 4}, context=partial(momentum_of, PriceController)
+    ),
     "weight signal": Arm({"signal": "weight"}),
     "no trust region": Arm({"trust": math.inf}),
     "no reconstruction": Arm(reconstruction={"iterations": 0}),

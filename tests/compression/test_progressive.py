@@ -38,6 +38,7 @@ from diffusers_pqcad.compression.progressive import (
     passes_of,
     trajectory_error,
     transition_prices,
+    weight_changes,
     weight_prices,
     weighted_error,
 )
@@ -163,13 +164,17 @@ def test_a_price_is_what_one_transition_does_to_the_output(
     assert prices[name] == pytest.approx(expected, rel=1e-4)
 
 
-def torchs_relative_error(weight: Tensor, bits: int) -> float:
-    """The relative squared error of `weight` rounded by torch, symmetric, with one scale for each output channel."""
+def torchs_rounding(weight: Tensor, bits: int) -> Tensor:
+    """`weight` rounded by torch, symmetric, with one scale for each output channel."""
     level = 2 ** (bits - 1) - 1
     scale = weight.flatten(1).abs().amax(dim=1) / level
     zero_point = torch.zeros(len(scale), dtype=torch.int32)
-    rounded = torch.fake_quantize_per_channel_affine(weight, scale, zero_point, 0, -level, level)
-    return ((rounded - weight).square().sum() / weight.square().sum()).item()
+    return torch.fake_quantize_per_channel_affine(weight, scale, zero_point, 0, -level, level)
+
+
+def torchs_relative_error(weight: Tensor, bits: int) -> float:
+    """The relative squared error of `weight` as torch rounds it."""
+    return ((torchs_rounding(weight, bits) - weight).square().sum() / weight.square().sum()).item()
 
 
 @pytest.mark.fast
@@ -181,6 +186,19 @@ def test_the_weight_signal_is_the_added_relative_error(tiny_unet: UNet2DModel) -
     for name, layer in layers.items():
         after, before = (torchs_relative_error(layer.weight, bits) for bits in (4, 8))
         assert prices[name] == pytest.approx(after - before, rel=1e-3)
+
+
+@pytest.mark.fast
+@torch.no_grad()
+def test_a_change_of_weights_is_between_what_torch_rounds(tiny_unet: UNet2DModel) -> None:
+    layers, widths = match_modules(tiny_unet, W4), (3, 8, 6)
+    changes = weight_changes(layers, widths)
+    assert changes.keys() == {(name, bits) for name in layers for bits in (8, 6)}
+    for name, layer in layers.items():
+        rounded = {bits: torchs_rounding(layer.weight, bits) for bits in widths}
+        for wide, narrow in ((8, 6), (6, 3)):
+            expected = (rounded[narrow] - rounded[wide]).double().square().sum().item()
+            assert changes[name, wide] == pytest.approx(expected, rel=1e-3)
 
 
 # The run

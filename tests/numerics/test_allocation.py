@@ -1,4 +1,4 @@
-"""Specification of the bit controller: prices, momentum, moves, and a budget that is always met."""
+"""Specification of the bit controllers: prices, momentum, moves, and a budget that is always met."""
 
 import json
 import random
@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from diffusers_pqcad.numerics.allocation import BitController, Momentum, Move, allocate, stage_budgets
+from diffusers_pqcad.numerics.allocation import (
+    BitController,
+    Momentum,
+    Move,
+    SensitivityController,
+    allocate,
+    stage_budgets,
+)
 
 pytestmark = pytest.mark.fast
 PALETTES = [(8, 6, 4, 3, 2), (8, 4, 2), (8, 4), (3, 2), (6, 3), (8,)]
@@ -37,6 +44,17 @@ def random_cost(seed: int):
     return perturbation
 
 
+def controllers(num_weights: dict[str, int], palette: tuple[int, ...], seed: int) -> list[BitController]:
+    """One of each kind; the known changes of the weights are random."""
+    generator, widths = random.Random(seed + 1), sorted(palette, reverse=True)
+    changes = {
+        (layer, wide): generator.choice([0.0, 1.0]) * 4.0**-wide * generator.uniform(0.1, 10)
+        for layer in num_weights
+        for wide in widths[:-1]
+    }
+    return [BitController(num_weights, palette), SensitivityController(num_weights, palette, changes=changes)]
+
+
 def average(num_weights: dict[str, int], bits: dict[str, int]) -> float:
     return sum(num_weights[layer] * bits[layer] for layer in num_weights) / sum(num_weights.values())
 
@@ -60,11 +78,13 @@ def test_allocate_meets_every_budget(problem: tuple[dict[str, int], tuple[int, .
     assert average(num_weights, bits) <= budget * (1 + 1e-12)
 
 
-@given(problems(), st.integers(0, 8))
-def test_a_driver_meets_every_budget(problem: tuple[dict[str, int], tuple[int, ...], float, int], rounds: int) -> None:
+@given(problems(), st.integers(0, 8), st.sampled_from([0, 1]))
+def test_a_driver_meets_every_budget(
+    problem: tuple[dict[str, int], tuple[int, ...], float, int], rounds: int, kind: int
+) -> None:
     num_weights, palette, budget, seed = problem
     chance, cost = random.Random(seed), random_cost(seed)
-    controller = BitController(num_weights, palette)
+    controller = controllers(num_weights, palette, seed)[kind]
     controller.check_budget(budget)
     for stage_budget in stage_budgets(budget, max(palette)):
         for round_index in range(rounds):
@@ -118,23 +138,73 @@ def test_momentum_is_the_bias_corrected_average(prices: list[float], beta: float
 
 @given(prices=st.lists(st.floats(0, 1e6), min_size=1, max_size=5))
 def test_without_momentum_the_priority_is_the_last_price(prices: list[float]) -> None:
-    controller = BitController({"a": 7}, (8, 4), beta=0.0)
-    assert controller.priority("a") == 0.0
-    for price in prices:
-        controller.observe({"a": price})
-        assert controller.priority("a") == price / (7 * 4)
+    for controller in (
+        BitController({"a": 7}, (8, 4)),
+        SensitivityController({"a": 7}, (8, 4), changes={("a", 8): 0.3}, beta=0.0),
+    ):
+        assert controller.priority("a") == 0.0
+        for price in prices:
+            controller.observe({"a": price})
+            assert controller.priority("a") == pytest.approx(price / (7 * 4), rel=1e-12)
 
 
 def test_an_unmeasured_transition_is_predicted_from_the_one_above() -> None:
-    controller = BitController({"a": 5}, (8, 6, 4), beta=0.5)
+    controller = BitController({"a": 5}, (8, 6, 4))
     controller.observe({"a": 20.0})  # 2 per bit saved
     controller.observe({"a": 40.0})
-    known = controller.price("a", 8)
+    assert controller.price("a", 8) == 4
     controller.bits["a"] = 6
-    assert controller.price("a", 6) == controller.priority("a") == pytest.approx(16 * known)
+    assert controller.price("a", 6) == controller.priority("a") == pytest.approx(16 * 4)
     controller.observe({"a": 1.0})
     assert controller.price("a", 6) == pytest.approx(0.1)
-    assert controller.price("a", 8) == known
+    assert controller.price("a", 8) == 4
+
+
+def test_one_momentum_of_a_layers_sensitivity_serves_all_widths() -> None:
+    changes = {("a", 8): 0.5, ("a", 6): 4.0, ("b", 8): 1.0}
+    controller = SensitivityController({"a": 5, "b": 9}, (8, 6, 4), changes=changes, beta=0.5)
+    controller.observe({"a": 20.0})  # a sensitivity of 40
+    assert controller.price("a", 8) == pytest.approx(20 / 10)
+    assert controller.price("a", 6) == pytest.approx(40 * 4 / 10)  # never measured
+    assert controller.price("a", 4) == 0  # there is nothing below
+    assert controller.price("b", 8) == 0  # nothing is known of it
+    controller.bits["a"] = 6
+    controller.observe({"a": 40.0})  # a sensitivity of 10; the average is (0.25 * 40 + 0.5 * 10) / 0.75
+    assert controller.price("a", 8) == pytest.approx(20 * 0.5 / 10)
+    assert controller.priority("a") == controller.price("a", 6) == pytest.approx(20 * 4 / 10)
+
+
+def test_a_transition_that_changes_no_weight_is_free_and_says_nothing() -> None:
+    controller = SensitivityController({"a": 5}, (8, 4, 2), changes={("a", 8): 0.0, ("a", 4): 2.0})
+    controller.observe({"a": 1e-9})  # what float rounding leaves
+    assert controller.priority("a") == 0
+    controller.bits["a"] = 4
+    assert controller.priority("a") == 0
+    controller.observe({"a": 20.0})
+    assert controller.priority("a") == pytest.approx(2)
+
+
+@given(st.floats(0.1, 10), st.integers(1, 30), st.integers(0, 2**31))
+def test_momentum_comes_closer_to_a_sensitivity_than_its_last_measurement(size: float, count: int, seed: int) -> None:
+    """Of noisy prices at several widths; over 200 layers, as a single one may be lucky."""
+    chance, palette = random.Random(seed), (8, 6, 4, 3)
+    names = [f"layer{index}" for index in range(200)]
+    changes = {(name, bits): chance.uniform(0.1, 1) * 4.0**-bits for name in names for bits in palette[:-1]}
+    found = {
+        beta: SensitivityController(dict.fromkeys(names, 10), palette, changes=changes, beta=beta)
+        for beta in (0.0, 0.9)
+    }
+    for index in range(count):
+        bits = palette[index * 3 // count]
+        noisy = {name: size * changes[name, bits] * chance.uniform(0, 2) for name in names}
+        for controller in found.values():
+            controller.bits = dict.fromkeys(names, bits)
+            controller.observe(noisy)
+    errors = {
+        beta: sum((controller.price(name, 3 + 1) * 10 / changes[name, 4] - size) ** 2 for name in names)
+        for beta, controller in found.items()
+    }
+    assert errors[0.9] <= errors[0.0] * (1 + 1e-9)
 
 
 def test_propose_stops_at_its_share_and_at_the_trust_region() -> None:
@@ -149,13 +219,13 @@ def test_propose_stops_at_its_share_and_at_the_trust_region() -> None:
     assert [move.layer for move in fresh().propose(4.0, perturbation=0.1)] == ["d"]  # one at least
 
 
-@given(problems(), st.integers(0, 5))
+@given(problems(), st.integers(0, 5), st.sampled_from([0, 1]))
 def test_a_restored_controller_goes_on_identically(
-    problem: tuple[dict[str, int], tuple[int, ...], float, int], rounds: int
+    problem: tuple[dict[str, int], tuple[int, ...], float, int], rounds: int, kind: int
 ) -> None:
     num_weights, palette, budget, seed = problem
     chance, cost = random.Random(seed), random_cost(seed)
-    controller = BitController(num_weights, palette)
+    controller = controllers(num_weights, palette, seed)[kind]
     for _ in range(rounds):
         drive_round(controller, budget, cost, chance, 3)
     snapshot = controller.state_dict()
@@ -172,7 +242,7 @@ def test_a_restored_controller_goes_on_identically(
     expected = go_on(controller)
     assert json.dumps(snapshot) == as_json  # a snapshot, whatever happens afterwards
     for state in (snapshot, json.loads(as_json)):
-        restored = BitController(num_weights, palette)
+        restored = controllers(num_weights, palette, seed)[kind]
         restored.load_state_dict(state)
         assert go_on(restored) == expected
 
