@@ -1,7 +1,8 @@
-"""C source of this package, compiled on first use by the computer's own compiler and kept in the user's cache folder.
+"""C source of this package as loaded libraries: those that the wheel carries, or compiled on first use.
 
-No build step is forced on anybody: without a compiler, the kernels that need one refuse their layers and say so, and a
-warning says what would help.
+In an editable checkout, with flags of the user, or from a wheel without libraries, the computer's own compiler is used,
+and what it compiles is kept in the user's cache folder. No build step is forced on anybody: without a compiler, the
+kernels that need one refuse their layers and say so, and a warning says what would help.
 """
 
 import ctypes
@@ -13,15 +14,20 @@ import subprocess
 import sys
 import tempfile
 import threading
-from functools import cache, partial
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
 import torch
 
-CSRC = Path(__file__).parents[1] / "csrc"
+from diffusers_pqcad.kernels import cpu
+from diffusers_pqcad.kernels.native import openmp, variants
+from diffusers_pqcad.kernels.native.variants import CSRC, DIGEST_BYTES
+
+__all__ = ["CSRC", "cache_folder", "compiler", "library", "missing"]
+
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-O3", "-march=native", "-fno-fast-math", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-march=native", *variants.FLAGS, "-shared")
 FLAGS_VARIABLE = "CFLAGS"  # of the user, before ours: an older CPU or fast mathematics there must not reach our code
 CACHE_VARIABLE = "PQCAD_CACHE"
 NOT_HERE = "it is for Linux on a CPU with AVX2"
@@ -29,8 +35,6 @@ NO_COMPILER = "no C compiler was found (CC, cc, gcc or clang)"
 INSTALL_COMPILER = (
     "Install GCC with the headers of C (`apt-get install gcc libc6-dev`, `dnf install gcc`), or name a compiler in CC"
 )
-DIGEST_BYTES = sha256().digest_size
-PAUSE_HARD = 2  # `omp_pause_hard` in omp.h
 
 logger = logging.getLogger(__name__)
 _has_warned = threading.Event()
@@ -56,35 +60,56 @@ def open_private(folder: Path) -> None:
         raise OSError(f"{folder} is open to other users, and code is loaded from it; {CACHE_VARIABLE} names another")
 
 
-def text_beside(source: Path) -> bytes:
-    """Return the text of all C files and headers in the folder of `source`: what it may include is among them."""
-    return b"".join(path.read_bytes() for path in sorted(source.parent.glob("*.[ch]")))
-
-
 @cache
 def library(source: Path) -> ctypes.CDLL | str:
     """Return the C file `source` as a loaded library, or why there is none on this computer.
 
-    The first time that something could be done about it, a warning says what.
+    It is the one that the wheel carries, unless CFLAGS asks for flags. The first time that something could be done
+    about a missing one, a warning says what.
     """
     if sys.platform != "linux" or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return NOT_HERE
+    flags = os.environ.get(FLAGS_VARIABLE, "")
+    loaded: ctypes.CDLL | str | None = None if flags.strip() else load_shipped(source)
+    if loaded is None:
+        loaded = load_compiled(source, flags)
+    if not isinstance(loaded, str):
+        openmp.keep_forks_alive(loaded)
+    return loaded
+
+
+def load_shipped(source: Path) -> ctypes.CDLL | None:
+    """Return the library that the wheel carries of `source` for this CPU; `None` where none can be used."""
+    path = variants.shipped_for(source, cpu.flags())
+    if path is None:
+        return None
+    try:
+        openmp.share()
+        return load(path)
+    except OSError as error:
+        logger.warning("%s. Install diffusers-pqcad again; it is compiled here where there is a compiler.", error)
+        return None
+
+
+def load_compiled(source: Path, flags: str) -> ctypes.CDLL | str:
+    """Return `source` as the compiler of this computer compiles it with `flags`, now or before, or why it cannot."""
     program = compiler()
     if program is None:
         return missing(NO_COMPILER, INSTALL_COMPILER)
     try:
-        command = [program, *shlex.split(os.environ.get(FLAGS_VARIABLE, "")), *FLAGS]
+        command = [program, *shlex.split(flags), *FLAGS]
         # Version, CPU and most flags show in the macros: a home folder may be shared by several computers.
         macros = subprocess.run([*command, "-dM", "-E", "-xc", os.devnull], capture_output=True, check=True).stdout
         # The number of bytes that end the file is part of its name: files of versions without are none of ours.
-        key = sha256(text_beside(source) + macros + f"{' '.join(command)} {DIGEST_BYTES}".encode()).hexdigest()[:16]
+        told = macros + f"{' '.join(command)} {DIGEST_BYTES}".encode()
+        key = sha256(variants.text_beside(source) + told).hexdigest()[:16]
         path = cache_folder() / f"{source.stem}-{key}.so"
         open_private(path.parent)
         try:
-            loaded = load(path)
+            return load(path)
         except OSError:  # not there yet, or broken
             compile_to(path, command, source)
-            loaded = load(path)
+            return load(path)
     except subprocess.CalledProcessError as error:
         words = error.stderr.decode(errors="replace").strip()[-500:] or f"exit status {error.returncode}"
         return missing(f"{program} failed: {words}", f"{INSTALL_COMPILER}; it must know the flags in {FLAGS_VARIABLE}")
@@ -93,8 +118,6 @@ def library(source: Path) -> ctypes.CDLL | str:
     except (OSError, RuntimeError) as error:  # of files; of a user without a home
         reason = f"its code could not be compiled or loaded: {error}"
         return missing(reason, f"Let {CACHE_VARIABLE} name a folder that only you can write to")
-    keep_forks_alive(loaded)
-    return loaded
 
 
 def missing(reason: str, remedy: str) -> str:
@@ -115,13 +138,12 @@ def compile_to(path: Path, command: list[str], source: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         subprocess.run([*command, str(source), "-o", str(built)], capture_output=True, check=True)
-        content = built.read_bytes()
-        built.write_bytes(content + sha256(content).digest())
+        variants.seal_(built)
         built.replace(path)
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """Return the library at `path`; raise OSError where it is not there, or not as `compile_to` left it.
+    """Return the library at `path`; raise OSError where it is not there, or not whole: as `variants.seal_` left it.
 
     The loader maps a file without a look at its length: where the end is missing, it ends the process.
     """
@@ -129,20 +151,3 @@ def load(path: Path) -> ctypes.CDLL:
     if sha256(content[:-DIGEST_BYTES]).digest() != content[-DIGEST_BYTES:]:
         raise OSError(f"{path} is damaged")
     return ctypes.CDLL(str(path))
-
-
-def keep_forks_alive(loaded: ctypes.CDLL) -> None:
-    """Let processes forked from now on use `loaded` and PyTorch, whatever ran before."""
-    for user in (loaded, ctypes.CDLL(torch._C.__file__)):  # they may have copies of OpenMP of their own
-        if hasattr(user, "omp_pause_resource_all") and not hasattr(user, "__kmpc_fork_call"):  # that of clang is fine
-            end_threads_before_forks(ctypes.cast(user.omp_pause_resource_all, ctypes.c_void_p).value)
-
-
-@cache
-def end_threads_before_forks(pause: int) -> None:
-    """Have every `os.fork` call OpenMP's `omp_pause_resource_all`, which lies at the address `pause`, first.
-
-    GNU's OpenMP (5.0; GCC 9) keeps the threads of a loop for the next one. They are not in a forked process, which
-    would wait for them forever. So the thread that forks ends its own; its next loop starts others, in both processes.
-    """
-    os.register_at_fork(before=partial(ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(pause), PAUSE_HARD))
