@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from diffusers_pqcad.kernels import onednn, reference, x86
+from diffusers_pqcad.kernels import cpu, measured, onednn, reference, x86
 from diffusers_pqcad.kernels.operation import Operation
 from diffusers_pqcad.kernels.refusal import Refusal
 
@@ -104,9 +104,18 @@ def warn_of_device(kind: str) -> None:
     )
 
 
+def by_speed(operation: Operation) -> list[Kernel]:
+    """Return all kernels, fastest first: in the order of `KERNELS`, unless another one was measured (on AMX)."""
+    found = list(KERNELS.values())
+    if measured.is_needed():
+        first = measured.fastest(operation)
+        found.sort(key=lambda kernel: kernel.NAME != first)
+    return found
+
+
 def fastest(operation: Operation) -> str:
     """Return the name of the fastest kernel that can run `operation` here without a gradient."""
-    return next(name for name, kernel in KERNELS.items() if kernel.refusal(operation) is None)
+    return next(kernel.NAME for kernel in by_speed(operation) if kernel.refusal(operation) is None)
 
 
 def objection(kernel: Kernel, operation: Operation, x: Tensor) -> Refusal | None:
@@ -124,7 +133,7 @@ def select_kernel(operation: Operation, x: Tensor) -> Kernel:
     """Return the kernel for this call of `operation`: the forced one, else the first that can run it."""
     name, fallback = forced(), KERNELS[reference.NAME]
     if name is None:
-        fast = [kernel for kernel in KERNELS.values() if kernel is not fallback and kernel.accepts(x)]
+        fast = [kernel for kernel in by_speed(operation) if kernel is not fallback and kernel.accepts(x)]
         if not fast and x.device.type not in ("cpu", "meta"):
             warn_of_device(x.device.type)
         if not fast or x.numel() == 0:  # nothing to compute, and float operations know the shape of nothing
@@ -152,6 +161,8 @@ def summary(operations: list[Operation]) -> str:
     if any(operation.qweight.is_cpu for operation in operations):
         missing = {name: kernel.absence() for name, kernel in KERNELS.items()}
         parts += [f"{name} would be faster here, but {reason}" for name, reason in missing.items() if reason]
+        if cpu.has_amx():
+            parts.append(f"this CPU has AMX, {measured.report()}")
     return "; ".join(parts)
 
 

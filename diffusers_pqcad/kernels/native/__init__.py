@@ -1,8 +1,8 @@
 """C source of this package as loaded libraries: those that the wheel carries, or compiled on first use.
 
-In an editable checkout, with flags of the user, or from a wheel without libraries, the computer's own compiler is used,
-and what it compiles is kept in the user's cache folder. No build step is forced on anybody: without a compiler, the
-kernels that need one refuse their layers and say so, and a warning says what would help.
+In an editable checkout, with flags of the user, or from a wheel without libraries, the computer's own compiler is
+used, and what it compiles is kept in the user's cache folder. No build step is forced on anybody: without a compiler,
+the kernels that need one refuse their layers and say so, and a warning says what would help.
 """
 
 import ctypes
