@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusers_pqcad.kernels import x86
+from diffusers_pqcad.kernels import native, x86
+from diffusers_pqcad.kernels.native import variants
 from diffusers_pqcad.kernels.x86.library import library
 from diffusers_pqcad.layers.find import kernel_cache_bytes, packed_layers
 from diffusers_pqcad.layers.quantized import PQCADLinear
@@ -76,6 +77,11 @@ def scaling() -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def load() -> Iterator[ModuleType]:
     yield from import_script("load")
+
+
+@pytest.fixture(scope="module")
+def shipped_library() -> Iterator[ModuleType]:
+    yield from import_script("shipped_library")
 
 
 @pytest.fixture(scope="module")
@@ -468,6 +474,42 @@ class TestLoad:
         rows = load.measure(load.Settings(num_rounds=1), tmp_path)
         assert {row["disk_seconds"] for row in rows} == {None}
         assert load.seconds_beside(rows[0], rows[0], "disk_seconds") == "- | -"
+
+
+class TestShippedLibrary:
+    @pytest.fixture(autouse=True)
+    def without_flags(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if isinstance(library(), str):
+            pytest.skip(library())
+        monkeypatch.delenv(native.FLAGS_VARIABLE, raising=False)
+
+    def test_both_libraries_compute_the_same_in_turns(self, shipped_library, tmp_path, capsys):
+        file = tmp_path / "shipped.json"
+        settings = shipped_library.Settings(model="tiny", batch_size=1, num_rounds=2, json=str(file))
+        result = shipped_library.main(settings)
+        assert json.loads(file.read_text()) == json.loads(json.dumps(result))
+        compiled, shipped = result["libraries"]
+        assert (compiled["name"], shipped["name"]) == ("compiled here", "shipped")
+        assert (compiled["ratio"], compiled["difference"]) == (1, 0)
+        assert len(shipped["rounds_ms"]) == 2
+        assert shipped["ratio"] == pytest.approx(shipped["median_ms"] / compiled["median_ms"])
+        assert shipped["difference"] < 1e-2  # a sum that is rounded otherwise may move a code
+        names = [variants.file_name(variants.CSRC / "layers.c", name) for name in variants.LIBRARIES["layers.c"]]
+        assert shipped["library"] in names
+        assert compiled["library"] not in names
+        printed = capsys.readouterr().out
+        assert f"| shipped | {shipped['library']} |" in printed
+        assert "W8A8: medians of 2 interleaved rounds" in printed
+
+    def test_a_cpu_that_wheels_have_nothing_for_is_refused(self, shipped_library, tmp_path, monkeypatch):
+        monkeypatch.setattr(shipped_library.cpu, "flags", lambda: frozenset(("sse2",)))
+        with pytest.raises(ValueError, match="nothing for this CPU: the least is .*'avx2'"):
+            shipped_library.build_for_this_cpu(tmp_path)
+
+    def test_a_process_that_fails_is_an_error_and_is_waited_for(self, shipped_library, tmp_path):
+        settings = shipped_library.Settings(model="no such model")
+        with pytest.raises(EOFError), shipped_library.served(settings, tmp_path) as connection:
+            connection.recv()
 
 
 class TestMethodCost:

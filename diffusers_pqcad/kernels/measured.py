@@ -125,8 +125,9 @@ def measure(kind: Kind) -> dict[str, list[float]]:
 
 
 def sample(kind: Kind) -> tuple[Operation, Tensor]:
-    """Return a layer of `kind` with weights and activations of 8 bits, and an input: no random number is drawn."""
-    weight, x = (torch.arange(torch.Size(size).numel()).sin().reshape(size) for size in kind)
+    """Return a layer of `kind` with weights and activations of 8 bits, and an input: random, of a generator apart."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(size, generator=generator) for size in kind)
     spec = WeightSpec(8)
     qweight, scale, _ = weights.quantize(weight, spec)
     geometry = None

@@ -105,7 +105,7 @@ def built_wheel(folder: Path) -> zipfile.ZipFile:
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "diffusers_pqcad", folder / "diffusers_pqcad", ignore=shutil.ignore_patterns("__pycache__"))
     program = (
-        "import setuptools.build_meta as backend, sys; backend.build_wheel('.'); assert 'torch' not in sys.modules"
+        "import setuptools.build_meta as backend, sys; backend.build_wheel('.'); sys.exit('torch' in sys.modules)"
     )
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Specification of the measured choice of an int8 kernel: on CPUs with AMX alone, once, and x86 unless it is behind."""
+"""Specification of the measured choice of a kernel: on CPUs with AMX alone, once, and x86 unless it is behind."""
 
 import json
 import time
@@ -147,11 +147,11 @@ def test_both_kernels_are_called_in_turns_for_a_moment(kind: measured.Kind, monk
         seconds = measured.measure(kind)
     assert {name: len(values) for name, values in seconds.items()} == {"x86": 1, "onednn": 1}
     operation, x = measured.sample(kind)
-    outputs = [kernel.run(operation, kernel.pack(operation), x) for kernel in (x86, onednn)]
-    torch.testing.assert_close(*outputs, rtol=1e-2, atol=1e-2 * float(outputs[1].abs().max()))
+    ours, others = (kernel.run(operation, kernel.pack(operation), x) for kernel in (x86, onednn))
+    assert (ours - others).norm() < 0.02 * others.norm()
 
 
-def test_measuring_draws_no_random_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_numbers_of_the_caller_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured, "MEASURED_SECONDS", 0.0)
     before = torch.get_rng_state()
     measured.choices()

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from diffusers_pqcad import kernels
 from diffusers_pqcad.kernels import native
+from diffusers_pqcad.kernels.native import variants
 from diffusers_pqcad.kernels.x86.library import SOURCE, compiled, library
 from diffusers_pqcad.kernels.x86.packing import SUM_MAX, plan_windows
 from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear
@@ -159,6 +161,7 @@ def test_the_outputs_of_large_inputs_are_clamped() -> None:
                 assert torch.equal(layer(torch.full((1, 8), sign * large)), expected)
 
 
+@cache
 def assembly(*flags: str) -> str:
     """The C file as the compiler makes it for the CPU that `flags` name; other tests are for the computer's own."""
     common = [flag for flag in native.FLAGS if not flag.startswith("-march")]
@@ -176,22 +179,24 @@ def test_the_vnni_of_avx_is_told_from_that_of_avx512() -> None:
     assert all(re.match(r"\s*\{vex\}\s+vpdpbusd\s+\S*%ymm\d+", line) for line in lines)
 
 
-@pytest.mark.parametrize("cpu", ["alderlake", "haswell"])
-def test_what_other_cpus_lack_is_not_in_their_code(cpu: str) -> None:
-    assert not re.search(r"%zmm|%k[0-7]", assembly(f"-march={cpu}"))
+SHIPPED = {name: variants.VARIANTS[name].flags for name in variants.LIBRARIES[SOURCE.name]}
+CPUS = {cpu: (f"-march={cpu}",) for cpu in ("alderlake", "icelake-client", "sapphirerapids", "znver4", "native")}
 
 
-@pytest.mark.parametrize("cpu", ["alderlake", "cascadelake", "icelake-client", "sapphirerapids", "znver4", "native"])
-def test_sums_stay_in_registers(cpu: str) -> None:
+@pytest.mark.parametrize("flags", [SHIPPED["avx2"], SHIPPED["avxvnni"], CPUS["alderlake"]])
+def test_what_other_cpus_lack_is_not_in_their_code(flags: tuple[str, ...]) -> None:
+    assert not re.search(r"%zmm|%k[0-7]", assembly(*flags))
+
+
+@pytest.mark.parametrize("flags", (CPUS | SHIPPED).values(), ids=CPUS | SHIPPED)
+def test_sums_stay_in_registers(flags: tuple[str, ...]) -> None:
     """Between the products of a tile nothing is moved to the stack or back: it would take longer than they do."""
-    text = assembly(f"-march={cpu}")
-    if cpu == "alderlake" and re.search(r"\.ident.*clang", text):
-        pytest.xfail("clang leaves the loop over six rows rolled: right, but slow")
+    text = assembly(*flags)
     lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if not line.startswith(("#", "."))]  # instructions
     places = [i for i, line in enumerate(lines) if "vpdpbusd" in line]
     if not places:
-        pytest.skip("this computer has no VNNI")
+        pytest.skip("no VNNI")
     near = [lines[before:after] for before, after in pairwise(places) if after - before < 8]
     assert len(near) > 12  # as many as a tile has sums, but one
     assert not [line for between in near for line in between if re.match(r"vmov\S+\s.*\(%r[sb]p\)", line)]

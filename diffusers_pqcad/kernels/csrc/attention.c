@@ -101,7 +101,7 @@ INLINE void multiply(int vectors, const Pair *rows, int64_t stride, const Pair *
     for (int i = 0; i < ROWS; i++) wide[i][0] = wide[i][1] = _mm512_setzero_ps();
     for (int64_t k = 0; k < pairs; k++, panel += COLUMNS) {
         __m512i panel0 = _mm512_loadu_si512(panel), panel1 = _mm512_loadu_si512(panel + 16);
-UNROLL
+        UNROLL
         for (int i = 0; i < ROWS; i++) {
             __m512i row = _mm512_set1_epi32((int)rows[i * stride + k]);
             ADD_PRODUCTS(wide[i][0], row, panel0);

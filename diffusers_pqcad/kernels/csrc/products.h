@@ -41,7 +41,7 @@ INLINE void multiply_rows(int rows, const uint8_t *const *codes, int64_t row_byt
         int64_t at = window->y * row_bytes + window->x, stop = at + (int64_t)window->steps * DEPTH;
         for (; at < stop; at += DEPTH, weight += DEPTH * OUTPUTS) {
             Vector weight0 = load(weight), weight1 = load(weight + VECTOR_BYTES);
-UNROLL
+            UNROLL
             for (int i = 0; i < rows; i++) {
                 Vector code = OF_VECTORS(set1_epi32)(*(const int32_t *)(codes[i] + at));
                 ADD_PRODUCTS(wide[i][0], code, weight0);
@@ -78,16 +78,16 @@ INLINE void multiply_narrow(int rows, const uint8_t *const *codes, int64_t row_b
         for (; at < stop; at += DEPTH, weight += DEPTH * OUTPUTS) {
             __m256i weight0 = _mm256_load_si256((const __m256i *)weight);
             __m256i weight1 = _mm256_load_si256((const __m256i *)weight + 1);
-UNROLL
+            UNROLL
             for (int i = 0; i < rows; i++) {
                 __m256i code = _mm256_set1_epi32(*(const int32_t *)(codes[i] + at));
                 ADD_EPI16(narrow[i][0], _mm256_maddubs_epi16(code, weight0));
                 ADD_EPI16(narrow[i][1], _mm256_maddubs_epi16(code, weight1));
             }
         }
-UNROLL
+        UNROLL
         for (int i = 0; i < rows; i++)
-UNROLL
+            UNROLL
             for (int j = 0; j < 2; j++) {
                 __m256i *wide = (__m256i *)sums[i] + j;
                 _mm256_store_si256(wide, _mm256_add_epi32(*wide, _mm256_madd_epi16(narrow[i][j], ones)));
@@ -105,10 +105,10 @@ INLINE void multiply_wide(int rows, const uint8_t *const *codes, int64_t row_byt
     for (; window < end; window++) {
         int64_t at = window->y * row_bytes + window->x, stop = at + (int64_t)window->steps * DEPTH;
         for (; at < stop; at += DEPTH, weight += DEPTH * OUTPUTS) {
-UNROLL
+            UNROLL
             for (int i = 0; i < rows; i++) {
                 __m256i code = _mm256_set1_epi32(*(const int32_t *)(codes[i] + at)), size = _mm256_abs_epi8(code);
-UNROLL
+                UNROLL
                 for (int j = 0; j < 2; j++) {
                     __m256i level = _mm256_sign_epi8(_mm256_load_si256((const __m256i *)weight + j), code);
                     ADD_EPI32(wide[i][j], _mm256_madd_epi16(_mm256_maddubs_epi16(size, level), ones));
