@@ -1,5 +1,4 @@
-/* Attention with products of bf16 numbers and sums in fp32, on x86 CPUs with AVX-512 BF16. Compiled on first use, by
-   kernels/native, for the CPU that it runs on.
+/* Attention with products of bf16 numbers and sums in fp32, on x86 CPUs with AVX-512 BF16.
 
    One instruction, vdpbf16ps, multiplies 32 pairs and adds neighbours in 16 sums: twice the products of fp32. Queries are
    taken ROWS at a time, and all scores of these are kept, so that their softmax is one pass; nothing as large as queries

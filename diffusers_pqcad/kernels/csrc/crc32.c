@@ -1,5 +1,5 @@
 /* CRC-32 of many bytes at the speed of the memory, by carry-less multiplication (V. Gopal et al., Intel 2009: "Fast CRC
-   computation for generic polynomials using PCLMULQDQ instruction"). Compiled on first use, by kernels/native. */
+   computation for generic polynomials using PCLMULQDQ instruction"). */
 #include <stdint.h>
 #include <string.h>
 #if defined(__PCLMUL__) && defined(__SSE4_1__)

@@ -1,4 +1,4 @@
-/* Small functions that are compiled into their callers, and loops into the rows of their steps. */
+/* Small functions that are compiled into their callers, and short loops that are compiled without a loop. */
 #pragma once
 
 #include <stdint.h>

@@ -1,5 +1,5 @@
-/* Products of 8-bit codes and int8 levels with exact sums, on x86 CPUs. Compiled on first use, by kernels/native, for the CPU
-   that it runs on, as one unit: the headers hold the code, one idea each.
+/* Products of 8-bit codes and int8 levels with exact sums, on x86 CPUs. Compiled as one unit, for
+   one CPU or a kind of CPU (kernels/native): the headers hold the code, one idea each.
 
    With VNNI, of AVX-512 or AVX (laptops' CPUs), one instruction, vpdpbusd, multiplies bytes and adds four products in 32
    bits. With AVX2 alone, vpmaddubsw multiplies bytes and adds neighbours in 16 bits, vpmaddwd widens such sums to 32 bits.

@@ -1,5 +1,5 @@
-/* Weights rounded onto their grid, packed, and what that costs, in one pass; and levels of packed weights. Compiled on
-   first use, by kernels/native. Codes are those of qparams.py and packing.py, to the last; sums of errors are rounded otherwise. */
+/* Weights rounded onto their grid, packed, and what that costs, in one pass; and levels of packed weights. Codes
+   are those of qparams.py and packing.py, to the last; sums of errors are rounded otherwise. */
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>

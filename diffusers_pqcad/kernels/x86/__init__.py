@@ -1,4 +1,4 @@
-"""int8 convolution and linear on x86 CPUs, in C (csrc/), compiled on first use: exact sums, faster than oneDNN's.
+"""int8 convolution and linear on x86 CPUs, in C (csrc/): exact sums, faster than oneDNN's.
 
 With VNNI, one instruction multiplies 64 codes by 64 levels (AVX-512) or 32 by 32 (AVX, as in laptops) and adds them up
 in 32 bits. With AVX2 alone, one multiplies 32 and adds neighbours in 16 bits, another widens the sums. There levels of

@@ -1,4 +1,4 @@
-"""Attention in bf16 products and fp32 sums on x86 CPUs, in C (csrc/attention.c), compiled on first use.
+"""Attention in bf16 products and fp32 sums on x86 CPUs, in C (csrc/attention.c).
 
 No less exact than 8-bit rounding around it asks: bf16 has 8 bits itself.
 """

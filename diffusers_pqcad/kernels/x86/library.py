@@ -1,4 +1,4 @@
-"""csrc/layers.c as a library: compiled on first use, with the arguments of its functions and its structs checked."""
+"""csrc/layers.c as a library, with the arguments of its functions and its structs checked."""
 
 import ctypes
 from functools import cache
