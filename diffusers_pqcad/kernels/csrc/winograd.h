@@ -71,7 +71,7 @@ static int transform_input(uint8_t *row, const Image *image, const Element *elem
     return is_dense;
 }
 #else /* no Winograd tiles */
-#define transform_input(...) 0
+#define transform_input(row, image, elements) ((void)(elements), 0)
 #endif
 
 /* Write both outputs of the tile in row `i` of all elements' sums, each with its addend; `second` is NULL for a single one. */
