@@ -506,11 +506,6 @@ class TestShippedLibrary:
         with pytest.raises(ValueError, match="nothing for this CPU: the least is .*'avx2'"):
             shipped_library.build_for_this_cpu(tmp_path)
 
-    def test_a_process_that_fails_is_an_error_and_is_waited_for(self, shipped_library, tmp_path):
-        settings = shipped_library.Settings(model="no such model")
-        with pytest.raises(EOFError), shipped_library.served(settings, tmp_path) as connection:
-            connection.recv()
-
 
 class TestMethodCost:
     @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory peaks are those of Linux")
