@@ -9,6 +9,8 @@
     accelerate launch examples/distill.py --pretrained_model_name_or_path my/text-to-image \\
         --prompts_file prompts.txt --guidance_scale 7.5 --num_halvings 2 --output_dir outputs/text-to-image
 
+Several processes share the work: examples/guides/scale.md has the commands, from a laptop to several computers.
+
 The command line of `diffusers_pqcad.publishing.compress`. Every stage leaves its result in `output_dir`; the same
 command goes on after a kill and ends with the same weights. The output folder is a loadable pipeline with a card.
 """
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_pqcad.compression.extras import MissingExtraError
+from diffusers_pqcad.compression.processes import failed_elsewhere, is_main
 from diffusers_pqcad.publishing.compress import compress
 from diffusers_pqcad.publishing.hub import results_table, student_call, table_notes
 from diffusers_pqcad.publishing.pipelines import TeacherSource, bundled_source
@@ -62,6 +65,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the whole script and return its metrics."""
     settings = settings_of_command(sys.argv[1:] if arguments is None else arguments)
     metrics = compress(*settings, bundled=BUNDLED)
+    if not is_main():
+        return metrics
     folder = settings.run.output_dir
     print(f"\n{results_table(metrics)}\n\n{table_notes(metrics)}")
     load = f"pipe = DiffusionPipeline.from_pretrained({folder!r})"
@@ -75,4 +80,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, MissingExtraError) as error:
-        sys.exit(f"distill.py: {error}")
+        sys.exit(1 if failed_elsewhere(error) else f"distill.py: {error}")

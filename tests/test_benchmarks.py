@@ -89,6 +89,16 @@ def method_cost() -> Iterator[ModuleType]:
     yield from import_script("method_cost")
 
 
+@pytest.fixture(scope="module")
+def processes() -> Iterator[ModuleType]:
+    yield from import_script("processes")
+
+
+@pytest.fixture(scope="module")
+def reduction() -> Iterator[ModuleType]:
+    yield from import_script("reduction")
+
+
 @pytest.fixture(autouse=True)
 def same_number_of_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -532,3 +542,64 @@ class TestMethodCost:
         names = [str(index) for index in range(10)]
         assert method_cost.spread(names, 3) == ["0", "3", "6"]
         assert method_cost.spread(names, 0) == method_cost.spread(names, 99) == names
+
+
+class TestProcesses:
+    def test_a_child_times_every_part(self, processes, tmp_path):
+        path = tmp_path / "times.json"
+        settings = processes.Settings(
+            model="tiny", num_threads=1, num_inference_steps=4, num_images=4, batch_size=2, num_units=1,
+            reconstruction_samples=8, iterations=1, max_train_steps=1, train_batch_size=2, result=str(path),
+        )  # fmt: skip
+        seconds = processes.main(settings)
+        assert list(seconds) == ["recording", "prices of a round", "reconstruction", "CAD", "sampling"]
+        assert all(value > 0 for value in seconds.values())
+        assert json.loads(path.read_text()) == seconds
+
+    def test_children_take_turns_and_medians_are_compared(self, processes, tmp_path, monkeypatch, capsys):
+        times, turns = iter([3.0, 2.0, 9.0, 1.0, 3.0, 1.0]), []
+
+        def in_processes(settings: Any, num_processes: int) -> dict[str, float]:
+            turns.append(num_processes)
+            return {"recording": next(times)}
+
+        monkeypatch.setattr(processes, "in_processes", in_processes)
+        result = processes.main(processes.Settings(model="tiny", json=str(tmp_path / "result.json")))
+        assert turns == [1, 2, 1, 2, 1, 2]
+        assert json.loads((tmp_path / "result.json").read_text()) == result
+        assert "| recording | 3.0 | 1.0 | 3.00 |" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_a_child_gets_the_settings_through_accelerate(self, processes, count):
+        command = processes.command(processes.Settings(num_units=7, result="times.json"), count)
+        assert ("--multi_gpu" in command) == (count > 1)
+        assert command[command.index("--num_processes") + 1] == str(count)
+        flags = command[command.index(processes.__file__) + 1 :]
+        (parsed,) = processes.HfArgumentParser(processes.Settings).parse_args_into_dataclasses(flags)
+        assert parsed == processes.Settings(num_units=7, result="times.json")
+
+
+class TestReduction:
+    def test_a_ring_sends_each_gradient_almost_twice(self, reduction):
+        assert reduction.sent_bytes(10, 1) == 0
+        assert reduction.sent_bytes(10, 2) == 40
+        assert reduction.sent_bytes(10, 8) == 70
+
+    def test_what_is_sent_takes_from_the_speed_up(self, reduction):
+        assert reduction.speed_up(2.0, 0.0, 8) == 8
+        assert reduction.speed_up(2.0, 2.0, 8) == 4
+
+    def test_operations_are_counted_without_memory(self, reduction, monkeypatch):
+        """A convolution of 3 by 3: 9 products for each of 4 x 2 pairs of channels, in each of 8 x 8 places, twice."""
+        model = nn.Conv2d(4, 2, 3, padding=1, device="meta")
+        monkeypatch.setattr(reduction.models, "draw_inputs", lambda *_: (torch.empty(1, 4, 8, 8, device="meta"),))
+        assert reduction.forward_flops(model) == 2 * 9 * 8 * 64
+
+    def test_the_committed_numbers_are_those_of_the_script(self, reduction):
+        path = SCRIPTS.parent / "results" / "reduction-sd15.json"
+        result = reduction.benchmark(reduction.Settings())
+        assert json.loads(path.read_text()) == result
+        assert result["num_parameters"] == 859_520_964
+        cad, units = (result["rows"][index]["teraflop"] * 1e12 for index in (0, 3))
+        assert cad == pytest.approx(10 * 32 * result["forward_flops"])
+        assert units == pytest.approx(3 * 16 * result["forward_flops"] / 8)

@@ -8,6 +8,7 @@ trajectories are not. Inspired by the abstract of PQCAD-DM (arXiv:2506.16776): b
 
 import copy
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -47,6 +48,16 @@ from diffusers_pqcad.compression.optimization import (
     rate_factor,
     trained_alone,
     trained_groups,
+)
+from diffusers_pqcad.compression.processes import (
+    Place,
+    accelerator_on,
+    check_whole,
+    everywhere,
+    on_main,
+    prepared,
+    read_together,
+    rows_of,
 )
 from diffusers_pqcad.compression.progressive import image_error, trajectory_error, weighted_error
 
@@ -171,7 +182,8 @@ def landing_of(teacher: Denoiser, grid: Grid, k: Tensor, state: Tensor, conditio
 class Distillation:
     """One run of CAD: draws batches, computes the two terms, measures errors on the held-out trajectories.
 
-    A jump is a step of the student: `stride` steps of `calibration`, which are the teacher's.
+    A jump is a step of the student: `stride` steps of `calibration`, which are the teacher's. `place` says which of an
+    update's images are drawn here.
     """
 
     def __init__(
@@ -213,6 +225,11 @@ class Distillation:
         self.student_grid = self.grid.every(stride)
         self.weight = calibration.gains(self.num_steps).square()
         self.terms = {name: term for name, term in TERMS.items() if term.weight(config)}
+        self.place = Place()
+
+    def mine(self, count: int) -> slice:
+        """Return this process's rows of `count` images."""
+        return rows_of(count, self.place)
 
     def outputs(self, model: nn.Module, jump: Tensor, state: Tensor, condition: Condition) -> Tensor:
         """Return the outputs of `model`, called as the student is, for states (B, *S) before the jumps (B,)."""
@@ -224,22 +241,30 @@ class Distillation:
         state, landing = (data.states(trajectory, self.stride * index) for index in (jump, jump + 1))
         return state, self.student_grid.output_to(jump, state, landing)
 
+    def drawn_jumps(self, generator: torch.Generator) -> Tensor:
+        """Return random jumps for the images of one update, of all processes."""
+        count = self.config.train_batch_size * self.place.num_processes
+        return torch.randint(0, len(self.student_grid), (count,), generator=generator)
+
     def fresh_states(self, jump: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the trajectories (B,) whose conditions hold, and re-noised data at the start of the jumps, (B, *S).
 
-        The data are the trajectories' end points, so no data set is needed. Where conditions change with the step (a
-        ControlNet's), they hold for the recorded states alone, and those are what is returned.
+        Of this process's part of the jumps; the draws are made for all. The data are the trajectories' end points, so
+        no data set is needed. Where conditions change with the step (a ControlNet's), they hold for the recorded
+        states alone, and those are what is returned.
         """
         of_set = self.data is None
         count = len(self.train_set) if self.data is None else len(self.data)
-        picked = torch.randint(0, count, (len(jump),), generator=generator)
+        mine = self.mine(len(jump))
+        picked = torch.randint(0, count, (len(jump),), generator=generator)[mine]
         if self.calibration.varies:
-            return picked, self.train_set.states(picked, self.stride * jump)
+            return picked, self.train_set.states(picked, self.stride * jump[mine])
         if self.data is None:
-            clean = self.train_set.states(picked, torch.full_like(jump, len(self.grid)))
+            clean = self.train_set.states(picked, torch.full_like(picked, len(self.grid)))
         else:
             clean = self.data[picked].to(self.weight.device)
-        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+        noise = torch.randn((len(jump), *clean.shape[1:]), generator=generator)[mine].to(clean.device)
+        jump = jump[mine]
         return picked if of_set else torch.zeros_like(picked), self.student_grid.state(jump, clean, noise)
 
     def teacher_target(
@@ -275,8 +300,12 @@ class Distillation:
         calibrate_activations_(self.student, ((t, partial(run, index)) for index, t in enumerate(timesteps)))
 
     def losses(self, model: nn.Module, step: int, rank: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of one update and its terms; the draws are a function of (seed, step, rank)."""
-        generator = torch.Generator().manual_seed(((self.config.seed * 1_000_003 + step) * 8191 + rank) % 2**63)
+        """Return the loss of one update and its terms, of the images of process `rank`.
+
+        The draws are a function of (seed, step, image): as many processes with smaller batches draw the same.
+        """
+        self.place = self.place._replace(process_index=rank)
+        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) * 8191 % 2**63)
         drawn = {name: term.draw(self, generator) for name, term in self.terms.items()}
         # One call for all terms: a larger batch costs less than two, and the weights are rounded once.
         trajectory, jump, state, target, weight = map(torch.cat, zip(*drawn.values(), strict=True))
@@ -302,17 +331,19 @@ class Draw(NamedTuple):
 def teacher_draw(run: Distillation, generator: torch.Generator) -> Draw:
     """Return fresh states and where the teacher takes them."""
     assert run.teacher is not None
-    jump = torch.randint(0, len(run.student_grid), (run.config.train_batch_size,), generator=generator)
+    jump = run.drawn_jumps(generator)
     trajectory, state = run.fresh_states(jump, generator)
+    jump = jump[run.mine(len(jump))]
     target = run.teacher_target(run.teacher, run.train_set, trajectory, jump, state)
     return Draw(trajectory, jump, state, target, run.weight[jump])
 
 
 def calibration_draw(run: Distillation, generator: torch.Generator) -> Draw:
     """Return recorded states, and the outputs that land on the recorded states a jump later."""
-    size = run.config.train_batch_size
-    jump = torch.randint(0, len(run.student_grid), (size,), generator=generator)
-    trajectory = torch.randint(0, len(run.train_set), (size,), generator=generator)
+    jump = run.drawn_jumps(generator)
+    trajectory = torch.randint(0, len(run.train_set), jump.shape, generator=generator)
+    mine = run.mine(len(jump))
+    trajectory, jump = trajectory[mine], jump[mine]
     return Draw(trajectory, jump, *run.recorded(run.train_set, trajectory, jump), run.weight[jump])
 
 
@@ -384,7 +415,8 @@ def distill(
     with that student as the teacher. Fresh inputs are re-noised `data` (n, C, H, W), by default the end points of the
     calibration trajectories. When the generator is exhausted or closed, the student is in its best state by held-out
     trajectory error in its steps; the undistilled start competes (`best_step` 0 means that it won). `checkpoint`
-    names a resume file. `accelerator` defaults to fp32 on the student's device.
+    names a resume file. `accelerator` defaults to fp32 on the student's device. Several processes draw as many images
+    each, and all have the same student throughout.
 
     With `trainable="scales"` no weight moves, with "lora" nothing but an adapter: that of the student, else a new one,
     which the student has from then on. It may be one in full precision then, and learns fewer steps alone.
@@ -403,15 +435,25 @@ def distill(
         float_rate=config.float_rate,
         lora_rate=config.lora_rate,
     )
-    # Rounded weights trained under autocast would be other weights than those that are packed.
-    accelerator = accelerator or Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    accelerator = accelerator or accelerator_on(device.type)
+    check_whole(accelerator)
+    run.place = Place(accelerator.process_index, accelerator.num_processes)
     path = None if checkpoint is None else Path(checkpoint)
-    state = load_checkpoint(path) if path is not None and path.exists() else None
+    state = None if path is None else read_together(partial(load_checkpoint, path), path.exists)
     request = request_of(student, teacher, calibration, config, data, stride)
+    if run.place.num_processes > 1:  # as many times the images
+        request["num_processes"] = run.place.num_processes
     if path is not None and state is not None:
         check_request(path, state, request)
     with trained_alone(student, groups):
         yield from updates(run, groups, accelerator, path, request, state)
+
+
+def reported(loss: Tensor, terms: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
+    """Return the means over processes of an update's loss and of its terms."""
+    found = everywhere((loss.item(), {name: term.item() for name, term in terms.items()}))
+    means = {name: statistics.fmean(losses[name] for _, losses in found) for name in terms}
+    return statistics.fmean(total for total, _ in found), means
 
 
 def updates(
@@ -440,7 +482,7 @@ def updates(
         adam.load_state_dict(state["adam"])
         best.load_state_dict(state["best"])
         first = state["step"]
-    model, adam.optimizer = accelerator.prepare(student, adam.optimizer)
+    model, adam.optimizer = prepared(accelerator, student, adam.optimizer)
     images_per_update = config.train_batch_size * accelerator.num_processes
 
     try:
@@ -455,10 +497,11 @@ def updates(
                 with adam.averaged():
                     error = run.trajectory_error()
                     best.offer(student, done, error)
+            total, losses = reported(loss, terms)
             yield StepStats(
                 step=done,
-                loss=loss.item(),
-                losses={name: term.item() for name, term in terms.items()},
+                loss=total,
+                losses=losses,
                 step_rate=config.step_rate * rate_factor(step, adam.num_steps, adam.warmup_steps),
                 images_per_second=images_per_update / (time.perf_counter() - started),
                 held_out_error=error,
@@ -466,7 +509,7 @@ def updates(
                 best_error=best.error,
             )
             # Saved after it was reported: a kill in between repeats some updates, and loses no entry of a log.
-            if error is not None and path is not None and accelerator.is_main_process:
+            if error is not None and path is not None:
                 state = {
                     "model": fake_quant_state(student),
                     "adam": adam.state_dict(),
@@ -474,7 +517,7 @@ def updates(
                     "step": done,
                     "request": json.dumps(request),
                 }
-                save_checkpoint(path, state)
+                on_main(save_checkpoint, path, state)
     except GeneratorExit:
         pass  # stopped early: the best state so far is the student
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)

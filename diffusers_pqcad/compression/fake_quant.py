@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from diffusers_pqcad.compression.processes import each
 from diffusers_pqcad.kernels.operation import qparams_of_group
 from diffusers_pqcad.layers.find import layer_name
 from diffusers_pqcad.layers.quantized import FloatLayer
@@ -247,7 +248,7 @@ def calibrate_activations_(
 
     `steps` yields, in any order, the timestep that the model is called with and a function that
     runs the model there. A range is the smallest and the largest input seen in its group. Returns the boundaries of
-    the groups, and switches the rounding on.
+    the groups, and switches the rounding on. Several processes take turns with the steps, and get the ranges of all.
     """
     quantizers = input_quantizers(model)
     if not quantizers:
@@ -264,26 +265,27 @@ def calibrate_activations_(
         before = seen.get(id(layer))
         seen[id(layer)] = (low, high) if before is None else (before[0].minimum(low), before[1].maximum(high))
 
+    def ranges(step: tuple[int | float, Callable[[], Any]]) -> tuple[int | float, Tensor, Tensor]:
+        timestep, run = step
+        seen.clear()
+        run()
+        missing = [layer.input_fake_quantize.name for layer in layers if id(layer) not in seen]  # type: ignore
+        if missing:
+            raise ValueError(f"{missing[0]}: the model never calls this layer, so it has no activation range.")
+        low, high = (torch.stack([seen[id(layer)][end] for layer in layers]) for end in (0, 1))
+        return timestep, low, high
+
     enable_activations_(model, False)
     hooks = [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in layers]
-    timesteps, lows, highs = [], [], []
     try:
-        for timestep, run in steps:
-            seen.clear()
-            run()
-            missing = [layer.input_fake_quantize.name for layer in layers if id(layer) not in seen]  # type: ignore
-            if missing:
-                raise ValueError(f"{missing[0]}: the model never calls this layer, so it has no activation range.")
-            timesteps.append(timestep)
-            lows.append(torch.stack([seen[id(layer)][0] for layer in layers]))
-            highs.append(torch.stack([seen[id(layer)][1] for layer in layers]))
+        observed = each(steps, ranges, next(model.parameters()).device)
     finally:
         for hook in hooks:
             hook.remove()
     # Some models' timesteps increase from noise to image (Lumina's).
-    order = sorted(range(len(timesteps)), key=timesteps.__getitem__, reverse=True)
-    timesteps = [timesteps[index] for index in order]
-    low, high = torch.stack(lows)[order].clamp(max=0), torch.stack(highs)[order].clamp(min=0)  # (N, layers)
+    observed.sort(key=lambda entry: entry[0], reverse=True)
+    timesteps, lows, highs = (list(values) for values in zip(*observed, strict=True))
+    low, high = torch.stack(lows).clamp(max=0), torch.stack(highs).clamp(min=0)  # (N, layers)
     firsts = segment_timesteps((high - low).clamp(min=1e-12).log(), num_groups)
     # Half-way between the last timestep of a group and the first of the next; timesteps decrease along the grid.
     boundaries = sorted(half_way(timesteps[first - 1], timesteps[first]) for first in firsts[1:])

@@ -44,6 +44,7 @@ from diffusers_pqcad.compression.fake_quant import (
     set_bits_,
 )
 from diffusers_pqcad.compression.optimization import check_minimum
+from diffusers_pqcad.compression.processes import agreed, copy_from_main_, divided, each, on_main, read_together
 from diffusers_pqcad.compression.reconstruction import (
     Pass,
     ReconstructionConfig,
@@ -161,11 +162,13 @@ def weighted_error(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 @torch.no_grad()
 def output_error(denoiser: Denoiser, calls: Calls, batch_size: int = BATCH_SIZE) -> float:
     """Return the weighted error of `denoiser` on drawn calls."""
-    outputs = []
-    for rows in torch.arange(len(calls.step)).split(batch_size):
+
+    def output(rows: Tensor) -> Tensor:
         part = calls.rows(rows)
-        outputs.append(denoiser(part.state, part.timestep, part.condition))
-    return weighted_error(torch.cat(outputs), calls.output, calls.weight).item()
+        return denoiser(part.state, part.timestep, part.condition)
+
+    outputs = each(torch.arange(len(calls.step)).split(batch_size), output, calls.output.device)
+    return agreed(weighted_error(torch.cat(outputs), calls.output, calls.weight).item())
 
 
 @torch.no_grad()
@@ -178,15 +181,16 @@ def sample_errors(
     """
     stride = calibration.num_inference_steps // num_inference_steps
     denoiser, grid = calibration.denoiser(model), calibration.grid().every(stride)
-    errors = []
-    for start in range(0, len(calibration), batch_size):
+
+    def errors(start: int) -> Tensor:
         part = calibration.select(slice(start, start + batch_size))
         reference = part.trajectory[:, ::stride]
         states = states_of(denoiser, grid, reference[:, 0], part.condition_at(stride))
         found = torch.stack(states[1:], dim=1)
         wanted = reference[:, 1:]
-        errors.append((found - wanted).flatten(2).square().sum(2) / wanted.flatten(2).square().sum(2))
-    return torch.cat(errors).T
+        return (found - wanted).flatten(2).square().sum(2) / wanted.flatten(2).square().sum(2)
+
+    return torch.cat(each(range(0, len(calibration), batch_size), errors, calibration.device)).T
 
 
 def geometric_mean(errors: Tensor) -> float:
@@ -200,12 +204,12 @@ def geometric_mean(errors: Tensor) -> float:
 
 def trajectory_error(model: nn.Module, calibration: CalibrationSet, num_inference_steps: int) -> float:
     """Return the error of the held-out trajectories over all their steps: what decides which state is kept."""
-    return geometric_mean(sample_errors(model, calibration, num_inference_steps).mean(0))
+    return agreed(geometric_mean(sample_errors(model, calibration, num_inference_steps).mean(0)))
 
 
 def image_error(model: nn.Module, calibration: CalibrationSet, num_inference_steps: int) -> float:
     """Return the error of the images in which the held-out trajectories end."""
-    return geometric_mean(sample_errors(model, calibration, num_inference_steps)[-1])
+    return agreed(geometric_mean(sample_errors(model, calibration, num_inference_steps)[-1]))
 
 
 @torch.no_grad()
@@ -365,8 +369,13 @@ class ProgressiveQuantizer:
         else:
             frozen = self.calibration.denoiser(freeze_(copy.deepcopy(self.model)))
             calls = self.train_set.draw(self.settings.price_batch_size, self.seed(Stream.PRICES, stage, round_index))
-            names = self.bar(self.priced_layers(stage, round_index), "prices", "layer")
-            self.perturbations = transition_prices(self.model, frozen, self.controller, calls, names)
+            layers = self.priced_layers(stage, round_index)
+
+            def prices(names: Iterable[str]) -> Iterable[float]:
+                shown = self.bar(list(names), "prices", "layer")
+                return transition_prices(self.model, frozen, self.controller, calls, shown).values()
+
+            self.perturbations = dict(zip(layers, divided(layers, prices), strict=True))
         self.controller.observe(self.perturbations)
         saved = {name: self.controller.saved_bits(name) for name in self.perturbations}
         self.prices = {name: perturbation / saved[name] for name, perturbation in self.perturbations.items()}
@@ -506,7 +515,8 @@ class ProgressiveQuantizer:
         calibrate_activations_(self.model, steps)
 
     def save(self, path: Path | None) -> None:
-        """Write the resume file."""
+        """Write the resume file; in all processes, the model is that of the main one from then on."""
+        copy_from_main_(self.model)
         if path is not None:
             state = {
                 "model": fake_quant_state(self.model),
@@ -517,7 +527,7 @@ class ProgressiveQuantizer:
                 "prices": self.prices,
                 "request": json.dumps(self.request),
             }
-            save_checkpoint(path, state)
+            on_main(save_checkpoint, path, state)
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from the contents of a resume file."""
@@ -565,12 +575,15 @@ def progressive_quantize(
     `config` defaults to an average of WEIGHT_BITS bits: fewer than loading without data takes.
     Leaves the fake-quantized model with its latent weights: `distill` trains them, `convert_` turns a copy into packed
     layers. `checkpoint` names a resume file: the same call after a kill goes on from it. Deterministic under
-    `progressive.seed`. Raises ValueError, with the model unchanged, for a calibration set of another model, a budget
-    that cannot be met, weights that are not finite or not float32, a layer that the model never calls, or a resume
-    file that was begun with other settings.
+    `progressive.seed`; several processes share the work, and all end with the same model.
+
+    Raises ValueError, with the model unchanged, for a calibration set of another model, a budget that cannot be met,
+    weights that are not finite or not float32, a layer that the model never calls, or a resume file that was begun
+    with other settings.
     """
     path = None if checkpoint is None else Path(checkpoint)
-    state = load_checkpoint(path) if path is not None and path.exists() else None  # damaged: before the model changes
+    # Before the model changes: the file may be damaged.
+    state = None if path is None else read_together(partial(load_checkpoint, path), path.exists)
     settings = progressive or ProgressiveConfig()
     config = config or PQCADConfig(weight_bits=WEIGHT_BITS)
     request = {

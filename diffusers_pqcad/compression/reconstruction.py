@@ -1,5 +1,8 @@
 """Block reconstruction: train one unit's latent weights and scales to give the full-precision unit's output.
 
+A unit's inputs are captured from the model as the units before it leave it, so no two units of a round can be trained
+at once. Several processes share each unit: the passes that capture its inputs, and the images of every update.
+
 Inspired by BRECQ (Li et al. 2021, arXiv:2102.05426) and Q-Diffusion (arXiv:2302.04304), with straight-through latent
 weights in the place of AdaRound: latents carry over when the bits change, which a rounding of the original cannot.
 """
@@ -15,6 +18,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tr
 
 from diffusers_pqcad.compression.fake_quant import fake_quant_layers
 from diffusers_pqcad.compression.optimization import check_minimum, parameter_groups
+from diffusers_pqcad.compression.processes import add_gradients_, each, on_main, place, rows_of
 from diffusers_pqcad.layers.find import layer_of
 
 # Whole blocks where diffusers has them, and below those the parts that also stand alone; a layer outside all of these
@@ -237,14 +241,18 @@ def capture_io(
     calls = [(rows, one) for rows in (*batches, *probe) for one in passes]
     sizes = [one.branches * len(rows) for rows, one in calls]
     num_kept = len(batches) * len(passes)
-    own: list[dict[str, Any]] = []
-    full: list[dict[str, Any]] = []
-    for rows, one in calls:
-        for network, records in ((model, own), (reference, full)):
-            record: dict[str, Any] = {}
-            with recording(network.get_submodule(name), record), suppress(_Captured):
-                one.run(network, rows)
-            records.append(record)
+
+    def captured(call: tuple[nn.Module, tuple[str, ...], Tensor, Pass]) -> dict[str, Any]:
+        network, kept, rows, one = call
+        record: dict[str, Any] = {}
+        with recording(network.get_submodule(name), record), suppress(_Captured):
+            one.run(network, rows)
+        return {key: record[key] for key in kept}
+
+    networks = (model, ("args", "kwargs")), (reference, ("args", "kwargs", "output"))
+    runs = ((*network, rows, one) for rows, one in calls for network in networks)
+    records = each(runs, captured, weight.device)
+    own, full = records[::2], records[1::2]
     keywords = tuple(own[0]["kwargs"])
 
     def arguments_of(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
@@ -326,7 +334,10 @@ def unit_loss(
 def reconstruct(
     unit: nn.Module, io: UnitIO, config: ReconstructionConfig, *, name: str = "", seed: int = 0
 ) -> UnitResult:
-    """Train `unit` (a block or a single layer) in place on `io`; kept only if the held-out loss improves."""
+    """Train `unit` (a block or a single layer) in place on `io`; kept only if the held-out loss improves.
+
+    Of each update's images, processes take consecutive ones, and the gradients are added up.
+    """
     num_samples = len(io.weight)
     num_train = num_samples - max(1, int(num_samples * config.held_out_fraction))
 
@@ -336,22 +347,27 @@ def reconstruct(
         inputs, target = take_rows(io.inputs, rows, io.shared), take_rows(io.target, rows)
         return unit_loss(unit, inputs, io.keywords, target, io.weight[rows]).item()
 
-    loss_before = held_out_loss()
+    loss_before = on_main(held_out_loss)
     before = {key: value.clone() for key, value in unit.state_dict().items()}
     optimizer = torch.optim.Adam(parameter_groups(unit, config.step_rate, config.float_rate))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(config.iterations, 1))
     generator = torch.Generator().manual_seed(seed)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    mine = rows_of(config.batch_size, place())
+    weight = (mine.stop - mine.start) / config.batch_size
     for _ in range(config.iterations):
         rows = torch.randint(0, num_train, (config.batch_size,), generator=generator)
         inputs, float_inputs = (take_rows(values, rows, io.shared) for values in (io.inputs, io.float_inputs))
         mixed = mix_inputs(inputs, float_inputs, config.input_mix, generator, io.shared)
-        loss = unit_loss(unit, mixed, io.keywords, take_rows(io.target, rows), io.weight[rows])
+        rows, mixed = rows[mine], take_rows(mixed, mine, io.shared)
         optimizer.zero_grad()
-        loss.backward()
+        if weight:  # fewer images than processes leave some without
+            unit_loss(unit, mixed, io.keywords, take_rows(io.target, rows), io.weight[rows]).backward()
+        add_gradients_(parameters, weight)
         optimizer.step()
         schedule.step()
     optimizer.zero_grad()
-    loss_after = held_out_loss()
+    loss_after = on_main(held_out_loss)
     accepted = loss_after < loss_before
     if not accepted:
         unit.load_state_dict(before)

@@ -6,6 +6,7 @@ recorded guided output. So a pipeline that works in a way that this package does
 
 import hashlib
 import inspect
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -47,6 +48,7 @@ from diffusers_pqcad.compression.denoiser import (
 )
 from diffusers_pqcad.compression.fake_quant import fake_quant_layers
 from diffusers_pqcad.compression.grid import grid_in_use
+from diffusers_pqcad.compression.processes import each, in_turns, is_main, on_main, place, share, together
 from diffusers_pqcad.compression.sampling import image_generator
 
 SINGULAR = 1e-10  # of the largest eigenvalue: branches whose difference is lost in fp32
@@ -365,6 +367,13 @@ class Recorder:
                 )
         return record_batch(self.columns, values, [input_text(item) for item in inputs])
 
+    def agree(self, plans: Iterable[StepPlan | None]) -> None:
+        """Go on with the first of `plans` whose weights were told apart, of those that processes found in a round."""
+        for plan in plans:
+            if plan is not None:
+                self.plan, self.has_weights = plan, True
+                return
+
 
 @torch.no_grad()
 def collect_calibration_set(
@@ -386,7 +395,8 @@ def collect_calibration_set(
     for an unconditional pipeline. `call_arguments` are the same for all (guidance_scale, height, strength ...).
     `num_trajectories` defaults to the number of inputs; where it is more, they start over with other noise. Image i
     has a generator of its own, a function of `seed` and i. With `output_dir` the rows are written there as they come,
-    and only a batch of them is in memory.
+    and only a batch of them is in memory. Several processes record a batch each, and all return the whole set; the
+    main one writes.
 
     Raises ValueError for a quantized model, one in half precision, fewer than 4 trajectories, a scheduler that no grid
     describes, and a pipeline whose steps, guidance or conditions are not what could be replayed: with the measured
@@ -406,20 +416,40 @@ def collect_calibration_set(
         plan = plan_of(pipeline, wanted[0], seed, num_inference_steps, call_arguments)
     recorder: Recorder | None = None
 
-    def batches() -> Iterator[pa.RecordBatch]:
+    def batch_at(first: int) -> Inputs:
+        return wanted[first : first + batch_size]
+
+    def steps_of(first: int) -> list[TappedStep]:
+        with noted_settings(pipeline.scheduler) as settings:
+            steps = run_steps(pipeline, batch_at(first), first, seed, num_inference_steps, call_arguments, 0)
+        manifest["mu"] = settings.get("mu")
+        return steps
+
+    def settled(steps: dict[int, list[TappedStep]]) -> tuple[Recorder, Any]:
+        return Recorder(pipeline, plan, steps[0], len(batch_at(0))), manifest["mu"]
+
+    def round_of(firsts: list[int]) -> list[pa.RecordBatch]:
         nonlocal recorder
+        with together():
+            steps = {first: steps_of(first) for first in share(firsts, place())}
+        if recorder is None:
+            recorder, manifest["mu"] = on_main(settled, steps)
+
+        def taken(first: int) -> tuple[pa.RecordBatch, StepPlan | None]:
+            return recorder.take(steps[first], batch_at(first)), recorder.plan if recorder.has_weights else None
+
+        rows, plans = zip(*each(firsts, taken), strict=True)
+        recorder.agree(plans)
+        if not firsts[0]:  # what cannot be replayed is not recorded to its end
+            on_main(check_replay, CalibrationSet(Dataset(pa.Table.from_batches([rows[0]])), *parts()), model)
+        return list(rows)
+
+    def batches() -> Iterator[pa.RecordBatch]:
         with tqdm(total=len(wanted), desc="calibration set", unit="image", disable=not progress) as bar:
-            for first in range(0, len(wanted), batch_size):
-                batch = wanted[first : first + batch_size]
-                with noted_settings(pipeline.scheduler) as settings:
-                    steps = run_steps(pipeline, batch, first, seed, num_inference_steps, call_arguments, 0)
-                manifest["mu"] = settings.get("mu")
-                recorder = recorder or Recorder(pipeline, plan, steps, len(batch))
-                rows = recorder.take(steps, batch)
-                if not first:  # what cannot be replayed is not recorded to its end
-                    check_replay(CalibrationSet(Dataset(pa.Table.from_batches([rows])), *parts()), model)
-                yield rows
-                bar.update(len(batch))
+            for firsts in in_turns(range(0, len(wanted), batch_size)):
+                for rows in round_of(firsts):
+                    yield rows
+                    bar.update(rows.num_rows)
 
     manifest = {
         "model_hash": model_hash(model),
@@ -439,12 +469,14 @@ def collect_calibration_set(
         assert recorder is not None  # once a batch is there
         return recorder.columns, recorder.grid, recorder.plan, manifest
 
-    with restored(pipeline.scheduler):
-        if output_dir is not None:
+    with restored(pipeline.scheduler), together():
+        if output_dir is None:
+            return CalibrationSet(Dataset(pa.Table.from_batches(list(batches()))), *parts())
+        if is_main():
             write_set(Path(output_dir), batches(), lambda: about_of(*parts()))
-            return CalibrationSet.load(output_dir)
-        table = pa.Table.from_batches(list(batches()))
-        return CalibrationSet(Dataset(table), *parts())
+        else:
+            deque(batches(), maxlen=0)
+    return CalibrationSet.load(output_dir)
 
 
 def check_replay(calibration: CalibrationSet, model: Any) -> float:

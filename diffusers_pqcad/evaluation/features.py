@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffusers_pqcad.compression.processes import each
+
 CONFIG_FILE, WEIGHTS_FILE, REFERENCE_FILE = "config.json", "model.safetensors", "reference.safetensors"
 
 
@@ -249,8 +251,11 @@ def check_labels(labels: Mapping[str, Sequence[str]], classifier: SmallClassifie
 
 
 def extract_features(extractor: Callable[[Tensor], Tensor], images: Tensor, batch_size: int = 256) -> Tensor:
-    """Return the features (N, D) of `images` (N, C, H, W) uint8, computed `batch_size` images at a time."""
-    return torch.cat([extractor(batch) for batch in images.split(batch_size)])
+    """Return the features (N, D) of `images` (N, C, H, W) uint8, computed `batch_size` images at a time.
+
+    Several processes take turns with the batches, and all return all features.
+    """
+    return torch.cat(each(images.split(batch_size), extractor))
 
 
 def file_sha256(path: Path) -> str:

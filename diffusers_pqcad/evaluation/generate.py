@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from diffusers_pqcad.compression.calling import Inputs, call_arguments_of, check_positive, distinct_inputs, quiet
 from diffusers_pqcad.compression.denoiser import SchedulerStep, Stop, run_stepped
+from diffusers_pqcad.compression.processes import each, in_turns
 from diffusers_pqcad.compression.sampling import image_generator, sample_shape
 
 DECODERS = ("vae", "vqvae", "movq", "vqgan")  # components that make pictures of latents, by name
@@ -104,7 +105,7 @@ def generate_samples(
     diffusers pipeline with one denoiser, called as its user calls it, in eval mode; it is not changed. `inputs` and
     `call_arguments` are those of `collect_calibration_set`; of more images than inputs, the inputs start over. Image i
     depends on its input, `seed` and i alone, also where steps draw noise: not on `batch_size`, beyond float rounding,
-    and not on `num_images`.
+    and not on `num_images`. Several processes make a batch each, and all return all samples.
 
     Raises ValueError if `num_images`, `num_inference_steps` or `batch_size` is not positive, and for arguments that
     the pipeline does not take.
@@ -153,18 +154,24 @@ def sampled(
     batches: list[Samples] = []
     trajectories: list[Trajectories] = []
     bar = tqdm(total=num_images, desc=description, unit="image", disable=not progress)
+
+    def batch_at(first: int) -> tuple[Samples, Trajectories | None]:
+        count = min(batch_size, num_images - first)
+        return batch_of(run, first, count, max(0, min(count, max_trajectories - first)))
+
     with untouched(run.pipeline), bar:
-        for first in range(0, num_images, batch_size):
-            count = min(batch_size, num_images - first)
-            samples, states = batch_of(run, first, count, max(0, min(count, max_trajectories - first)))
-            if check is not None and first == 0:
-                check(samples)
-            batches.append(samples)
-            if states is not None:
-                trajectories.append(states)
-                room = MAX_STATE_BYTES // (4 * states.states[:, 0].numel())
-                max_trajectories = min(max_trajectories, max(count, room))
-            bar.update(count)
+        for firsts in in_turns(range(0, num_images, batch_size)):
+            for first, (samples, states) in zip(firsts, each(firsts, batch_at), strict=True):
+                count = len(samples.latents)
+                if check is not None and first == 0:
+                    check(samples)
+                batches.append(samples)
+                wanted = max(0, min(count, max_trajectories - first))  # fewer than were kept, after the first batch
+                if states is not None and wanted:
+                    trajectories.append(states._replace(states=states.states[:, :wanted]))
+                    room = MAX_STATE_BYTES // (4 * states.states[:, 0].numel())
+                    max_trajectories = min(max_trajectories, max(count, room))
+                bar.update(count)
     pictures = [batch.images for batch in batches if batch.images is not None]
     samples = Samples(torch.cat([batch.latents for batch in batches]), torch.cat(pictures) if pictures else None)
     if not trajectories:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from diffusers_pqcad.compression.processes import each
 from diffusers_pqcad.evaluation.features import ClassifierExtractor
 
 
@@ -26,7 +27,7 @@ def prompts_met(
     if len(wanted) != len(images):
         raise ValueError(f"wanted: expected one for each of the {len(images)} images, got {len(wanted)}.")
     check_wanted(extractor, wanted)
-    found = [each for batch in images.split(batch_size) for each in extractor.recognize(batch)]
+    found = [shown for batch in each(images.split(batch_size), extractor.recognize) for shown in batch]
     return torch.tensor([wish.items() <= shown.items() for wish, shown in zip(wanted, found, strict=True)])
 
 

@@ -12,6 +12,7 @@ from diffusers_pqcad.compression.calling import distinct_inputs
 from diffusers_pqcad.compression.denoiser import SchedulerStep, Stop, denoiser_name
 from diffusers_pqcad.compression.extras import require
 from diffusers_pqcad.compression.fake_quant import fake_quant_layers
+from diffusers_pqcad.compression.processes import on_main
 from diffusers_pqcad.evaluation.features import ClassifierExtractor, FeatureExtractor, extract_features
 from diffusers_pqcad.evaluation.generate import (
     PipelineRun,
@@ -214,6 +215,9 @@ def evaluate(
     The error along the trajectory is that of the first MAX_TRAJECTORY_IMAGES images at the timesteps of both, where
     the scheduler of one is of the other's class, and the timesteps of one are among those of the other.
 
+    Several processes share the sampling and the extractor's work; the main one does the rest, times among it, while
+    the others wait, and all return its report.
+
     Raises ValueError for fewer than two images, too few or misshapen `reference_samples`, arguments that a pipeline
     does not take, `prompt_labels` that lack a prompt or that `extractor` does not know, and models whose samples
     differ in shape; MissingExtraError, before any sample, where a package of
@@ -254,12 +258,12 @@ def evaluate(
     assert wanted_states is not None
     parts = (
         Setting(num_images, num_inference_steps, reference_steps, seed),
-        _fidelity(run, wanted, found),
-        _trajectory(run, reference_run, states, wanted_states),
+        on_main(_fidelity, run, wanted, found),
+        on_main(_trajectory, run, reference_run, states, wanted_states),
         _distribution(extractor, found, seed),
         _prompt_accuracy(extractor, wishes, wanted, found, seed),
-        _cost(run, states, weights_path),
-        _speed((run, states), (reference_run, wanted_states), latency_batch_size, num_latency_rounds),
+        on_main(_cost, run, states, weights_path),
+        on_main(_speed, (run, states), (reference_run, wanted_states), latency_batch_size, num_latency_rounds),
     )
     return EvaluationReport(**{name: value for part in parts for name, value in vars(part).items()})
 
@@ -442,10 +446,11 @@ def _prompt_accuracy(
         return PromptAccuracy(None, None, None)
     before, after = (prompts_met(extractor, _pictures(samples), wishes) for samples in (wanted, found))
     accuracy = after.double().mean().item()
+    interval = on_main(paired_change_interval, before, after, seed=seed)
     return PromptAccuracy(
         prompt_accuracy=accuracy,
         prompt_accuracy_change=accuracy - before.double().mean().item(),
-        prompt_accuracy_change_interval=paired_change_interval(before, after, seed=seed),
+        prompt_accuracy_change_interval=interval,
     )
 
 
@@ -459,6 +464,10 @@ def _distribution(extractor: FeatureExtractor | None, samples: Samples, seed: in
     if extractor is None:
         return Distribution(None, None, None, None, None, None, None)
     features = extract_features(extractor, _pictures(samples))
+    return on_main(_distances, extractor, features, seed)
+
+
+def _distances(extractor: FeatureExtractor, features: Tensor, seed: int) -> Distribution:
     subset_size = min(MAX_KERNEL_SUBSET, len(features), len(extractor.reference_features))
     kernel, kernel_sd = kernel_distance(features, extractor.reference_features, subset_size=subset_size, seed=seed)
     statistics = feature_statistics(features)

@@ -5,6 +5,7 @@ and ends with the same weights.
 """
 
 import copy
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import get_int_from_env, set_seed
+from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
 
 from diffusers_pqcad.compression.adapters import adapter_facts, below_adapter_
 from diffusers_pqcad.compression.calibration import CalibrationSet
@@ -26,6 +28,7 @@ from diffusers_pqcad.compression.denoiser import denoiser_name, pipeline_with
 from diffusers_pqcad.compression.distillation import DistillConfig, adapted_, distill
 from diffusers_pqcad.compression.extras import require
 from diffusers_pqcad.compression.fake_quant import convert_, fake_quant_state, freeze_, load_fake_quant_state_
+from diffusers_pqcad.compression.processes import accelerator_on, is_main, on_main, place, together
 from diffusers_pqcad.compression.progressive import History, ProgressiveConfig, progressive_quantize
 from diffusers_pqcad.evaluation.generate import Samples, makes_pixels
 from diffusers_pqcad.evaluation.speed import environment
@@ -132,7 +135,8 @@ def compress(
     `quantization` defaults to an average of 4 bits; `run.seed` is the seed of all parts; the first of the `bundled`
     teachers is that of a run that names none. `progress` shows bars and headings. The folder holds a loadable
     pipeline, `metrics.json` (what this returns), `history.json` of PQ, `recipe.yaml` (the settings) and `state`, from
-    which the same call goes on. Sets torch's threads and seeds for this process, and TF32 off.
+    which the same call goes on. Sets torch's threads and seeds for this process, and TF32 off. Several processes share
+    the work: the main one writes and tells how it goes, and all return the metrics.
 
     Raises, before anything is written, ValueError for settings that cannot work, a pipeline that is not supported, or
     a folder that was begun with other settings; MissingExtraError where a package that is needed later is missing.
@@ -146,19 +150,21 @@ def compress(
         require("lora", "peft")
     prepare_process(run)
 
-    prompts, extractor = prompts_of(run, source.path), extractor_of(source)
-    teacher, as_you_run_it = load_teacher(source.path)
-    if not makes_pixels(teacher):
-        require("train", "torchmetrics")  # for the decoded pictures
-    check_adapter(teacher, run, settings.distillation)
-    load_adapter_(teacher, run)
-    check_teacher(teacher, run, settings.quantization, prompts)
     folder = Path(run.output_dir)
-    claim_folder(folder, settings, prompts)
+    with together():
+        prompts, extractor = on_main(prompts_of, run, source.path), extractor_of(source)
+        teacher, as_you_run_it = load_teacher(source.path)
+        if not makes_pixels(teacher):
+            require("train", "torchmetrics")  # for the decoded pictures
+        check_adapter(teacher, run, settings.distillation)
+        load_adapter_(teacher, run)
+        check_teacher(teacher, run, settings.quantization, prompts)
+        on_main(claim_folder, folder, settings, prompts)
+        check_is_shared(folder)
     if prompts:  # where they came from may change meanwhile
         copy_of_prompts = str(folder / PROMPTS_FILE)
         run = replace(run, prompts_file=copy_of_prompts, dataset_name=None, dataset_config_name=None)
-    site = Site(folder / "state", run.train_device, progress)
+    site = Site(folder / "state", run.train_device, progress and is_main(), place().num_processes)
 
     site.say(f"calibration set: {run.num_trajectories} full-precision trajectories")
     calibration = recording(site, teacher, run)
@@ -192,40 +198,62 @@ def compress(
     judge = Judge(extractor, prompt_labels_of(source, extractor, inputs_of_run(run).measured))
     measured = measured_rows(site, rows, teacher, run, judge)
 
-    site.say("saving")
-    metrics = {
-        **metrics_of(site, settings, source, calibration, history, trained, measured),
-        **pipeline_facts(source, bundled, Teacher(teacher, as_you_run_it), trained["pq_cad"].student),
-        "adapter": adapter_of_run(run, trained["pq_cad"].student),
-        **call_facts(run, student_arguments(teacher, calibration, strides_of(run)[-1], folded=folds), folded=folds),
-    }
-    metrics["prompts_from"] = prompts_from(settings.run) if prompts else None
-    save_results(folder, site, metrics, history, rows, run)
-    repo = run.hub_model_id or folder.name  # a local copy is loaded from where the reader put it
-    hub.write_card(folder, hub.model_card(metrics, repo=repo, license_id=source.license))
-    if run.push_to_hub:
-        site.say(f"pushed: {hub.push(folder, run.hub_model_id or '', private=run.hub_private_repo)}")
-    return metrics
+    def finished() -> dict[str, Any]:
+        site.say("saving")
+        arguments = student_arguments(teacher, calibration, strides_of(run)[-1], folded=folds)
+        metrics = {
+            **metrics_of(site, settings, source, calibration, history, trained, measured),
+            **pipeline_facts(source, bundled, Teacher(teacher, as_you_run_it), trained["pq_cad"].student),
+            "adapter": adapter_of_run(run, trained["pq_cad"].student),
+            **call_facts(run, arguments, folded=folds),
+            "prompts_from": prompts_from(settings.run) if prompts else None,
+        }
+        save_results(folder, site, metrics, history, rows, run)
+        repo = run.hub_model_id or folder.name  # a local copy is loaded from where the reader put it
+        hub.write_card(folder, hub.model_card(metrics, repo=repo, license_id=source.license))
+        if run.push_to_hub:
+            site.say(f"pushed: {hub.push(folder, run.hub_model_id or '', private=run.hub_private_repo)}")
+        return metrics
+
+    return on_main(finished)
 
 
 def prepare_process(run: CompressConfig) -> None:
     """Set threads, seeds and precision of this process; ValueError where it cannot run as the settings say."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("compress runs in one process so far; start it with `accelerate launch --num_processes 1`.")
     # In fp32 and where the settings say, whatever the user's Accelerate config does: the figures are for that.
     # NVIDIA's convolutions would round their inputs to 10 bits.
     torch.backends.cudnn.allow_tf32 = False
-    accelerator = Accelerator(cpu=run.train_device == "cpu", mixed_precision="no")
+    accelerator = accelerator_on(run.train_device)
     if run.train_device != accelerator.device.type:
         raise ValueError(
             "train_device: expected 'cpu' or the kind of accelerator that torch finds here "
             f"({accelerator.device.type}), got {run.train_device!r}."
         )
     ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(run.num_threads or ours)
+    here = get_int_from_env(["LOCAL_WORLD_SIZE"], 1)  # processes that share this computer
+    torch.set_num_threads(run.num_threads or max(1, ours // here))
     set_seed(run.seed)
+    if not is_main():
+        quieten_()
     if run.push_to_hub:
-        hub.check_access()
+        on_main(hub.check_access)
+
+
+def quieten_() -> None:
+    """Keep warnings and bars of this process to itself: the main one shows its own."""
+    logging.getLogger("diffusers_pqcad").setLevel(logging.ERROR)
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+def check_is_shared(folder: Path) -> None:
+    """Raise ValueError where the folder that the main process has claimed is not to be seen from here."""
+    if not (folder / "state").is_dir():
+        raise ValueError(
+            f"output_dir: {folder} is another folder on this computer than on that of the main process; give one that "
+            "all of them share."
+        )
 
 
 # Recording and PQ
@@ -234,7 +262,8 @@ def prepare_process(run: CompressConfig) -> None:
 def recording(site: Site, teacher: Any, run: CompressConfig) -> CalibrationSet:
     """Return the calibration set, recorded or read back."""
     path = site.state / "calibration"
-    calibration = CalibrationSet.load(path) if path.exists() else record(teacher, run, path, progress=site.progress)
+    is_there = on_main(path.exists)
+    calibration = CalibrationSet.load(path) if is_there else record(teacher, run, path, progress=site.progress)
     check_recording(calibration, teacher, run)
     return calibration
 
@@ -250,15 +279,20 @@ def quantized_model(
     """Return the fake-quantized model of a PQ, on the CPU, and its history; its checkpoint is what is kept."""
     model = copy.deepcopy(denoiser_of(teacher)).to(site.device)
     path = site.state / f"{key}.safetensors"
-    found = path.stat().st_mtime_ns if path.exists() else None
-    if found is None:
-        note_training(site, key)
+    begun = on_main(time_of, path)
+    if begun is None:
+        on_main(note_training, site, key)
     history = progressive_quantize(
         model, calibration, quantization, progressive, checkpoint=path, progress=site.progress
     )
-    if path.stat().st_mtime_ns != found:  # it was not finished before
-        note_training(site, key)
+    if on_main(time_of, path) != begun:  # it was not finished before
+        on_main(note_training, site, key)
     return model.to("cpu"), history
+
+
+def time_of(path: Path) -> int | None:
+    """Return when a file was last written, in ns; None where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def variants_of(settings: Settings) -> list[Variant]:
@@ -368,9 +402,9 @@ def trained_student(site: Site, key: str, lesson: Lesson, teacher: Any, before: 
     speaker = cad_teacher(config, teacher, before)
     if speaker is not None:
         speaker = speaker.to(site.device)
-    note_training(site, key)
+    on_main(note_training, site, key)
     log = site.state / f"{key}-log.json"
-    entries = {entry["step"]: entry for entry in load_json(log)} if log.exists() else {}
+    entries = {entry["step"]: entry for entry in on_main(entries_of, log)}
     resume = site.state / f"{key}-resume.safetensors"
     with tqdm(total=config.max_train_steps, desc=key, unit="update", disable=not site.progress) as bar:
         for entry in distill(student, speaker, calibration, config, stride=stride, checkpoint=resume):
@@ -378,8 +412,13 @@ def trained_student(site: Site, key: str, lesson: Lesson, teacher: Any, before: 
             if entry.held_out_error is not None:
                 bar.set_postfix(held_out=f"{entry.held_out_error:.2e}", best=f"{entry.best_error:.2e}")
                 entries[entry.step] = asdict(entry)
-                save_json(log, list(entries.values()))
+                on_main(save_json, log, list(entries.values()))
     return {"student": fake_quant_state(student.to("cpu")), "stats": list(entries.values())}
+
+
+def entries_of(log: Path) -> list[dict[str, Any]]:
+    """Return what a training said of itself before it was stopped."""
+    return load_json(log) if log.exists() else []
 
 
 def cad_teacher(config: DistillConfig, teacher: Any, quantized: nn.Module) -> nn.Module | None:

@@ -19,6 +19,7 @@ from diffusers_pqcad.compression.calling import call_arguments_of, distinct_inpu
 from diffusers_pqcad.compression.denoiser import StepPlan, denoiser_name, pipeline_with, with_components
 from diffusers_pqcad.compression.distillation import DistillConfig
 from diffusers_pqcad.compression.grid import ddim_grid
+from diffusers_pqcad.compression.processes import on_main
 from diffusers_pqcad.compression.recording import collect_calibration_set, plan_of, restored
 from diffusers_pqcad.compression.schedulers import deterministic_scheduler
 from diffusers_pqcad.evaluation import evaluate, generate_images, load_extractor
@@ -435,8 +436,8 @@ def measure(
     `samples` are the teacher's `reference_samples`, `prompt_labels` those of `prompt_labels_of`.
     """
     bare, adapter = parted(row.pipeline)
-    denoiser_of(bare).save_pretrained(weights)
-    save_adapter(bare, adapter, weights)
+    on_main(denoiser_of(bare).save_pretrained, weights)
+    on_main(save_adapter, bare, adapter, weights)
     report = evaluate(
         row.pipeline,
         teacher,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 from diffusers_pqcad.compression.checkpoint import write_text
+from diffusers_pqcad.compression.processes import on_main
 from diffusers_pqcad.evaluation.speed import environment
 from diffusers_pqcad.publishing.settings import Settings, flat, settings_of
 
@@ -36,11 +37,15 @@ T = TypeVar("T")
 
 
 class Site(NamedTuple):
-    """Where a run works: the folder of what its stages leave, the device that trains, whether it tells how it goes."""
+    """Where a run works: the folder of what its stages leave, the device that trains, whether it tells how it goes.
+
+    And how many processes there are: as many times `train_batch_size` are CAD's images.
+    """
 
     state: Path
     device: str
     progress: bool
+    num_processes: int = 1
 
     def say(self, text: str) -> None:
         """Print a heading between the progress bars."""
@@ -97,10 +102,14 @@ def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def cached(path: Path, make: Callable[[], T], save: Callable[[Path, T], None], load: Callable[[Path], T]) -> T:
-    """Return what the file `path` holds; what `make` returns is saved there the first time, and read back, too."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(path, make())
+    """Return what the file `path` holds; what `make` returns is saved there the first time, and read back, too.
+
+    Of several processes, all make it, and the main one saves it.
+    """
+    if not on_main(path.exists):
+        made = make()
+        on_main(path.parent.mkdir, parents=True, exist_ok=True)
+        on_main(save, path, made)
     return load(path)
 
 
@@ -118,8 +127,10 @@ def note_training(site: Site, key: str) -> None:
     """Keep that the training `key` runs here: the table names its places, as the folder may go on elsewhere."""
     path = site.state / f"{key}-training.json"
     places = load_json(path) if path.exists() else []
-    here = {"device": site.device} | environment()
-    if not places or any(places[-1][name] != here[name] for name in ("device", "cpu", "gpu", "torch")):
+    here = {"device": site.device, "num_processes": site.num_processes} | environment()
+    # Older versions ran in one process.
+    before = {"num_processes": 1} | places[-1] if places else {}
+    if any(before.get(name, ...) != here[name] for name in ("device", "num_processes", "cpu", "gpu", "torch")):
         save_json(path, [*places, here])
 
 

@@ -16,7 +16,12 @@ from pathlib import Path
 from diffusers_pqcad.publishing.hub import results_table, table_notes
 
 HERE = Path(__file__).resolve().parent
-READMES = (HERE.parents[1] / "README.md", HERE.parent / "benchmarks" / "README.md", HERE / "end_to_end.md")
+READMES = (
+    HERE.parents[1] / "README.md",
+    HERE.parent / "benchmarks" / "README.md",
+    HERE.parent / "guides" / "scale.md",
+    HERE / "end_to_end.md",
+)
 
 
 def run_block(metrics: dict, *, times: bool) -> str:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from diffusers_pqcad.compression.fake_quant import fake_quant_layers
 from diffusers_pqcad.publishing.compress import (
     arms_of,
     cad_teacher,
+    check_is_shared,
     compress,
     fixed_bits,
     lesson_of,
@@ -120,10 +122,24 @@ def test_what_cannot_work_is_refused_before_anything_is_written(teacher, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_more_than_one_process_is_refused(monkeypatch):
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    prepare_process(CompressConfig())  # from here on, this is the first process of one
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="one process so far"):
+    with pytest.raises(ValueError, match="2 processes were started, and each believes to be one of 1"):
         prepare_process(CompressConfig())
+
+
+def test_a_folder_that_a_process_does_not_see_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="output_dir: .* is another folder on this computer"):
+        check_is_shared(tmp_path)
+
+
+def test_processes_of_one_computer_share_its_cores(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    for here, threads in (("1", cores), (str(cores), 1), ("999", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+        prepare_process(CompressConfig())
+        assert torch.get_num_threads() == threads
 
 
 class Killed(BaseException):
