@@ -9,13 +9,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from diffusers import pipelines as _pipelines
-from diffusers.quantizers import auto as _diffusers
-from transformers.quantizers import auto as _transformers
-
-from diffusers_pqcad.loading.config import METHOD_NAMES, PQCADConfig
-from diffusers_pqcad.loading.quantizer import PQCADQuantizer
-from diffusers_pqcad.loading.transformers_quantizer import PQCADTransformersQuantizer
+from diffusers_pqcad.cli.help import is_asked_for
 
 __version__ = "0.1.0"
 
@@ -42,12 +36,22 @@ _LAZY = {
 }
 __all__ = ["PQCADConfig", "PQCADQuantizer", *_LAZY]
 
-for _mappings, _quantizer in ((_diffusers, PQCADQuantizer), (_transformers, PQCADTransformersQuantizer)):
-    for _name in METHOD_NAMES:
-        _mappings.AUTO_QUANTIZER_MAPPING[_name] = _quantizer
-        _mappings.AUTO_QUANTIZATION_CONFIG_MAPPING[_name] = PQCADConfig
-# Components of pipelines are looked up in the modules here. The table of libraries beside them takes longer to import.
-setattr(_pipelines, __name__, sys.modules[__name__])
+if not is_asked_for(sys.orig_argv):  # `pqcad --help` answers at once; the imports below take seconds
+    from diffusers import pipelines as _pipelines
+    from diffusers.quantizers import auto as _diffusers
+    from transformers.quantizers import auto as _transformers
+
+    from diffusers_pqcad.loading.config import METHOD_NAMES, PQCADConfig
+    from diffusers_pqcad.loading.quantizer import PQCADQuantizer
+    from diffusers_pqcad.loading.transformers_quantizer import PQCADTransformersQuantizer
+
+    for _mappings, _quantizer in ((_diffusers, PQCADQuantizer), (_transformers, PQCADTransformersQuantizer)):
+        for _name in METHOD_NAMES:
+            _mappings.AUTO_QUANTIZER_MAPPING[_name] = _quantizer
+            _mappings.AUTO_QUANTIZATION_CONFIG_MAPPING[_name] = PQCADConfig
+    # Components of pipelines are looked up in the modules here. The table of libraries
+    # beside them takes longer to import.
+    setattr(_pipelines, __name__, sys.modules[__name__])
 
 
 def __getattr__(name: str) -> Any:

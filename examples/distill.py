@@ -20,10 +20,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers_pqcad.cli.compress import summary
 from diffusers_pqcad.compression.extras import MissingExtraError
 from diffusers_pqcad.compression.processes import failed_elsewhere, is_main
 from diffusers_pqcad.publishing.compress import compress
-from diffusers_pqcad.publishing.hub import results_table, student_call, table_notes
 from diffusers_pqcad.publishing.pipelines import TeacherSource, bundled_source
 from diffusers_pqcad.publishing.settings import Settings, parse_settings
 
@@ -65,14 +65,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the whole script and return its metrics."""
     settings = settings_of_command(sys.argv[1:] if arguments is None else arguments)
     metrics = compress(*settings, bundled=BUNDLED)
-    if not is_main():
-        return metrics
-    folder = settings.run.output_dir
-    print(f"\n{results_table(metrics)}\n\n{table_notes(metrics)}")
-    load = f"pipe = DiffusionPipeline.from_pretrained({folder!r})"
-    if metrics["adapter"]:
-        load += f"; pipe.load_lora_weights({folder!r})"
-    print(f"\nSaved in {folder}. Load it: {load}; it was distilled for pipe({student_call(metrics)})")
+    if is_main():
+        print(f"\n{summary(metrics, settings.run.output_dir)}")
     return metrics
 
 

@@ -173,7 +173,7 @@ class EvaluationReport(Speed, Cost, PromptAccuracy, Distribution, Trajectory, Fi
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values; an infinite ratio (an exact copy) becomes the string "inf"."""
         latencies = {name: getattr(self, name)._asdict() for name in ("latency_ms", "reference_latency_ms")}
-        return {name: _jsonable(value) for name, value in (asdict(self) | latencies).items()}
+        return {name: jsonable(value) for name, value in (asdict(self) | latencies).items()}
 
 
 def evaluate(
@@ -258,12 +258,12 @@ def evaluate(
     assert wanted_states is not None
     parts = (
         Setting(num_images, num_inference_steps, reference_steps, seed),
-        on_main(_fidelity, run, wanted, found),
+        on_main(fidelity_between, run, wanted, found),
         on_main(_trajectory, run, reference_run, states, wanted_states),
         _distribution(extractor, found, seed),
         _prompt_accuracy(extractor, wishes, wanted, found, seed),
-        on_main(_cost, run, states, weights_path),
-        on_main(_speed, (run, states), (reference_run, wanted_states), latency_batch_size, num_latency_rounds),
+        on_main(cost_of, run, states, weights_path),
+        on_main(speed_in_turns, (run, states), (reference_run, wanted_states), latency_batch_size, num_latency_rounds),
     )
     return EvaluationReport(**{name: value for part in parts for name, value in vars(part).items()})
 
@@ -310,7 +310,7 @@ def _check_before(
     """Raise ValueError for what can be seen before anything runs."""
     shape, reference_shape = known_shape(run), known_shape(reference_run)
     if shape is not None and reference_shape is not None:
-        _check_shape(shape, reference_shape)
+        check_shape(shape, reference_shape)
     if run.decodes != reference_run.decodes:
         raise ValueError(
             "pipeline: expected latents that are decoded from both or from neither; compare with the pipeline that "
@@ -334,7 +334,8 @@ def _check_before(
         )
 
 
-def _check_shape(shape: tuple[int, ...], reference_shape: tuple[int, ...]) -> None:
+def check_shape(shape: tuple[int, ...], reference_shape: tuple[int, ...]) -> None:
+    """Raise ValueError for samples whose shape is not that of the reference's."""
     if shape != reference_shape:
         raise ValueError(
             f"pipeline: expected samples of shape {reference_shape} as the reference makes, got {shape}. Compare with "
@@ -345,7 +346,7 @@ def _check_shape(shape: tuple[int, ...], reference_shape: tuple[int, ...]) -> No
 def _check_first(samples: Samples, wanted: Samples | None, extractor: FeatureExtractor | None) -> None:
     """Raise ValueError after the first batch for what would fail after the last."""
     if wanted is not None:
-        _check_shape(tuple(samples.latents.shape[1:]), tuple(wanted.latents.shape[1:]))
+        check_shape(tuple(samples.latents.shape[1:]), tuple(wanted.latents.shape[1:]))
     if extractor is not None:
         extractor(_pictures(samples)[:1])
 
@@ -389,7 +390,7 @@ def _is_same(run: PipelineRun, other: PipelineRun) -> bool:
     return are_same and run.num_inference_steps == other.num_inference_steps
 
 
-def _fidelity(run: PipelineRun, wanted: Samples, found: Samples) -> Fidelity:
+def fidelity_between(run: PipelineRun, wanted: Samples, found: Samples) -> Fidelity:
     """Return how close the samples of `run` are to the `wanted` ones."""
     latents = wanted.latents.float(), found.latents
     pictures = None if wanted.images is None or found.images is None else (wanted.images, found.images)
@@ -482,7 +483,7 @@ def _distances(extractor: FeatureExtractor, features: Tensor, seed: int) -> Dist
     )
 
 
-def _cost(run: PipelineRun, states: Trajectories, weights_path: str | Path | None) -> Cost:
+def cost_of(run: PipelineRun, states: Trajectories, weights_path: str | Path | None) -> Cost:
     """Return what the denoiser of `run` takes; after it, as kernels make their copies in it."""
     model = getattr(run.pipeline, denoiser_name(run.pipeline))
     bits, bits_of_all = _average_bits(model)
@@ -526,7 +527,7 @@ def _average_bits(model: nn.Module) -> tuple[float, float]:
     return stored, stored
 
 
-def _speed(
+def speed_in_turns(
     timed: tuple[PipelineRun, Trajectories],
     reference: tuple[PipelineRun, Trajectories],
     batch_size: int,
@@ -558,11 +559,12 @@ def stop_after(num_steps: int) -> Callable[[SchedulerStep], None]:
     return on_step
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """Return `value` as JSON values; an infinite number becomes the string "inf"."""
     if isinstance(value, float) and isinf(value):
         return "inf" if value > 0 else "-inf"
     if isinstance(value, (tuple, list)):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
+        return {key: jsonable(item) for key, item in value.items()}
     return value

@@ -118,6 +118,13 @@ def fastest(operation: Operation) -> str:
     return next(kernel.NAME for kernel in by_speed(operation) if kernel.refusal(operation) is None)
 
 
+def refusals(operation: Operation) -> dict[str, Refusal]:
+    """Return why each kernel that would be faster than the one for `operation` cannot run it, by the kernel's name."""
+    chosen = list(KERNELS).index(fastest(operation))
+    found = {name: kernel.refusal(operation) for name, kernel in list(KERNELS.items())[:chosen]}
+    return {name: refused for name, refused in found.items() if refused is not None}
+
+
 def objection(kernel: Kernel, operation: Operation, x: Tensor) -> Refusal | None:
     """Return why `kernel`, which is not the reference, cannot take this call; what it says of the operation apart."""
     if not kernel.accepts(x):

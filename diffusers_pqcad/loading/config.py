@@ -171,13 +171,22 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         default=None,
         metadata={"help": "inputs that share a weight scale in Linear layers; None: one scale per output channel"},
     )
-    method: Literal["progressive", "fixed"] = "progressive"
+    method: Literal["progressive", "fixed"] = field(
+        default="progressive",
+        metadata={"help": "bits for each layer under an average budget, or one width for all, rounded to nearest"},
+    )
     modules_to_not_convert: list[str] = field(
         default_factory=list,
         metadata={"help": "names, parts of names or globs of further layers that stay in floating point"},
     )
-    search_all_modules: bool = False
-    components: list[str] | None = None
+    search_all_modules: bool = field(
+        default=False,
+        metadata={"help": "also quantize what stays in floating point by default, as the last layers do"},
+    )
+    components: list[str] | None = field(
+        default=None,
+        metadata={"help": "parts of the pipeline to quantize, text encoders among them; None: its denoiser"},
+    )
     weight_bits_by_module: dict[str, int] = field(default_factory=dict)
     timestep_boundaries: list[int | float] | None = None
     num_inference_steps: int | None = None

@@ -67,10 +67,7 @@ class Inspection(Sequence[LayerInfo]):
     def __str__(self) -> str:
         header = [item.name for item in fields(LayerInfo)]
         rows = [header, *(layer.cells() for layer in self)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
+        lines = table(rows)
         num_packed = sum(layer.kernel is not None for layer in self)
         total = f"{num_packed} of {len(self)} layers packed, {sum(layer.bytes for layer in self) / 1e6:.2f} MB"
         bits = self.coverage.average_bits()
@@ -79,6 +76,12 @@ class Inspection(Sequence[LayerInfo]):
         return "\n".join([*lines, f"{total}, {self.coverage}"])
 
     __repr__ = __str__
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table whose columns are as wide as their longest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def inspect(model: nn.Module, reference: nn.Module | None = None) -> Inspection:

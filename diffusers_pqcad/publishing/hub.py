@@ -472,6 +472,6 @@ def check_access() -> None:
         HfApi().whoami()
     except Exception as error:
         raise ValueError(
-            f"--push_to_hub: the Hub does not answer or does not know you ({type(error).__name__}: {error}). Log in "
-            "with `hf auth login`, or run without --push_to_hub."
+            f"push_to_hub: the Hub does not answer or does not know you ({type(error).__name__}: {error}). Log in "
+            "with `hf auth login`; a run that publishes later goes without --push_to_hub, and `pqcad push` follows it."
         ) from None

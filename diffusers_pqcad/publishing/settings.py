@@ -63,7 +63,8 @@ class CompressConfig:
         },
     )
     output_dir: str = field(
-        default="outputs/distill", metadata={"help": "folder of the result; the same run goes on there after a kill"}
+        default="outputs/distill",
+        metadata={"help": "folder of the result; the same run goes on there after a kill", "aliases": ["-o"]},
     )
     num_inference_steps: int = field(
         default=20, metadata={"help": "steps of the teacher; the student takes half of them, num_halvings times"}
@@ -188,12 +189,17 @@ class Settings(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A dataclass and those of its fields that are flags; `prefix` comes before each name."""
+    """A dataclass and those of its fields that are flags; `prefix` comes before each name.
+
+    `defaults` and `helps` are those of flags that a command has in the place of the dataclass's own.
+    """
 
     title: str
     kind: type
     names: tuple[str, ...]
     prefix: str = ""
+    defaults: Mapping[str, Any] = {}
+    helps: Mapping[str, str] = {}
 
 
 def _names(kind: type, *, without: Sequence[str] = ()) -> tuple[str, ...]:
@@ -206,6 +212,7 @@ QUANTIZATION = Part(
     "quantized layers",
     PQCADConfig,
     ("weight_bits", "bit_choices", "activation_bits", "group_size", "modules_to_not_convert"),
+    defaults={"weight_bits": WEIGHT_BITS},  # the config's own is for loading, without data
 )
 PROGRESSIVE = Part(
     "PQ, progressive quantization",
@@ -266,16 +273,20 @@ def settings_of(values: dict[str, Any]) -> Settings:
     values = {"weight_bits": WEIGHT_BITS} | values
     if values.get("activation_bits") == 0:
         values["activation_bits"] = None
-    reconstruction = _config_of(RECONSTRUCTION, values)
+    reconstruction = config_of(RECONSTRUCTION, values)
     return complete(
-        _config_of(RUN, values),
-        _config_of(QUANTIZATION, values),
-        _config_of(PROGRESSIVE, values, reconstruction=reconstruction),
-        _config_of(DISTILLATION, values),
+        config_of(RUN, values),
+        config_of(QUANTIZATION, values),
+        config_of(PROGRESSIVE, values, reconstruction=reconstruction),
+        config_of(DISTILLATION, values),
     )
 
 
-def _config_of(part: Part, values: dict[str, Any], **others: Any) -> Any:
+def config_of(part: Part, values: Mapping[str, Any], **others: Any) -> Any:
+    """Return the dataclass of `part`, with those of the flags `values` that are its, and `others`.
+
+    Raises ValueError, naming the flag, for a value that cannot be.
+    """
     given = {name: values[part.prefix + name] for name in part.names if part.prefix + name in values}
     try:
         return part.kind(**given, **others)
@@ -292,31 +303,31 @@ def flags_of(part: Part) -> type:
         kind, default = types[item.name], item.default
         if item.default_factory is not dataclasses.MISSING:
             default = item.default_factory()
-        if item.name == "weight_bits":
-            default = WEIGHT_BITS  # the config's own is for loading, without data
+        default = part.defaults.get(item.name, default)
+        metadata = item.metadata if item.name not in part.helps else {**item.metadata, "help": part.helps[item.name]}
         flag: Any
         if get_origin(kind) in (list, tuple):
             kind = list[get_args(kind)[0]]  # type: ignore[misc]
-            flag = field(default_factory=partial(list, default), metadata=item.metadata)
+            flag = field(default_factory=partial(list, default), metadata=metadata)
         else:
-            flag = field(default=default, metadata=item.metadata)
+            flag = field(default=default, metadata=metadata)
         flags.append((part.prefix + item.name, kind, flag))
     return dataclasses.make_dataclass(part.kind.__name__, flags, namespace={"_argument_group_name": part.title})
 
 
-def flag_types() -> dict[str, Any]:
+def flag_types(parts: Sequence[Part] = PARTS) -> dict[str, Any]:
     """Return the type of every flag by its name."""
-    return {item.name: item.type for part in PARTS for item in dataclasses.fields(flags_of(part))}
+    return {item.name: item.type for part in parts for item in dataclasses.fields(flags_of(part))}
 
 
-def check_known(values: dict[str, Any], where: str = "settings") -> None:
+def check_known(values: dict[str, Any], where: str = "settings", parts: Sequence[Part] = PARTS) -> None:
     """Raise ValueError, naming them, for `values` that are no flags."""
-    unknown = sorted(set(values) - set(flag_types()), key=str)
+    unknown = sorted(set(values) - set(flag_types(parts)), key=str)
     if unknown:
         raise ValueError(f"{where}: unknown settings {unknown}.")
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path, parts: Sequence[Part] = PARTS) -> dict[str, Any]:
     """Return the settings of a YAML file as a command line would have them: words, which its parser converts.
 
     Raises ValueError for a file that is missing, is no mapping, or has unknown settings or a null where none can be.
@@ -327,8 +338,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict | None):
         raise ValueError(f"{path}: expected lines of `setting: value`, got {type(values).__name__}.")
     values = values or {}
-    check_known(values, str(path))
-    types = flag_types()
+    check_known(values, str(path), parts)
+    types = flag_types(parts)
     for name, value in values.items():
         if value is None and type(None) not in get_args(types[name]):
             raise ValueError(f"{path}: {name}: expected a value, got null.")
