@@ -134,7 +134,7 @@ def test_compress_says_what_it_would_do(capsys, folder, tmp_path):
     found = answer(capsys, "compress", folder / "float", *flags, "--json")
     assert (found.code, (tmp_path / "out").exists()) == (0, False)
     assert found.document["student_steps"] == [2, 1]
-    assert len(found.document["arms"]) == 5
+    assert len(found.document["arms"]) == 4
     assert set(found.document["components"]) == {"unet"}
     assert found.document["settings"]["num_trajectories"] == 8
     text = answer(capsys, "compress", folder / "float", *flags).out
