@@ -73,7 +73,7 @@ def choices() -> dict[str, str]:
     names = {x86.NAME, onednn.NAME}
     if isinstance(known, dict) and known.keys() == KINDS.keys() and set(map(str, known.values())) <= names:
         return known
-    found = {name: decide(measure(kind)) for name, kind in KINDS.items()}
+    found = {name: decide(seconds_of(kind)) for name, kind in KINDS.items()}
     if path is not None:
         keep(path, found)
     return found
@@ -103,7 +103,7 @@ def decide(seconds: Mapping[str, list[float]]) -> str:
     return best if medians[best] * NEEDED_GAIN < medians[x86.NAME] else x86.NAME
 
 
-def measure(kind: Kind) -> dict[str, list[float]]:
+def seconds_of(kind: Kind) -> dict[str, list[float]]:
     """Return the seconds of calls of a layer of `kind` by each int8 kernel, which take turns."""
     with torch.device("cpu"), torch.no_grad():  # whatever the caller builds models on
         operation, x = sample(kind)

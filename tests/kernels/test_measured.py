@@ -71,7 +71,7 @@ def test_every_kind_of_layer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_is_measured_without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "has_amx", lambda: False)
-    monkeypatch.setattr(measured, "measure", None)  # not called
+    monkeypatch.setattr(measured, "seconds_of", None)  # not called
     assert {layer.kernel_name() for layer in layers().values()} == {"x86"}
     assert "AMX" not in kernels.summary([layer.operation() for layer in layers().values()])
 
@@ -80,7 +80,7 @@ def test_with_amx_layers_take_the_kernel_that_was_faster_for_their_kind(amx, mon
     seconds = {kind: {"x86": [2.0], "onednn": [1.0 if name == "onednn" else 3.0]} for kind, name in zip(
         measured.KINDS.values(), ONE_DNN_FOR_PRODUCTS.values(), strict=True
     )}  # fmt: skip
-    monkeypatch.setattr(measured, "measure", seconds.__getitem__)
+    monkeypatch.setattr(measured, "seconds_of", seconds.__getitem__)
     found = layers()
     assert {kind: layer.kernel_name() for kind, layer in found.items()} == ONE_DNN_FOR_PRODUCTS
     linear, x = found["matrix products"], torch.randn(2, 16)
@@ -94,7 +94,7 @@ def test_with_amx_layers_take_the_kernel_that_was_faster_for_their_kind(amx, mon
 
 
 def test_a_layer_that_one_kernel_refuses_takes_the_other(amx, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "measure", None)  # not called
+    monkeypatch.setattr(measured, "seconds_of", None)  # not called
     grouped = packed(PQCADConv2d(16, 8, 3, groups=2))
     assert grouped.kernel_name() == "onednn"
     in_floating_point = PQCADLinear(16, 8)
@@ -103,18 +103,18 @@ def test_a_layer_that_one_kernel_refuses_takes_the_other(amx, monkeypatch: pytes
 
 
 def test_a_choice_is_kept_beside_the_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "measure", lambda kind: {"x86": [2.0], "onednn": [1.0]})
+    monkeypatch.setattr(measured, "seconds_of", lambda kind: {"x86": [2.0], "onednn": [1.0]})
     assert set(measured.choices().values()) == {"onednn"}
     (kept,) = native.cache_folder().iterdir()
     assert json.loads(kept.read_text()) == measured.choices()
     measured.choices.cache_clear()
-    monkeypatch.setattr(measured, "measure", None)  # not called
+    monkeypatch.setattr(measured, "seconds_of", None)  # not called
     assert set(measured.choices().values()) == {"onednn"}
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"matrix products": "x86"}', '{"a": {}}'])
 def test_a_damaged_file_is_written_anew(content: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "measure", lambda kind: {"x86": [1.0], "onednn": [1.0]})
+    monkeypatch.setattr(measured, "seconds_of", lambda kind: {"x86": [1.0], "onednn": [1.0]})
     expected = measured.choices()
     (kept,) = native.cache_folder().iterdir()
     kept.write_text(content)
@@ -136,7 +136,7 @@ def test_other_circumstances_are_measured_anew(monkeypatch: pytest.MonkeyPatch) 
 
 def test_without_a_folder_it_is_measured_by_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(native.CACHE_VARIABLE, "/proc/diffusers-pqcad")
-    monkeypatch.setattr(measured, "measure", lambda kind: {"x86": [2.0], "onednn": [1.0]})
+    monkeypatch.setattr(measured, "seconds_of", lambda kind: {"x86": [2.0], "onednn": [1.0]})
     assert set(measured.choices().values()) == {"onednn"}
 
 
@@ -144,7 +144,7 @@ def test_without_a_folder_it_is_measured_by_every_process(monkeypatch: pytest.Mo
 def test_both_kernels_are_called_in_turns_for_a_moment(kind: measured.Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured, "MEASURED_SECONDS", 0.0)  # one round
     with torch.device("meta"):  # as models are built while they load
-        seconds = measured.measure(kind)
+        seconds = measured.seconds_of(kind)
     assert {name: len(values) for name, values in seconds.items()} == {"x86": 1, "onednn": 1}
     operation, x = measured.sample(kind)
     ours, others = (kernel.run(operation, kernel.pack(operation), x) for kernel in (x86, onednn))
@@ -162,5 +162,5 @@ def test_a_kind_takes_at_most_the_time_that_it_is_given(monkeypatch: pytest.Monk
     """As a clock that passes a tenth of a second at each look says."""
     clock = iter(range(10**6))
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock) / 10)
-    seconds = measured.measure(measured.KINDS["matrix products"])
+    seconds = measured.seconds_of(measured.KINDS["matrix products"])
     assert [len(values) for values in seconds.values()] == [1, 1]
