@@ -49,8 +49,8 @@ def ship_(folder: Path, source: Path, name: str) -> Path:
     """Put the variant `name` of `source` into `folder`: built once, as its name says all that it depends on."""
     built = native.cache_folder() / "of-tests" / variants.file_name(source, name)
     if not built.exists():
-        built.parent.mkdir(exist_ok=True)
-        own = folder.with_name(built.name)
+        built.parent.mkdir(parents=True, exist_ok=True)
+        own = built.with_suffix(f".{os.getpid()}")  # another process may build the same
         variants.build_variant(str(native.compiler()), source, variants.VARIANTS[name], own)
         own.replace(built)
     (folder / built.name).write_bytes(built.read_bytes())
