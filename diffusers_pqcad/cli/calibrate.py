@@ -4,13 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusers_pqcad.cli.calling import CALLS, run_of, run_part, set_threads, with_prompts
+from diffusers_pqcad.cli.calling import CALLS, run_of, run_part, with_prompts
 from diffusers_pqcad.cli.command import TRIAL, Command, Outcome, Trial
 from diffusers_pqcad.cli.saved_source import models_of
 from diffusers_pqcad.compression.calibration import CalibrationSet
 from diffusers_pqcad.compression.denoiser import denoiser_name
 from diffusers_pqcad.evaluation.speed import directory_size_bytes
 from diffusers_pqcad.loading.config import DENOISER_COMPONENTS, PQCADConfig
+from diffusers_pqcad.publishing.compress import set_threads
 from diffusers_pqcad.publishing.pipelines import check_teacher, denoiser_of, load_teacher, prompts_of, record
 from diffusers_pqcad.publishing.settings import CompressConfig, Part, config_of
 

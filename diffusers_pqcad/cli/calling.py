@@ -1,12 +1,10 @@
 """What the commands that run pipelines share: flags of `CompressConfig`, threads, and loading."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_pqcad.publishing.pipelines import inputs_of_run, prompts_of
@@ -60,12 +58,6 @@ def inputs_of(run: CompressConfig) -> list[dict[str, Any]] | None:
     prompts = prompts_of(run)
     whole = replace(run, num_trajectories=max(4, len(prompts)))
     return inputs_of_run(whole, prompts).recorded
-
-
-def set_threads(run: CompressConfig) -> None:
-    """Let torch take as many threads as the run says, 0: as there are cores for this process."""
-    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(run.num_threads or ours)
 
 
 def load_pipeline(path: str, flag: str) -> Any:

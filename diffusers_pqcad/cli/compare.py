@@ -13,7 +13,6 @@ from diffusers_pqcad.cli.calling import (
     load_pipeline,
     run_of,
     run_part,
-    set_threads,
     with_prompts,
 )
 from diffusers_pqcad.cli.command import TRIAL, Command, Outcome, Trial
@@ -21,6 +20,7 @@ from diffusers_pqcad.cli.saved_source import models_of
 from diffusers_pqcad.cli.sides import names_of, side_of
 from diffusers_pqcad.evaluation.comparison import Comparison, compare
 from diffusers_pqcad.publishing.comparison_page import decibel, save_comparison
+from diffusers_pqcad.publishing.compress import set_threads
 from diffusers_pqcad.publishing.pipelines import call_arguments, sampling_batch_size
 from diffusers_pqcad.publishing.settings import CompressConfig, Part, config_of
 

@@ -12,7 +12,6 @@ from diffusers_pqcad.cli.calling import (
     load_pipeline,
     run_of,
     run_part,
-    set_threads,
     with_prompts,
 )
 from diffusers_pqcad.cli.command import TRIAL, Command, Outcome, Trial
@@ -20,6 +19,7 @@ from diffusers_pqcad.cli.saved_source import models_of
 from diffusers_pqcad.cli.sides import names_of, side_of
 from diffusers_pqcad.evaluation import evaluate
 from diffusers_pqcad.evaluation.comparison import Side
+from diffusers_pqcad.publishing.compress import set_threads
 from diffusers_pqcad.publishing.hub import results_table, table_notes
 from diffusers_pqcad.publishing.pipelines import (
     TeacherSource,

@@ -229,14 +229,19 @@ def prepare_process(run: CompressConfig) -> None:
             "train_device: expected 'cpu' or the kind of accelerator that torch finds here "
             f"({accelerator.device.type}), got {run.train_device!r}."
         )
-    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    here = get_int_from_env(["LOCAL_WORLD_SIZE"], 1)  # processes that share this computer
-    torch.set_num_threads(run.num_threads or max(1, ours // here))
+    set_threads(run)
     set_seed(run.seed)
     if not is_main():
         quieten_()
     if run.push_to_hub:
         on_main(hub.check_access)
+
+
+def set_threads(run: CompressConfig) -> None:
+    """Let torch take as many threads as `run` says; 0: this process's share of the cores that it may use."""
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    here = get_int_from_env(["LOCAL_WORLD_SIZE"], 1)  # processes that share this computer
+    torch.set_num_threads(run.num_threads or max(1, ours // here))
 
 
 def quieten_() -> None:
