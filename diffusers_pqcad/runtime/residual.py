@@ -7,7 +7,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from diffusers_pqcad.kernels.native import scratch
+from diffusers_pqcad.kernels.native import pages, scratch
 from diffusers_pqcad.kernels.x86.library import compiled
 from diffusers_pqcad.kernels.x86.norms import Norm, group_norm_of
 from diffusers_pqcad.kernels.x86.packing import PackedLayer
@@ -79,7 +79,7 @@ def run_block(plan: BlockPlan, x: Tensor, time: Tensor | None, residual: Tensor 
     x = x.contiguous(memory_format=torch.channels_last)
     residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
     time = None if time is None else time.contiguous()
-    output = torch.empty(plan.size, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+    output = pages.empty(plan.size, dtype=torch.float32, memory_format=torch.channels_last)
     memory = scratch.buffer(plan.num_bytes)
     time_at = None if time is None else time.data_ptr()
     residual_at = None if residual is None else residual.data_ptr()

@@ -28,8 +28,9 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
     for (int k = 0; k < TILE_SIZE; k++) memset(biases + k, element_of(k, zero_point, layer->qmax).bias, sizeof(int32_t));
 #pragma omp parallel for schedule(dynamic) if (blocks * runs > 1)
     for (int64_t task = 0; task < blocks * runs; task++) {
-        int64_t start = task % runs * MICRO_TILES, stop = start + MICRO_TILES < micro_tiles ? start + MICRO_TILES : micro_tiles;
-        int64_t channel = task / runs * OUTPUTS;
+        /* All outputs of some pixels, then of the next: the codes of large images do not fit the cache, weights do. */
+        int64_t start = task / blocks * MICRO_TILES, stop = start + MICRO_TILES < micro_tiles ? start + MICRO_TILES : micro_tiles;
+        int64_t channel = task % blocks * OUTPUTS;
         int64_t channels = output.out_channels - channel < OUTPUTS ? output.out_channels - channel : OUTPUTS;
         Block block[TILE_SIZE];
         const int products = blocks_of(layer, channel, input_scale, zero_point, is_dense, block);

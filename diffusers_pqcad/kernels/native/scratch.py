@@ -9,6 +9,8 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from diffusers_pqcad.kernels.native import pages
+
 KEPT_BYTES = 2**28  # of address space for all threads, of which the calls touch a part; larger calls are on their own
 
 _free: deque[Tensor] = deque()  # the one used last comes last; each operation is whole, so that no thread needs a lock
@@ -24,7 +26,7 @@ def buffer(num_bytes: int) -> Tensor:
         else:
             if found.numel() >= num_bytes:
                 return found
-    return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+    return pages.empty((num_bytes,), dtype=torch.uint8)
 
 
 def give_back(found: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffusers_pqcad.kernels.native import scratch
+from diffusers_pqcad.kernels.native import pages, scratch
 from diffusers_pqcad.kernels.operation import Operation
 from diffusers_pqcad.kernels.x86.geometry import geometry_of
 from diffusers_pqcad.kernels.x86.library import compiled
@@ -81,7 +81,7 @@ def run_calls(
 ) -> list[Tensor]:
     """Return the output of each of `calls` for `x`, which is rounded once where neighbours take the same codes."""
     outputs = [
-        torch.empty(call.size, dtype=torch.float32, device="cpu", memory_format=memory_format) for call in calls
+        pages.empty(call.size, dtype=torch.float32, memory_format=memory_format) for call in calls
     ]
     codes, pointers = scratch.buffer(max(call.code_bytes for call in calls)), ctypes.c_void_p * len(calls)
     layers = pointers(*(ctypes.addressof(call.layer) for call in calls))
