@@ -18,8 +18,9 @@ def fused_blocks() -> tuple[type[FusedBlock], ...]:
     from diffusers_pqcad.runtime.feed_forward import FusedFeedForward
     from diffusers_pqcad.runtime.residual import FusedResnetBlock2D
     from diffusers_pqcad.runtime.transformer import FusedTransformer2DModel
+    from diffusers_pqcad.runtime.upsampling import FusedUpsample2D
 
-    return FusedAttention, FusedFeedForward, FusedResnetBlock2D, FusedTransformer2DModel
+    return FusedAttention, FusedFeedForward, FusedResnetBlock2D, FusedTransformer2DModel, FusedUpsample2D
 
 
 def install_(model: nn.Module) -> None:

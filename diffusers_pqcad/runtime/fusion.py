@@ -68,6 +68,11 @@ class FusedBlock:
         """Return the layer of `block` that is computed first; `None` where a block is not of the common kind."""
         raise NotImplementedError
 
+    @classmethod
+    def can_take(cls, block: Any) -> bool:
+        """Return whether this computer's kernel has what `block` needs, whose first layer is packed."""
+        return True
+
     def plan_of(
         self, inputs: list[Tensor], key: tuple[Any, ...], build: Callable[[PackedLayer], Any]
     ) -> tuple[PackedLayer | None, Any]:
@@ -115,7 +120,9 @@ def install_fused_(model: nn.Module, kinds: Iterable[type[FusedBlock]]) -> None:
             continue  # a pipeline is saved with the class of this model
         kind = by_class.get(type(block))
         layer: Any = None if kind is None else kind.first_layer(block)
-        if kind is not None and is_packed(layer) and kind.name in kernels.KERNELS[layer.kernel_name()].FUSES:
+        if kind is None or not is_packed(layer) or not kind.can_take(block):
+            continue
+        if kind.name in kernels.KERNELS[layer.kernel_name()].FUSES:
             block.__class__ = kind  # type: ignore[assignment]
             block.handle = graph_ops.register(block)
 
@@ -225,13 +232,15 @@ def plain_norm(module: nn.Module) -> Norm | None:
     return Norm.of(module)
 
 
-def plan_call(layer: QuantizedLayer, size: torch.Size, packed: PackedLayer | None = None) -> Call:
+def plan_call(
+    layer: QuantizedLayer, size: torch.Size, packed: PackedLayer | None = None, *, is_doubled: bool = False
+) -> Call:
     """Return the call of `layer` for an input of `size`, for a plan: other calls of the layer leave it as it is.
 
-    It keeps what the layer has packed, unless that is `packed`, which keeps the plan.
+    It keeps what the layer has packed, unless that is `packed`, which keeps the plan. `is_doubled` is as in `call_of`.
     """
     own = layer.packed_for(x86.NAME) if packed is None else packed  # once: another thread may pack the layer anew
-    call = call_of(layer.operation(layer.input_group()), own, size)
+    call = call_of(layer.operation(layer.input_group()), own, size, is_doubled=is_doubled)
     return call._replace(keeps=(call.keeps, own if packed is None else None))
 
 

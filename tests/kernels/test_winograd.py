@@ -138,7 +138,7 @@ def read_overflow(x: Tensor, bits: int, zero_point: int) -> tuple[np.ndarray, np
     """
     _, channels, height, width = x.shape
     tiles, qmax = width // 2 - 1, activation_qmax(bits)
-    image = Image(1, height, width, channels, 0, 0, channels, tiles)
+    image = Image(1, height, width, channels, 0, 0, channels, tiles, 0)
     codes = torch.empty(compiled().code_bytes(image), dtype=torch.uint8)
     source = x.contiguous(memory_format=torch.channels_last)
     is_dense = bool(
@@ -277,7 +277,7 @@ def test_only_rows_of_three_pixels_side_by_side_are_transformed_and_cost_a_third
         layer.pack_(WeightSpec(4), activation_bits=7)
         with kernels.use("x86"):
             layer(torch.randn(1, 48, 6, 6))
-        assert layer.packed_for("x86").weight.numel() == kernel_cache_bytes(layer) == 48 * 32 * size
+        assert layer.packed_for("x86").of_kind[False].weight.numel() == kernel_cache_bytes(layer) == 48 * 32 * size
     for settings_ in ({"stride": (1, 2)}, {"dilation": (1, 2)}):
         layer = PQCADConv2d(48, 8, 3, **settings_)
         layer.pack_(WeightSpec(4), activation_bits=8)

@@ -17,11 +17,13 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from fused_blocks import copy_of
 from torch import Tensor, nn
 
 from diffusers_pqcad import PQCADConfig, kernels, quantize_, runtime
 from diffusers_pqcad.kernels.x86 import PackedLayer
+from diffusers_pqcad.kernels.x86.packing import PackedWeights
 from diffusers_pqcad.kernels.x86.recent import KEPT_SIZES
 from diffusers_pqcad.layers.find import packed_layers
 from diffusers_pqcad.layers.quantized import QuantizedLayer
@@ -29,16 +31,30 @@ from diffusers_pqcad.layers.timesteps import TimestepGroups
 from diffusers_pqcad.numerics.qparams import ActivationQParams, WeightSpec
 from diffusers_pqcad.runtime.attention import FusedAttention
 from diffusers_pqcad.runtime.fusion import FusedBlock, remove_fused_
+from diffusers_pqcad.runtime.upsampling import FusedUpsample2D
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "residual": lambda: ResnetBlock2D(in_channels=16, out_channels=24, temb_channels=12, groups=4),
     "attention": lambda: Attention(16, heads=2, dim_head=8, norm_num_groups=4, residual_connection=True, bias=True),
     "feed forward": lambda: FeedForward(16),
     "transformer": lambda: Transformer2DModel(2, 8, in_channels=16, norm_num_groups=4, activation_fn="geglu"),
+    "upsampling": lambda: Upsample2D(16, use_conv=True),
 }
-FIRST = {"residual": "conv1", "attention": "to_q", "feed forward": "net.0.proj", "transformer": "proj_in"}
+FIRST = {
+    "residual": "conv1",
+    "attention": "to_q",
+    "feed forward": "net.0.proj",
+    "transformer": "proj_in",
+    "upsampling": "conv",
+}
 NORM = {"residual": "norm2", "attention": "group_norm", "transformer": "norm"}
-LAST = {"residual": "conv2", "attention": "to_out.0", "feed forward": "net.2", "transformer": "proj_out"}
+LAST = {
+    "residual": "conv2",
+    "attention": "to_out.0",
+    "feed forward": "net.2",
+    "transformer": "proj_out",
+    "upsampling": "conv",
+}
 DROPOUT = {
     "residual": "dropout",
     "attention": "to_out.1",
@@ -62,6 +78,8 @@ def model(kind: str) -> nn.ModuleList:
     model = nn.ModuleList([BLOCKS[kind]()]).eval().requires_grad_(False)
     quantize_(model, PQCADConfig(method="fixed", weight_bits=8))
     skip_without_kernel(model)
+    if kind == "upsampling" and not FusedUpsample2D.can_take(model[0]):
+        pytest.skip("tiles need VNNI")
     assert isinstance(model[0], FusedBlock)
     return model
 
@@ -265,7 +283,7 @@ def move_and_return(model: nn.ModuleList, kind: str) -> None:
 def pad_in_circles(model: nn.ModuleList, kind: str) -> None:
     """As those do who make textures that can be tiled."""
     if kind != "residual":
-        pytest.skip("it has no convolution")
+        pytest.skip("it has no convolution after the first layer")
     model[0].conv2.padding_mode = "circular"
 
 
@@ -291,17 +309,23 @@ def test_what_changes_asks_for_another_plan(model: nn.ModuleList, kind: str, cha
 def test_what_the_block_itself_is_asked_for_counts(model: nn.ModuleList, kind: str) -> None:
     inputs = inputs_of(kind)
     assert builds(model[0], *inputs) == 1
-    if kind in ("feed forward", "transformer"):
+    if kind in ("feed forward", "transformer", "upsampling"):
         pytest.skip("it has no settings")
     name, value = {"residual": ("skip_time_act", True), "attention": ("heads", 4)}[kind]
     setattr(model[0], name, value)
     assert builds(model[0], *inputs) == 1
 
 
+def weights_of(layer: QuantizedLayer) -> PackedWeights:
+    """What the kernel has packed of `layer`, for the only kind of image that it met."""
+    (weights,) = layer._cache[1].of_kind.values()
+    return weights
+
+
 def test_plans_go_with_the_weights(model: nn.ModuleList, kind: str) -> None:
     """No cycle keeps memory until the collector comes."""
     builds(model[0], *inputs_of(kind))
-    kept = [weakref.ref(layer._cache[1].weight) for layer in packed_layers(model).values()]
+    kept = [weakref.ref(weights_of(layer).weight) for layer in packed_layers(model).values()]
     gc.collect()
     gc.disable()
     try:
@@ -332,6 +356,8 @@ def test_without_blocks_at_once_there_are_none(model: nn.ModuleList, kind: str) 
 @torch.no_grad()
 def test_a_dropout_that_drops_is_not_passed_by(model: nn.ModuleList, kind: str) -> None:
     """As in Monte Carlo dropout: the block is evaluated, one module in it is not."""
+    if kind not in DROPOUT:
+        pytest.skip("it has no dropout")
     inputs, dropout = inputs_of(kind), model[0].get_submodule(DROPOUT[kind])
     expected = call(model[0], *inputs)
     dropout.p = 0.5
@@ -422,7 +448,7 @@ def test_a_plan_holds_what_it_points_to(model: nn.ModuleList, kind: str) -> None
     def pack_and_forget(layer: QuantizedLayer, name: str) -> PackedLayer:
         packed = packed_for(layer, name)
         layer._cache = None
-        seen.append(weakref.ref(packed.weight))
+        seen.append(weakref.ref(packed))
         return packed
 
     with mock.patch.object(QuantizedLayer, "packed_for", pack_and_forget):

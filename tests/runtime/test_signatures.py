@@ -20,8 +20,9 @@ from diffusers_pqcad.runtime.fusion import FusedBlock
 from diffusers_pqcad.runtime.overrides import OVERRIDES
 from diffusers_pqcad.runtime.residual import FusedResnetBlock2D
 from diffusers_pqcad.runtime.transformer import FusedTransformer2DModel
+from diffusers_pqcad.runtime.upsampling import FusedUpsample2D
 
-FUSED = (FusedAttention, FusedFeedForward, FusedResnetBlock2D, FusedTransformer2DModel)
+FUSED = (FusedAttention, FusedFeedForward, FusedResnetBlock2D, FusedTransformer2DModel, FusedUpsample2D)
 REPLACED: dict[type[nn.Module], type[nn.Module]] = {
     **{ours: plain for plain, ours in QUANTIZED_LAYERS.items()},
     **{ours: ours.plain for ours in FUSED},  # type: ignore[dict-item]

@@ -13,10 +13,18 @@
 
    With `tiles`, a row of codes is kept as so many transformed input tiles of Winograd's minimal filtering F(2, 3)
    (winograd.h): TILE_SIZE elements a tile, sums and differences of two codes. An element has 9 bits. What 8 of them hold is
-   kept as a code; the rest, which few elements have, is its overflow, and multiplied, too. */
+   kept as a code; the rest, which few elements have, is its overflow, and multiplied, too.
+
+   What `is_doubled` stands for one of twice the height and width, in which each pixel is there four times: nearest
+   upsampling. It has a tile for each of its own pixels, whose third element, the difference of equals, is left out. */
 typedef struct {
-    int64_t images, height, width, channels, border_y, border_x, padded_channels, tiles;
+    int64_t images, height, width, channels, border_y, border_x, padded_channels, tiles, is_doubled;
 } Image;
+
+/* Elements of a tile, rows of pixels with a kernel of their own, and pixels of a row of codes as they are transformed. */
+static inline int elements_of(const Image *image) { return image->is_doubled ? TILE_SIZE - 1 : TILE_SIZE; }
+static inline int phases_of(const Image *image) { return image->is_doubled ? 2 : 1; }
+static inline int64_t pixels_of_tiles(const Image *image) { return (image->is_doubled ? 1 : 2) * image->tiles + 2; }
 
 /* Of an element plus `offset`, 0 to 255 is kept. The overflow, plus `bias`, is 0 to 255, too. `zero` is what is kept of codes
    that all stand for zero. */
@@ -25,10 +33,12 @@ typedef struct {
 } Element;
 
 /* Element `k`. A difference, of -255 to 255, is kept from -128 to 127, so that -127 to 128 overflows. A sum, of 0 to 510, is
-   kept from 0 or from 128 on: as that of zeros, near which most are, is farther from the ends. Codes of 7 bits all fit. */
-static inline Element element_of(int k, int zero_point, int qmax)
+   kept from 0 or from 128 on: as that of zeros, near which most are, is farther from the ends. Codes of 7 bits all fit. In
+   place of the sum of equals, a doubled image has the code itself. */
+static inline Element element_of(const Image *image, int k, int zero_point, int qmax)
 {
     if (k != 1) return (Element){128, 127, 128};
+    if (image->is_doubled) return (Element){0, 0, zero_point};
     const int start = qmax > CODE_MAX / 2 && 2 * zero_point >= 192 ? 128 : 0;
     return (Element){-start, start, 2 * zero_point - start};
 }
@@ -55,7 +65,7 @@ static inline int64_t overflow_capacity(int64_t row_codes) { return row_codes / 
 /* Bytes of a row of codes, without and with its overflow. */
 static inline int64_t bytes_of_codes(const Image *image)
 {
-    return image->padded_channels * (image->tiles ? TILE_SIZE * image->tiles : image->width + 2 * image->border_x);
+    return image->padded_channels * (image->tiles ? elements_of(image) * image->tiles : image->width + 2 * image->border_x);
 }
 static inline int64_t bytes_of_row(const Image *image)
 {

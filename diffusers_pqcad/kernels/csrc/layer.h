@@ -9,7 +9,8 @@
 
 /* What does not change from call to call. Per block of OUTPUTS channels: `weight` (steps, OUTPUTS, DEPTH) and windows from
    window_starts[block] to window_starts[block + 1]; `level_sum` and `scale` hold a number for every output of every
-   block. With `is_signed`, codes are signed. For Winograd tiles, TILE_SIZE blocks follow each other for the same channels. */
+   block. With `is_signed`, codes are signed. For Winograd tiles, the blocks of all
+   elements follow each other for the same channels; those of the first phase come before those of the second. */
 typedef struct {
     const int8_t *weight;
     const Window *windows;
@@ -53,20 +54,23 @@ INLINE Block block_of(const Weights *weights, int64_t index, float input_scale, 
 }
 
 /* Write the blocks whose products make OUTPUTS channels from `channel` on, and return how many there are: one; with gates
-   two; for Winograd tiles TILE_SIZE, of which the second has the bias: it is added to both outputs (`transform_output`). With
-   `is_dense`, their sums include all overflow, with the elements' own biases. */
-INLINE int blocks_of(const Layer *layer, int64_t channel, float input_scale, int zero_point, int is_dense, Block *blocks)
+   two; for Winograd tiles one for each element, of which the second has the bias: it is added to both outputs
+   (`transform_output`). With `is_dense`, their sums include all overflow, with the elements' own biases. */
+INLINE int blocks_of(const Layer *layer, int64_t phase, int64_t channel, float input_scale, int zero_point, int is_dense,
+                     Block *blocks)
 {
     const Weights *weights = layer->weights;
     const float *bias = layer->bias ? layer->bias + channel : NULL;
     int64_t index = channel / OUTPUTS, outputs = layer->output.out_channels, count = outputs - channel;
     if (layer->image.tiles) {
-        for (int k = 0; k < TILE_SIZE; k++) {
-            const Element element = element_of(k, zero_point, layer->qmax);
+        const int elements = elements_of(&layer->image);
+        index += phase * ((outputs + OUTPUTS - 1) / OUTPUTS);
+        for (int k = 0; k < elements; k++) {
+            const Element element = element_of(&layer->image, k, zero_point, layer->qmax);
             const int zero = is_dense ? element.zero + element.bias : element.zero;
-            blocks[k] = block_of(weights, index * TILE_SIZE + k, input_scale, zero, k == 1 ? bias : NULL, count);
+            blocks[k] = block_of(weights, index * elements + k, input_scale, zero, k == 1 ? bias : NULL, count);
         }
-        return TILE_SIZE;
+        return elements;
     }
     blocks[0] = block_of(weights, index, input_scale, zero_point, bias, count);
     if (!layer->output.is_gated) return 1;
@@ -82,20 +86,22 @@ typedef struct {
     int is_single;
 } Row;
 
-/* Find `count` rows, the first of which is the `first` of all; `columns` are in a line of the output. */
-INLINE void find_rows(const uint8_t *codes, const Layer *layer, int64_t columns, int64_t first, int count, Row rows[ROWS])
+/* Find `count` rows, the first of which is the `first` of all of a `phase`; `columns` are in a line of the output. */
+INLINE void find_rows(const uint8_t *codes, const Layer *layer, int64_t phase, int64_t columns, int64_t first, int count,
+                      Row rows[ROWS])
 {
     const Image *image = &layer->image;
     const Output *output = &layer->output;
     const int64_t row_bytes = bytes_of_row(image), pixels = image->tiles ? 2 : 1;
     const int64_t image_bytes = (image->height + 2 * image->border_y) * row_bytes;
-    const int64_t column_bytes = image->padded_channels * (image->tiles ? TILE_SIZE : output->stride_x);
-    int64_t column = first % columns, line = first / columns, n = line / output->out_height, y = line % output->out_height;
+    const int64_t column_bytes = image->padded_channels * (image->tiles ? elements_of(image) : output->stride_x);
+    const int64_t phases = phases_of(image), lines = output->out_height / phases;
+    int64_t column = first % columns, line = first / columns, n = line / lines, y = line % lines;
     for (int i = 0; i < ROWS; i++) { /* counted on: divisions for each row would take as long as a short product */
         rows[i] = (Row){codes + n * image_bytes + y * output->stride_y * row_bytes + column * column_bytes, n, column,
-                        line * output->out_width + column * pixels, column * pixels + 1 == output->out_width};
+                        (line * phases + phase) * output->out_width + column * pixels, column * pixels + 1 == output->out_width};
         if (i + 1 >= count || ++column < columns) continue;
         column = 0, line++;
-        if (++y == output->out_height) y = 0, n++;
+        if (++y == lines) y = 0, n++;
     }
 }

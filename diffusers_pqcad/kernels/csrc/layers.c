@@ -22,7 +22,7 @@ int64_t code_bytes(const Image *image) { return bytes_of_image(image); }
 /* As in kernels/x86, and MIN_SCALE in qparams.py. */
 EXPORT_LAYOUT(
     STRUCT(Image), FIELD(Image, images), FIELD(Image, height), FIELD(Image, width), FIELD(Image, channels),
-    FIELD(Image, border_y), FIELD(Image, border_x), FIELD(Image, padded_channels), FIELD(Image, tiles),
+    FIELD(Image, border_y), FIELD(Image, border_x), FIELD(Image, padded_channels), FIELD(Image, tiles), FIELD(Image, is_doubled),
     STRUCT(Output), FIELD(Output, out_height), FIELD(Output, out_width), FIELD(Output, out_channels),
     FIELD(Output, stride_y), FIELD(Output, stride_x), FIELD(Output, is_gated),
     STRUCT(Affine), FIELD(Affine, gain), FIELD(Affine, shift), FIELD(Affine, has_silu), FIELD(Affine, is_layer_norm),
@@ -31,6 +31,7 @@ EXPORT_LAYOUT(
     FIELD(Weights, level_sum), FIELD(Weights, scale), FIELD(Weights, steps), FIELD(Weights, is_signed),
     STRUCT(Filters), FIELD(Filters, levels), FIELD(Filters, scale), FIELD(Filters, outputs), FIELD(Filters, channels),
     FIELD(Filters, height), FIELD(Filters, width), FIELD(Filters, padded_channels), FIELD(Filters, is_winograd),
+    FIELD(Filters, is_doubled),
     STRUCT(Addend), FIELD(Addend, numbers), FIELD(Addend, is_per_image),
     STRUCT(Layer), FIELD(Layer, weights), FIELD(Layer, bias), FIELD(Layer, image), FIELD(Layer, output),
     FIELD(Layer, scale), FIELD(Layer, zero_point), FIELD(Layer, qmax),

@@ -27,10 +27,13 @@ INLINE int list_overflow(Vector bytes, unsigned overflows, int64_t place, int64_
 /* Bring the `listed` overflow of a row into its dense form, among zeros. */
 static void spread_overflow(const RowOverflow *of_row, int64_t listed, const Image *image, const Element *elements)
 {
-    for (int64_t place = 0; place < TILE_SIZE * image->tiles; place++)
-        memset(of_row->dense + place * image->padded_channels, elements[place % TILE_SIZE].bias, image->padded_channels);
-    for (const Overflow *one = of_row->list; one < of_row->list + listed; one++)
-        memcpy(of_row->dense + one->place * image->padded_channels + one->weights / OUTPUTS, &one->bytes, DEPTH);
+    const int64_t size = elements_of(image), channels = image->padded_channels;
+    for (int64_t place = 0; place < size * image->tiles; place++)
+        memset(of_row->dense + place * channels, elements[place % size].bias, channels);
+    for (const Overflow *one = of_row->list; one < of_row->list + listed; one++) {
+        const int64_t place = one->place / TILE_SIZE * size + one->place % TILE_SIZE;
+        memcpy(of_row->dense + place * channels + one->weights / OUTPUTS, &one->bytes, DEPTH);
+    }
     of_row->starts[image->tiles] = DENSE;
 }
 
@@ -50,7 +53,7 @@ static void make_dense(uint8_t *codes, int64_t lines, const Image *image, const 
 INLINE void add_overflow_of_line(const Image *image, const Row *row, int64_t end, const Block *elements,
                                  const int32_t *biases, int i, int32_t sums[TILE_SIZE][ROWS][OUTPUTS])
 {
-    const uint8_t *line = row->codes - row->column * TILE_SIZE * image->padded_channels;
+    const uint8_t *line = row->codes - row->column * elements_of(image) * image->padded_channels;
     int64_t at = 0; /* of the weights of a row of the kernel, which is a window */
     for (const Window *window = elements->window; window < elements->end; window++) {
         const RowOverflow of_row = overflow_of(line + window->y * bytes_of_row(image), image);
@@ -90,7 +93,7 @@ INLINE void add_dense_overflow(int count, const Image *image, const uint8_t *con
 {
     const uint8_t *dense[ROWS];
     for (int i = 0; i < ROWS; i++) dense[i] = codes[i] + bytes_of_codes(image);
-    for (int k = 0; k < TILE_SIZE; k++) {
+    for (int k = 0; k < elements_of(image); k++) {
         int32_t more[ROWS][OUTPUTS] __attribute__((aligned(64)));
         multiply_micro_tile(count, 0, dense, bytes_of_row(image), elements[k].weight, elements[k].window, elements[k].end,
                             more);

@@ -56,9 +56,9 @@ int quantize(const float *x, Image image, Affine affine, float inverse_scale, in
     const uint8_t flip = is_signed ? SIGNED_OFFSET : 0;
     const int code_of_zero = zero_point ^ flip;
     int64_t height = image.height + 2 * image.border_y, row_bytes = bytes_of_row(&image), channels = image.padded_channels;
-    int64_t width = image.tiles ? 2 * image.tiles + 2 : image.width + 2 * image.border_x; /* as the kernel reads it */
+    int64_t width = image.tiles ? pixels_of_tiles(&image) : image.width + 2 * image.border_x; /* as the kernel reads it */
     Element elements[TILE_SIZE];
-    for (int k = 0; k < TILE_SIZE; k++) elements[k] = element_of(k, zero_point, qmax);
+    for (int k = 0; k < TILE_SIZE; k++) elements[k] = element_of(&image, k, zero_point, qmax);
     int is_dense = 0;
 #pragma omp parallel for schedule(dynamic) reduction(| : is_dense) if (image.images * height > 1)
     for (int64_t line = 0; line < image.images * height; line++) {

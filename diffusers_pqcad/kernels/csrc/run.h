@@ -22,24 +22,26 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
     const Output output = layer->output;
     const int is_signed = (int)layer->weights->is_signed;
     int64_t row_bytes = bytes_of_row(&image), columns = image.tiles ? image.tiles : output.out_width;
-    int64_t rows = image.images * output.out_height * columns, micro_tiles = (rows + ROWS - 1) / ROWS;
+    const int64_t phases = phases_of(&image);
+    int64_t rows = image.images * output.out_height / phases * columns, micro_tiles = (rows + ROWS - 1) / ROWS;
     int64_t blocks = (output.out_channels + OUTPUTS - 1) / OUTPUTS, runs = (micro_tiles + MICRO_TILES - 1) / MICRO_TILES;
     int32_t biases[TILE_SIZE];
-    for (int k = 0; k < TILE_SIZE; k++) memset(biases + k, element_of(k, zero_point, layer->qmax).bias, sizeof(int32_t));
-#pragma omp parallel for schedule(dynamic) if (blocks * runs > 1)
-    for (int64_t task = 0; task < blocks * runs; task++) {
+    for (int k = 0; k < TILE_SIZE; k++) memset(biases + k, element_of(&image, k, zero_point, layer->qmax).bias, sizeof(int32_t));
+#pragma omp parallel for schedule(dynamic) if (phases * blocks * runs > 1)
+    for (int64_t task = 0; task < phases * blocks * runs; task++) {
         /* All outputs of some pixels, then of the next: the codes of large images do not fit the cache, weights do. */
-        int64_t start = task / blocks * MICRO_TILES, stop = start + MICRO_TILES < micro_tiles ? start + MICRO_TILES : micro_tiles;
+        const int64_t run = task / (blocks * phases), phase = task / blocks % phases;
+        int64_t start = run * MICRO_TILES, stop = start + MICRO_TILES < micro_tiles ? start + MICRO_TILES : micro_tiles;
         int64_t channel = task % blocks * OUTPUTS;
         int64_t channels = output.out_channels - channel < OUTPUTS ? output.out_channels - channel : OUTPUTS;
         Block block[TILE_SIZE];
-        const int products = blocks_of(layer, channel, input_scale, zero_point, is_dense, block);
+        const int products = blocks_of(layer, phase, channel, input_scale, zero_point, is_dense, block);
         for (int64_t micro_tile = start; micro_tile < stop; micro_tile++) {
             int32_t sums[TILE_SIZE][ROWS][OUTPUTS] __attribute__((aligned(64)));
             const uint8_t *sources[ROWS];
             Row row[ROWS];
             int count = rows - micro_tile * ROWS < ROWS ? (int)(rows - micro_tile * ROWS) : ROWS;
-            find_rows(codes, layer, columns, micro_tile * ROWS, count, row);
+            find_rows(codes, layer, phase, columns, micro_tile * ROWS, count, row);
             for (int i = 0; i < ROWS; i++) sources[i] = row[i].codes;
             for (int k = 0; k < products; k++)
                 multiply_micro_tile(count, is_signed, sources, row_bytes, block[k].weight, block[k].window, block[k].end,
@@ -53,7 +55,8 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
                 if (image.tiles) {
                     const float *others = numbers && !addend.is_per_image ? numbers + output.out_channels : numbers;
                     float *second = row[i].is_single ? NULL : out + at + output.out_channels;
-                    transform_output(sums, i, block, numbers, others, channels, out + at, second);
+                    transform_output(sums, i, (int)image.is_doubled, block, numbers, others, channels, out + at,
+                                     second);
                     continue;
                 }
                 dequantize_row(sums[0][i], &block[0].epilogue, numbers, channels, out + at);

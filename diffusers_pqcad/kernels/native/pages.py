@@ -1,8 +1,8 @@
 """Memory of large tensors in large pages.
 
-The system hands out memory by the page when it is first touched, and glibc maps what is larger than `MAPPED_BYTES` anew
-for each tensor: 8192 faults of two microseconds for an output of 32 MiB, as a VAE has them by the dozen. Pages of 2 MiB
-take a twentieth of that. Where the system gives none (other systems, or `never` in
+The system hands out memory by the page when it is first touched, and glibc maps what is larger than `MAPPED_BYTES`
+anew for each tensor: 8192 faults of two microseconds for an output of 32 MiB, as a VAE has them by the dozen. Pages of
+2 MiB take a tenth of that. Where the system gives none (other systems, or `never` in
 /sys/kernel/mm/transparent_hugepage/enabled), all stays as it is.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAPPED_BYTES = 2**25  # DEFAULT_MMAP_THRESHOLD_MAX of glibc: what is smaller is taken from memory that was touched before
+MAPPED_BYTES = 2**25  # DEFAULT_MMAP_THRESHOLD_MAX of glibc: what is smaller often was touched before
 PAGE_BYTES = 2**21
 
 
@@ -28,7 +28,7 @@ def empty(size: tuple[int, ...], **options: Any) -> Tensor:
 
 
 def ask_for_large_pages(address: int, num_bytes: int) -> None:
-    """Ask the system for large pages in the memory of `num_bytes` bytes from `address` on: a hint, of which it may do nothing."""
+    """Ask for large pages in the memory of `num_bytes` bytes from `address` on: a hint, which changes no number."""
     advise = madvise()
     start = -(-address // PAGE_BYTES) * PAGE_BYTES
     stop = (address + num_bytes) // PAGE_BYTES * PAGE_BYTES

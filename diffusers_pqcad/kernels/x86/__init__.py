@@ -9,7 +9,9 @@ them. Levels of 8 bits take signed codes, which fit as single products.
 With VNNI, convolutions three pixels wide take two thirds of the products, by Winograd's minimal filtering (Lavin and
 Gray 2016, arXiv:1509.09308), which adds and subtracts neighbouring codes. Few sums and differences overflow 8 bits, as
 activations are large in few places: the overflow is listed, and its products are added. Codes of 7 bits have none.
-This is exact for levels of up to 6 bits with a scale for each output; filters of 8 bits are rounded once more.
+This is exact for levels of up to 6 bits with a scale for each output; filters of 8 bits are rounded once more. After
+nearest upsampling, where each pixel is there four times, three of its four products are left, and two rows of three
+(filters of 6 bits are rounded, too): half of the products, and a quarter of the codes.
 """
 
 import torch
@@ -25,7 +27,7 @@ from diffusers_pqcad.kernels.x86.packing import PackedLayer, num_bytes, pack
 __all__ = ["FUSES", "MEMORY_FORMAT", "NAME", "absence", "accepts", "num_bytes", "pack", "refusal", "run"]
 
 NAME = "x86"
-FUSES = frozenset(("residual", "attention", "feed_forward", "transformer"))  # blocks, as the runtime names them
+FUSES = frozenset(("residual", "attention", "feed_forward", "transformer", "upsampling"))  # as the runtime names them
 MEMORY_FORMAT = torch.channels_last  # of its convolutions
 NO_VNNI = (
     "oneDNN has VNNI here, and this kernel was compiled without (a compiler that does not know the CPU, or CFLAGS)"

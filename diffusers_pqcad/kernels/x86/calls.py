@@ -27,13 +27,18 @@ class Call(NamedTuple):
     keeps: Any
 
 
-def call_of(operation: Operation, packed: PackedLayer, size: torch.Size) -> Call:
-    """Return the call of `operation` for an input of `size`, in its timestep group."""
+def call_of(operation: Operation, packed: PackedLayer, size: torch.Size, *, is_doubled: bool = False) -> Call:
+    """Return the call of `operation` for an input of `size`, in its timestep group.
+
+    With `is_doubled`, it is a convolution of what nearest upsampling makes of that input (`packing.can_double`).
+    """
     assert operation.activation_bits is not None  # refused
     group = None if packed.ranges is None else operation.group
-    of_size = packed.sizes.get(size)
+    weights = packed.weights_of(operation, is_doubled=is_doubled)
+    of_size = packed.sizes.get((size, is_doubled))
     if of_size is None:
-        of_size = packed.sizes[size] = geometry_of(operation, size, is_winograd=packed.is_winograd), {}
+        geometry = geometry_of(operation, size, is_winograd=weights.is_winograd, is_doubled=is_doubled)
+        of_size = packed.sizes[size, is_doubled] = geometry, {}
     geometry, by_group = of_size
     known = by_group.get(group)
     if known is None:
@@ -42,7 +47,7 @@ def call_of(operation: Operation, packed: PackedLayer, size: torch.Size) -> Call
             assert isinstance(group, int)  # a batch of several groups goes to the reference kernel
             qparams = packed.ranges[group]
         known = by_group[group] = Layer(
-            ctypes.addressof(packed.weights),
+            ctypes.addressof(weights.weights),
             None,
             geometry.image,
             geometry.output,
@@ -80,9 +85,7 @@ def run_calls(
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> list[Tensor]:
     """Return the output of each of `calls` for `x`, which is rounded once where neighbours take the same codes."""
-    outputs = [
-        pages.empty(call.size, dtype=torch.float32, memory_format=memory_format) for call in calls
-    ]
+    outputs = [pages.empty(call.size, dtype=torch.float32, memory_format=memory_format) for call in calls]
     codes, pointers = scratch.buffer(max(call.code_bytes for call in calls)), ctypes.c_void_p * len(calls)
     layers = pointers(*(ctypes.addressof(call.layer) for call in calls))
     targets = pointers(*(output.data_ptr() for output in outputs))

@@ -21,11 +21,12 @@ class Geometry(NamedTuple):
     size: tuple[int, ...]
 
 
-def geometry_of(operation: Operation, size: torch.Size, *, is_winograd: bool) -> Geometry:
+def geometry_of(operation: Operation, size: torch.Size, *, is_winograd: bool, is_doubled: bool = False) -> Geometry:
     """Return the geometry of `operation` for an input of `size`, of a convolution with a batch.
 
-    With `is_winograd`, a convolution is packed for F(2, 3). Raises ValueError for a size that it cannot take: C would
-    read beyond the input.
+    With `is_winograd`, a convolution is packed for F(2, 3); with `is_doubled`, its image is one of twice the height
+    and the width of the input, by nearest upsampling. Raises ValueError for a size that it cannot take: C would read
+    beyond the input.
     """
     channels = operation.shape[1]
     if operation.geometry is None:
@@ -34,6 +35,8 @@ def geometry_of(operation: Operation, size: torch.Size, *, is_winograd: bool) ->
         return linear_geometry(operation.shape, size)
     if len(size) != 4 or size[1] != channels:
         raise ValueError(f"{operation.name}: expected (N, {channels}, H, W), got an input of {tuple(size)}.")
+    if is_doubled:
+        return doubled_geometry(operation.shape, size)
     geometry = conv_geometry(operation.geometry, operation.shape, size, is_winograd=is_winograd)
     if min(geometry.size) < 1:
         raise ValueError(f"{operation.name}: an input of {tuple(size)}, padded, is smaller than the kernel.")
@@ -50,8 +53,16 @@ def conv_geometry(conv: ConvGeometry, weight: torch.Size, size: torch.Size, *, i
         for axis in range(2)
     )
     tiles = round_up(width, 2) // 2 if is_winograd else 0
-    image = Image(size[0], *size[2:], channels, *conv.padding, round_up(channels, DEPTH), tiles)
+    image = Image(size[0], *size[2:], channels, *conv.padding, round_up(channels, DEPTH), tiles, 0)
     return Geometry(image, Output(height, width, outputs, *conv.stride, 0), (size[0], outputs, height, width))
+
+
+def doubled_geometry(weight: torch.Size, size: torch.Size) -> Geometry:
+    """Return the geometry of a padded 3x3 convolution after nearest upsampling of an input of `size` to its double."""
+    (batch, channels, height, width), outputs = size, weight[0]
+    image = Image(batch, height, width, channels, 1, 1, round_up(channels, DEPTH), width, 1)
+    output = Output(2 * height, 2 * width, outputs, 1, 1, 0)
+    return Geometry(image, output, (batch, outputs, 2 * height, 2 * width))
 
 
 def linear_geometry(weight: torch.Size, size: torch.Size) -> Geometry:
@@ -62,5 +73,5 @@ def linear_geometry(weight: torch.Size, size: torch.Size) -> Geometry:
     outputs, channels = weight
     images, pixels = (size[0], size[1:-1].numel()) if len(size) > 1 else (1, 1)
     width = math.gcd(pixels, MAX_LINE)
-    image = Image(images, pixels // width, width, channels, 0, 0, round_up(channels, DEPTH))
+    image = Image(images, pixels // width, width, channels, 0, 0, round_up(channels, DEPTH), 0, 0)
     return Geometry(image, Output(pixels // width, width, outputs, 1, 1, 0), (*size[:-1], outputs))

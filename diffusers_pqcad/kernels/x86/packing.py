@@ -16,14 +16,12 @@ MIN_WINOGRAD_INPUTS = 48  # of a column: with fewer, the transforms cost more th
 SUM_MAX = 2**15 - 1  # of 16 bits
 
 
-class PackedLayer(NamedTuple):
-    """What does not change from call to call; B blocks of O outputs, S steps of 4 inputs, V windows.
+class PackedWeights(NamedTuple):
+    """The weights of a layer; B blocks of O outputs, S steps of 4 inputs, V windows.
 
     `weight` int8 (B, S, O, 4); `windows` int32 (V, 3) and `window_starts` int32 (B + 1,); `level_sum` int32 and
     `scale` fp32, both (B O,); `weights` points to them, and says whether they take signed codes. With `is_winograd`,
-    four blocks are for the same outputs. `ranges` are the static activation ranges, `None` where each call chooses its
-    own. `sizes` remembers the latest shapes of inputs, and the ranges they came with; `plans`, those of a block that
-    starts with this layer (runtime/fusion.py).
+    four blocks are for the same outputs; with `is_doubled`, three, once for even and once for odd rows of the output.
     """
 
     weight: Tensor
@@ -33,9 +31,29 @@ class PackedLayer(NamedTuple):
     scale: Tensor
     weights: Weights
     is_winograd: bool
-    ranges: list[ScalarQParams] | None
-    sizes: Recent  # to (Geometry, a Layer by group)
-    plans: Recent
+    is_doubled: bool
+
+
+class PackedLayer:
+    """What does not change from call to call.
+
+    `ranges` are the static activation ranges, `None` where each call chooses its own. `sizes` remembers the latest
+    shapes of inputs, and the ranges they came with; `plans`, those of a block that starts with this layer
+    (runtime/fusion.py). The weights are packed when they are first needed: few layers take both kinds of images.
+    """
+
+    def __init__(self, ranges: list[ScalarQParams] | None) -> None:
+        self.ranges = ranges
+        self.sizes = Recent()  # to (Geometry, a Layer by group)
+        self.plans = Recent()
+        self.of_kind: dict[bool, PackedWeights] = {}  # by whether their images are doubled
+
+    def weights_of(self, operation: Operation, *, is_doubled: bool = False) -> PackedWeights:
+        """Return the weights of `operation`, whose layer this is, for an image that is doubled (nearest) or not."""
+        found = self.of_kind.get(is_doubled)
+        if found is None:  # of threads that pack at once, all take the first one's: calls point to it
+            found = self.of_kind.setdefault(is_doubled, pack_weights(operation, is_doubled=is_doubled))
+        return found
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -51,17 +69,28 @@ def uses_winograd(operation: Operation) -> bool:
     return operation.shape[1:3].numel() >= MIN_WINOGRAD_INPUTS and bool(compiled().has_vnni())
 
 
-def pack_filters(levels: Tensor, scale: Tensor, *, is_winograd: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return weight, level sums and scales, as `PackedLayer` has them, of `levels` int8 (O, C, H, W) and `scale` (O,).
+def can_double(operation: Operation) -> bool:
+    """Return whether `operation` can be packed for the doubled image of nearest upsampling: a 3x3 kernel, padded."""
+    geometry = operation.geometry
+    if geometry is None or geometry.padding_mode != "zeros" or geometry.groups != 1 or operation.shape[2:] != (3, 3):
+        return False
+    return geometry[:3] == ((1, 1), (1, 1), (1, 1)) and uses_winograd(operation)
 
-    `is_winograd`: as the transformed filters of F(2, 3), of which those that overflow 8 bits are rounded to them
-    (`transform_filter` in the C file).
+
+def pack_filters(
+    levels: Tensor, scale: Tensor, *, is_winograd: bool, is_doubled: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return weight, level sums and scales, as `PackedWeights` has them, of `levels` int8 (O, C, H, W), `scale` (O,).
+
+    `is_winograd`: as the transformed filters of F(2, 3); `is_doubled`: as those for a doubled image, too, of which two
+    rows add up. What overflows 8 bits is rounded to them (`pack_output` in the C file).
     """
     size, outputs = levels.shape, compiled().block_outputs()
     levels, scale = levels.contiguous(), scale.float().contiguous()
-    filters = Filters(levels.data_ptr(), scale.data_ptr(), *size, round_up(size[1], DEPTH), is_winograd)
-    blocks = round_up(size[0], outputs) // outputs * (TILE_SIZE if is_winograd else 1)
-    steps = size[2] * (1 if is_winograd else size[3]) * filters.padded_channels // DEPTH
+    padded = round_up(size[1], DEPTH)
+    filters = Filters(levels.data_ptr(), scale.data_ptr(), *size, padded, is_winograd, is_doubled)
+    blocks = round_up(size[0], outputs) // outputs * blocks_for_outputs(is_winograd=is_winograd, is_doubled=is_doubled)
+    steps = (2 if is_doubled else size[2]) * (1 if is_winograd else size[3]) * padded // DEPTH
     weight = torch.empty(blocks, steps, outputs, DEPTH, dtype=torch.int8, device="cpu")
     level_sum = torch.empty(blocks * outputs, dtype=torch.int32, device="cpu")
     scales = torch.empty(blocks * outputs, dtype=torch.float32, device="cpu")
@@ -69,35 +98,54 @@ def pack_filters(levels: Tensor, scale: Tensor, *, is_winograd: bool) -> tuple[T
     return weight, level_sum, scales
 
 
+def elements_of(*, is_doubled: bool) -> int:
+    """Return the elements of a Winograd tile."""
+    return TILE_SIZE - is_doubled
+
+
+def blocks_for_outputs(*, is_winograd: bool, is_doubled: bool) -> int:
+    """Return how many blocks are for the same outputs: those of all elements, for both phases of a doubled image."""
+    return elements_of(is_doubled=is_doubled) * (2 if is_doubled else 1) if is_winograd else 1
+
+
 def pack(operation: Operation) -> PackedLayer:
-    """Return the weights in blocks and their windows, and the static activation ranges as plain numbers."""
+    """Return what a call needs of a layer: the static activation ranges as plain numbers, no weights yet."""
+    return PackedLayer(operation.static_ranges())
+
+
+def pack_weights(operation: Operation, *, is_doubled: bool) -> PackedWeights:
+    """Return the weights in blocks and their windows."""
     assert operation.activation_bits is not None  # refused
     levels, scale = operation.channel_levels()
     levels = levels.view(*levels.shape, 1, 1) if levels.dim() == 2 else levels
     dilation = (1, 1) if operation.geometry is None else operation.geometry.dilation
     is_winograd, channels = uses_winograd(operation), round_up(levels.shape[1], DEPTH)
-    weight, level_sum, scale = pack_filters(levels, scale, is_winograd=is_winograd)
+    weight, level_sum, scale = pack_filters(levels, scale, is_winograd=is_winograd, is_doubled=is_doubled)
     has_vnni = bool(compiled().has_vnni())
     is_signed = operation.channel_bits() > MAX_NARROW_BITS and not has_vnni
     fits = has_vnni or is_signed
     limit = torch.iinfo(torch.int32).max if fits else SUM_MAX // activation_qmax(operation.activation_bits)
     height, width = levels.shape[2:]
-    segments = segment_starts(height, 1 if is_winograd else width, channels, dilation)
+    segments = segment_starts(2 if is_doubled else height, 1 if is_winograd else width, channels, dilation)
     windows, window_starts = plan_windows(weight, segments, limit)
     if is_winograd:
-        element = torch.arange(len(weight), dtype=torch.int32, device="cpu") % TILE_SIZE
-        windows[:, 1] += (element * channels).repeat_interleave(window_starts.diff())  # its codes follow the others'
+        block, counts = torch.arange(len(weight), dtype=torch.int32, device="cpu"), window_starts.diff()
+        element = block % elements_of(is_doubled=is_doubled)
+        windows[:, 1] += (element * channels).repeat_interleave(counts)  # its codes follow the others'
+        if is_doubled:  # odd rows of the output start at the next row of codes
+            windows[:, 0] += (block >= len(weight) // 2).int().repeat_interleave(counts)
     tensors = (weight, windows, window_starts, level_sum, scale)
     weights = Weights(*(tensor.data_ptr() for tensor in tensors), weight.shape[1], is_signed)
-    return PackedLayer(*tensors, weights, is_winograd, operation.static_ranges(), Recent(), Recent())
+    return PackedWeights(*tensors, weights, is_winograd, is_doubled)
 
 
 def num_bytes(operation: Operation, packed: PackedLayer) -> int:
-    """Return the bytes of the int8 copy of the weights: one a weight, and 4/3 where filters are transformed.
+    """Return the bytes of the int8 copies of the weights: one a weight, and 4/3 where filters are transformed.
 
     What is padded, and some numbers for each output, are not counted.
     """
-    return operation.shape.numel() * (TILE_SIZE if packed.is_winograd else 3) // 3
+    kinds = packed.of_kind.copy().values()  # at once: another thread may pack the weights for another kind of image
+    return sum(operation.shape.numel() * (TILE_SIZE if weights.is_winograd else 3) // 3 for weights in kinds)
 
 
 def segment_starts(height: int, width: int, channels: int, dilation: tuple[int, ...]) -> Tensor:

@@ -8,7 +8,10 @@ class Image(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ("images", "height", "width", "channels", "border_y", "border_x", "padded_channels", "tiles")
+        for name in (
+            *("images", "height", "width", "channels", "border_y", "border_x", "padded_channels", "tiles"),
+            "is_doubled",
+        )
     ]
 
 
@@ -48,7 +51,7 @@ class Filters(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("levels", "scale")),
         *(
             (name, ctypes.c_int64)
-            for name in ("outputs", "channels", "height", "width", "padded_channels", "is_winograd")
+            for name in ("outputs", "channels", "height", "width", "padded_channels", "is_winograd", "is_doubled")
         ),
     ]
 
