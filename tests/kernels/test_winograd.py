@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffusers_pqcad import PQCADConfig, kernels, quantize_
 from diffusers_pqcad.kernels.x86.library import compiled, library
 from diffusers_pqcad.kernels.x86.packing import pack_filters, uses_winograd
-from diffusers_pqcad.kernels.x86.structs import NO_AFFINE, Image
+from diffusers_pqcad.kernels.x86.structs import NO_AFFINE, Image, Layer, Output, Rows
 from diffusers_pqcad.layers.find import kernel_cache_bytes, packed_layers
 from diffusers_pqcad.layers.quantized import PQCADConv2d
 from diffusers_pqcad.numerics.qparams import (
@@ -139,11 +139,11 @@ def read_overflow(x: Tensor, bits: int, zero_point: int) -> tuple[np.ndarray, np
     _, channels, height, width = x.shape
     tiles, qmax = width // 2 - 1, activation_qmax(bits)
     image = Image(1, height, width, channels, 0, 0, channels, tiles, 0)
-    codes = torch.empty(compiled().code_bytes(image), dtype=torch.uint8)
+    layer = Layer(image=image, output=Output(out_height=height, stride_y=1))
+    codes = torch.empty(compiled().code_bytes(layer), dtype=torch.uint8)
     source = x.contiguous(memory_format=torch.channels_last)
-    is_dense = bool(
-        compiled().quantize(source.data_ptr(), image, NO_AFFINE, 1.0, zero_point, qmax, 0, codes.data_ptr())
-    )
+    arguments = image, Rows(0, 1, 0, height), NO_AFFINE, 1.0, zero_point, qmax, 0
+    is_dense = bool(compiled().quantize(source.data_ptr(), *arguments, codes.data_ptr()))
     first, bias = first_kept(qmax, zero_point), -1 - first_kept(qmax, zero_point)
     bias[1] = first[1]  # of sums
     rows = codes.view(height, -1).numpy()

@@ -23,7 +23,7 @@ from diffusers_pqcad.kernels.native import scratch
 from diffusers_pqcad.kernels.x86.calls import run_call, run_calls
 from diffusers_pqcad.kernels.x86.library import DEPTH, compiled, library
 from diffusers_pqcad.kernels.x86.packing import round_up
-from diffusers_pqcad.kernels.x86.structs import Affine, Image
+from diffusers_pqcad.kernels.x86.structs import Affine, Image, Rows
 from diffusers_pqcad.layers.find import packed_layers
 from diffusers_pqcad.layers.quantized import PQCADLinear
 from diffusers_pqcad.numerics.qparams import ActivationQParams, WeightSpec, scalar_qparams
@@ -507,7 +507,8 @@ def test_a_layer_norm_is_rounded_as_that_of_float64(seed, pixels, channels, mean
     assert scale.item() == pytest.approx(expected.scale, rel=1e-5, abs=2 * distance / 255)
     codes = torch.empty(pixels, padded, dtype=torch.uint8)
     inverse = 1 / scale.item()
-    compiled().quantize(x.data_ptr(), image, affine_of(norm), inverse, int(zero_point), 255, 0, codes.data_ptr())
+    rows = Rows(0, 1, 0, 1)
+    compiled().quantize(x.data_ptr(), image, rows, affine_of(norm), inverse, int(zero_point), 255, 0, codes.data_ptr())
     wanted = (exact / scale.item()).clamp(-int(zero_point), 255 - int(zero_point)) + int(zero_point)
     assert ((codes[:, :channels] - wanted).abs() <= 0.5 + 1e-4 + 2 * distance / scale.item()).all()
     assert (codes[:, channels:] == int(zero_point)).all()

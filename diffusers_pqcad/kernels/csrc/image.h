@@ -74,11 +74,10 @@ static inline int64_t bytes_of_row(const Image *image)
     return (2 * codes + starts + overflow_capacity(codes) * (int64_t)sizeof(Overflow) + LINE - 1) / LINE * LINE;
 }
 
-/* Bytes of all rows of codes, the border's among them. */
-static inline int64_t bytes_of_image(const Image *image)
-{
-    return image->images * (image->height + 2 * image->border_y) * bytes_of_row(image);
-}
+/* The rows of codes that are kept at once: so many of each of some images, the border's among them. */
+typedef struct {
+    int64_t first_image, images, first_row, rows;
+} Rows;
 
 /* The overflow of the row of codes that starts at `row`. */
 static inline RowOverflow overflow_of(const uint8_t *row, const Image *image)

@@ -37,6 +37,46 @@ typedef struct {
     int32_t zero_point, qmax;
 } Layer;
 
+/* The codes that are kept at once, in bytes: those of larger images would not fit the cache, and their memory would be as
+   large as the output's. A variable for tests. */
+int64_t part_bytes = 1 << 23;
+
+/* What is computed of the codes that are kept at once: `lines` of the output (of each phase) of some images. */
+typedef struct {
+    int64_t first_image, images, first_line, lines;
+} Part;
+
+/* Lines of the output of an image (of each phase), and the rows of codes that one of them is computed from. */
+INLINE int64_t lines_of(const Layer *layer) { return layer->output.out_height / phases_of(&layer->image); }
+INLINE int64_t height_of_kernel(const Layer *layer)
+{
+    return layer->image.height + 2 * layer->image.border_y - (lines_of(layer) - 1) * layer->output.stride_y;
+}
+
+/* The rows of codes of a part. */
+INLINE Rows rows_of_part(const Layer *layer, const Part *part)
+{
+    const int64_t stride = layer->output.stride_y;
+    return (Rows){part->first_image, part->images, part->first_line * stride,
+                  (part->lines - 1) * stride + height_of_kernel(layer)};
+}
+
+/* The first part of a layer, and the largest: all images, or as many whole ones as may be kept, or as many lines of one. */
+INLINE Part first_part(const Layer *layer)
+{
+    const int64_t row = bytes_of_row(&layer->image), rows = layer->image.height + 2 * layer->image.border_y;
+    if (rows * row <= part_bytes) return (Part){0, min(layer->image.images, part_bytes / (rows * row)), 0, lines_of(layer)};
+    const int64_t lines = (part_bytes / row - height_of_kernel(layer)) / layer->output.stride_y + 1;
+    return (Part){0, 1, 0, min(max(lines, 1), lines_of(layer))};
+}
+
+/* Bytes that the codes of a layer take. */
+int64_t code_bytes(const Layer *layer)
+{
+    const Part part = first_part(layer);
+    return part.images * rows_of_part(layer, &part).rows * bytes_of_row(&layer->image);
+}
+
 /* What a block of OUTPUTS channels is multiplied by, and what becomes of its sums. */
 typedef struct {
     const int8_t *weight;
@@ -86,22 +126,25 @@ typedef struct {
     int is_single;
 } Row;
 
-/* Find `count` rows, the first of which is the `first` of all of a `phase`; `columns` are in a line of the output. */
-INLINE void find_rows(const uint8_t *codes, const Layer *layer, int64_t phase, int64_t columns, int64_t first, int count,
-                      Row rows[ROWS])
+/* Find `count` rows, the first of which is the `first` of all of a part and phase; `columns` are in a line of the output,
+   and `codes` are the part's. */
+INLINE void find_rows(const uint8_t *codes, const Layer *layer, const Part *part, int64_t phase, int64_t columns,
+                      int64_t first, int count, Row rows[ROWS])
 {
     const Image *image = &layer->image;
     const Output *output = &layer->output;
     const int64_t row_bytes = bytes_of_row(image), pixels = image->tiles ? 2 : 1;
-    const int64_t image_bytes = (image->height + 2 * image->border_y) * row_bytes;
+    const int64_t image_bytes = rows_of_part(layer, part).rows * row_bytes;
     const int64_t column_bytes = image->padded_channels * (image->tiles ? elements_of(image) : output->stride_x);
-    const int64_t phases = phases_of(image), lines = output->out_height / phases;
-    int64_t column = first % columns, line = first / columns, n = line / lines, y = line % lines;
+    const int64_t phases = phases_of(image), lines = lines_of(layer);
+    int64_t column = first % columns, n = first / columns / part->lines, y = first / columns % part->lines;
     for (int i = 0; i < ROWS; i++) { /* counted on: divisions for each row would take as long as a short product */
-        rows[i] = (Row){codes + n * image_bytes + y * output->stride_y * row_bytes + column * column_bytes, n, column,
+        const int64_t line = (part->first_image + n) * lines + part->first_line + y;
+        rows[i] = (Row){codes + n * image_bytes + y * output->stride_y * row_bytes + column * column_bytes,
+                        part->first_image + n, column,
                         (line * phases + phase) * output->out_width + column * pixels, column * pixels + 1 == output->out_width};
         if (i + 1 >= count || ++column < columns) continue;
-        column = 0, line++;
-        if (++y == lines) y = 0, n++;
+        column = 0;
+        if (++y == part->lines) y = 0, n++;
     }
 }

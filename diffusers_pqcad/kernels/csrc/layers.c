@@ -14,15 +14,15 @@
 #include "layout.h"
 #include "residual.h" /* what is done in each call, of one layer, some or a block */
 
-/* For kernels/x86: what this code was compiled for, and the bytes of an image's codes. */
+/* For kernels/x86: what this code was compiled for. */
 int has_vnni(void) { return VNNI; }
 int block_outputs(void) { return OUTPUTS; }
-int64_t code_bytes(const Image *image) { return bytes_of_image(image); }
 
 /* As in kernels/x86, and MIN_SCALE in qparams.py. */
 EXPORT_LAYOUT(
     STRUCT(Image), FIELD(Image, images), FIELD(Image, height), FIELD(Image, width), FIELD(Image, channels),
     FIELD(Image, border_y), FIELD(Image, border_x), FIELD(Image, padded_channels), FIELD(Image, tiles), FIELD(Image, is_doubled),
+    STRUCT(Rows), FIELD(Rows, first_image), FIELD(Rows, images), FIELD(Rows, first_row), FIELD(Rows, rows),
     STRUCT(Output), FIELD(Output, out_height), FIELD(Output, out_width), FIELD(Output, out_channels),
     FIELD(Output, stride_y), FIELD(Output, stride_x), FIELD(Output, is_gated),
     STRUCT(Affine), FIELD(Affine, gain), FIELD(Affine, shift), FIELD(Affine, has_silu), FIELD(Affine, is_layer_norm),

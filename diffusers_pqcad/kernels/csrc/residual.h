@@ -24,9 +24,9 @@ static Scratch scratch_of(const ResidualBlock *block)
 {
     const Image *input = &block->conv1->image, *hidden = &block->conv2->image;
     int64_t maps = sizeof(float) * input->images * max(input->channels, hidden->channels);
-    int64_t codes = max(bytes_of_image(&block->conv1->image), bytes_of_image(&block->conv2->image));
-    if (block->embedding) codes = max(codes, bytes_of_image(&block->embedding->image));
-    if (block->shortcut) codes = max(codes, bytes_of_image(&block->shortcut->image));
+    int64_t codes = max(code_bytes(block->conv1), code_bytes(block->conv2));
+    if (block->embedding) codes = max(codes, code_bytes(block->embedding));
+    if (block->shortcut) codes = max(codes, code_bytes(block->shortcut));
     Scratch at = {0};
     at.embedding = sizeof(float) * hidden->images * hidden->height * hidden->width * hidden->channels;
     at.gain = at.embedding + sizeof(float) * hidden->images * hidden->channels;

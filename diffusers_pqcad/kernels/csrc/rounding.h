@@ -47,28 +47,29 @@ INLINE void quantize_pixel(const float *x, Affine affine, int64_t channels, floa
     }
 }
 
-/* Write `x`, after `affine` and SiLU where there is one, in codes, with its border and surplus channels in the code of zero;
-   return whether the overflow of tiles is dense, in all rows. Codes that are to be signed are written less 128: a flip of
+/* Write `which` rows of `x`, after `affine` and SiLU where there is one, in codes, with border and surplus channels in the
+   code of zero; return whether the overflow of tiles is dense, in all these rows. Codes that are to be signed are written less 128: a flip of
    the first bit. */
-int quantize(const float *x, Image image, Affine affine, float inverse_scale, int zero_point, int qmax, int is_signed,
+int quantize(const float *x, Image image, Rows which, Affine affine, float inverse_scale, int zero_point, int qmax, int is_signed,
              uint8_t *codes)
 {
     const uint8_t flip = is_signed ? SIGNED_OFFSET : 0;
     const int code_of_zero = zero_point ^ flip;
-    int64_t height = image.height + 2 * image.border_y, row_bytes = bytes_of_row(&image), channels = image.padded_channels;
+    int64_t row_bytes = bytes_of_row(&image), channels = image.padded_channels;
     int64_t width = image.tiles ? pixels_of_tiles(&image) : image.width + 2 * image.border_x; /* as the kernel reads it */
     Element elements[TILE_SIZE];
     for (int k = 0; k < TILE_SIZE; k++) elements[k] = element_of(&image, k, zero_point, qmax);
     int is_dense = 0;
-#pragma omp parallel for schedule(dynamic) reduction(| : is_dense) if (image.images * height > 1)
-    for (int64_t line = 0; line < image.images * height; line++) {
-        int64_t y = line % height - image.border_y, before = image.border_x;
-        Affine local = of_image(affine, line / height * image.channels);
+#pragma omp parallel for schedule(dynamic) reduction(| : is_dense) if (which.images * which.rows > 1)
+    for (int64_t line = 0; line < which.images * which.rows; line++) {
+        const int64_t n = which.first_image + line / which.rows, before = image.border_x;
+        const int64_t y = which.first_row + line % which.rows - image.border_y;
+        Affine local = of_image(affine, n * image.channels);
         uint8_t *start = codes + line * row_bytes, *row = start + bytes_of_codes(&image) - width * channels;
         if (y < 0 || y >= image.height) {
             memset(row, code_of_zero, width * channels);
         } else {
-            const float *source = x + (line / height * image.height + y) * image.width * image.channels;
+            const float *source = x + (n * image.height + y) * image.width * image.channels;
             memset(row, code_of_zero, before * channels);
             row += before * channels;
             for (int64_t i = 0; i < image.width; i++, row += channels, source += image.channels) {
@@ -80,7 +81,7 @@ int quantize(const float *x, Image image, Affine affine, float inverse_scale, in
         }
         if (image.tiles) is_dense |= transform_input(start, &image, elements);
     }
-    if (is_dense) make_dense(codes, image.images * height, &image, elements);
+    if (is_dense) make_dense(codes, which.images * which.rows, &image, elements);
     return is_dense;
 }
 

@@ -13,9 +13,9 @@
 
 #define MICRO_TILES 16 /* that follow each other in one block of outputs */
 
-/* Convolution, or matrix product where an image is one row of pixels, of `codes`, which `quantize` wrote with `scale` and
-   `zero_point`, and for which it returned `is_dense`. `out` is channels_last. */
-static void multiply(const uint8_t *codes, const Layer *layer, float input_scale, int zero_point, int is_dense,
+/* Write a part of a convolution, or of a matrix product where an image is one row of pixels, of `codes`, which `quantize`
+   wrote with `scale` and `zero_point`, and for which it returned `is_dense`. `out` is channels_last, and whole. */
+static void multiply(const uint8_t *codes, const Layer *layer, Part part, float input_scale, int zero_point, int is_dense,
                      Addend addend, float *out)
 {
     const Image image = layer->image;
@@ -23,7 +23,7 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
     const int is_signed = (int)layer->weights->is_signed;
     int64_t row_bytes = bytes_of_row(&image), columns = image.tiles ? image.tiles : output.out_width;
     const int64_t phases = phases_of(&image);
-    int64_t rows = image.images * output.out_height / phases * columns, micro_tiles = (rows + ROWS - 1) / ROWS;
+    int64_t rows = part.images * part.lines * columns, micro_tiles = (rows + ROWS - 1) / ROWS;
     int64_t blocks = (output.out_channels + OUTPUTS - 1) / OUTPUTS, runs = (micro_tiles + MICRO_TILES - 1) / MICRO_TILES;
     int32_t biases[TILE_SIZE];
     for (int k = 0; k < TILE_SIZE; k++) memset(biases + k, element_of(&image, k, zero_point, layer->qmax).bias, sizeof(int32_t));
@@ -41,7 +41,7 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
             const uint8_t *sources[ROWS];
             Row row[ROWS];
             int count = rows - micro_tile * ROWS < ROWS ? (int)(rows - micro_tile * ROWS) : ROWS;
-            find_rows(codes, layer, phase, columns, micro_tile * ROWS, count, row);
+            find_rows(codes, layer, &part, phase, columns, micro_tile * ROWS, count, row);
             for (int i = 0; i < ROWS; i++) sources[i] = row[i].codes;
             for (int k = 0; k < products; k++)
                 multiply_micro_tile(count, is_signed, sources, row_bytes, block[k].weight, block[k].window, block[k].end,
@@ -66,32 +66,46 @@ static void multiply(const uint8_t *codes, const Layer *layer, float input_scale
     }
 }
 
-/* Whether both layers take the same codes of the same input. */
+/* Whether both layers take the same codes of the same input, part by part. */
 INLINE int share_codes(const Layer *a, const Layer *b)
 {
     return a->scale == b->scale && a->zero_point == b->zero_point && a->qmax == b->qmax
-           && a->weights->is_signed == b->weights->is_signed && !memcmp(&a->image, &b->image, sizeof a->image);
+           && a->weights->is_signed == b->weights->is_signed && !memcmp(&a->image, &b->image, sizeof a->image)
+           && a->output.stride_y == b->output.stride_y && a->output.out_height == b->output.out_height;
+}
+
+/* Write to `outs` what each of `count` layers that share codes makes of `x`, as `run_layers` does. */
+static void run_alike(const float *x, Affine affine, int64_t count, const Layer *const *layers, Addend addend, uint8_t *codes,
+                      float *const *outs)
+{
+    const Layer *layer = layers[0];
+    const Part first = first_part(layer);
+    const int is_signed = (int)layer->weights->is_signed;
+    float scale = layer->scale;
+    int zero_point = layer->zero_point;
+    double started = omp_get_wtime();
+    if (scale == 0) choose_range(x, layer->image, affine, layer->qmax, &scale, &zero_point);
+    for (int64_t n = 0; n < layer->image.images; n += first.images)
+        for (int64_t line = 0; line < lines_of(layer); line += first.lines) {
+            const Part part = {n, min(first.images, layer->image.images - n), line, min(first.lines, lines_of(layer) - line)};
+            const int is_dense = quantize(x, layer->image, rows_of_part(layer, &part), affine, 1 / scale, zero_point,
+                                          layer->qmax, is_signed, codes);
+            started = clock_phase(ROUNDING, started);
+            for (int64_t i = 0; i < count; i++)
+                multiply(codes, layers[i], part, scale, is_signed ? zero_point - SIGNED_OFFSET : zero_point, is_dense, addend,
+                         outs[i]);
+            started = clock_phase(PRODUCTS, started);
+        }
 }
 
 /* Write to `outs` what each of `layers` makes of `x`, dense and channels_last, after `affine`; plus `addend`, which may be
-   the output. `codes` holds those of any of the layers' images. */
+   the output. `codes` holds those of any of the layers (`code_bytes`). */
 void run_layers(const float *x, Affine affine, int64_t count, const Layer *const *layers, Addend addend, uint8_t *codes,
                 float *const *outs)
 {
-    float scale = 0;
-    int zero_point = 0, is_dense = 0;
-    for (int64_t i = 0; i < count; i++) {
-        const Layer *layer = layers[i];
-        const int is_signed = (int)layer->weights->is_signed;
-        double started = omp_get_wtime();
-        if (i == 0 || !share_codes(layers[i - 1], layer)) {
-            scale = layer->scale, zero_point = layer->zero_point;
-            if (scale == 0) choose_range(x, layer->image, affine, layer->qmax, &scale, &zero_point);
-            is_dense = quantize(x, layer->image, affine, 1 / scale, zero_point, layer->qmax, is_signed, codes);
-            started = clock_phase(ROUNDING, started);
-        }
-        multiply(codes, layer, scale, is_signed ? zero_point - SIGNED_OFFSET : zero_point, is_dense, addend, outs[i]);
-        clock_phase(PRODUCTS, started);
+    for (int64_t i = 0, end; i < count; i = end) {
+        for (end = i + 1; end < count && share_codes(layers[i], layers[end]);) end++;
+        run_alike(x, affine, end - i, layers + i, addend, codes, outs + i);
     }
 }
 

@@ -63,7 +63,7 @@ def call_of(operation: Operation, packed: PackedLayer, size: torch.Size, *, is_d
         )
     own = Layer.from_buffer_copy(known)  # another call, in another thread, may have converted the bias for itself
     own.bias = None if bias is None else bias.data_ptr()
-    return Call(own, geometry.size, compiled().code_bytes(geometry.image), bias)
+    return Call(own, geometry.size, compiled().code_bytes(own), bias)
 
 
 def run_call(

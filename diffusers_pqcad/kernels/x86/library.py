@@ -5,7 +5,17 @@ from functools import cache
 
 from diffusers_pqcad.kernels import native
 from diffusers_pqcad.kernels.native.layout import check_layout
-from diffusers_pqcad.kernels.x86.structs import STRUCTS, Addend, Affine, Filters, GroupNorm, Image, ResidualBlock
+from diffusers_pqcad.kernels.x86.structs import (
+    STRUCTS,
+    Addend,
+    Affine,
+    Filters,
+    GroupNorm,
+    Image,
+    Layer,
+    ResidualBlock,
+    Rows,
+)
 from diffusers_pqcad.numerics.qparams import MIN_SCALE
 
 SOURCE = native.CSRC / "layers.c"
@@ -22,7 +32,7 @@ def library() -> ctypes.CDLL | str:
     constants = {"DEPTH": DEPTH, "TILE_SIZE": TILE_SIZE, "MIN_SCALE": ctypes.c_float(MIN_SCALE).value}
     check_layout(loaded, STRUCTS, constants)
     address, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    loaded.code_bytes.argtypes, loaded.code_bytes.restype = [ctypes.POINTER(Image)], long
+    loaded.code_bytes.argtypes, loaded.code_bytes.restype = [ctypes.POINTER(Layer)], long
     loaded.normalize.argtypes = [address, Image, GroupNorm, address, address]
     loaded.run_layers.argtypes = [address, Affine, long, address, Addend, address, address]
     loaded.block_bytes.argtypes = [ctypes.POINTER(ResidualBlock)]
@@ -31,7 +41,7 @@ def library() -> ctypes.CDLL | str:
     loaded.pack_filters.argtypes = [ctypes.POINTER(Filters), address, address, address]
     # The next two are parts of `run_layers`, for tests.
     loaded.choose_range.argtypes = [address, Image, Affine, integer, address, address]
-    loaded.quantize.argtypes = [address, Image, Affine, ctypes.c_float, integer, integer, integer, address]
+    loaded.quantize.argtypes = [address, Image, Rows, Affine, ctypes.c_float, integer, integer, integer, address]
     loaded.choose_range.restype = None
     loaded.pack_filters.restype = None
     loaded.normalize.restype = loaded.run_layers.restype = loaded.run_block.restype = None

@@ -15,6 +15,12 @@ class Image(ctypes.Structure):
     ]
 
 
+class Rows(ctypes.Structure):
+    """The rows of codes that are kept at once: as `Rows` in the C file."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("first_image", "images", "first_row", "rows")]
+
+
 class Output(ctypes.Structure):
     """The output: as `Output` in the C file."""
 
@@ -94,5 +100,5 @@ class ResidualBlock(ctypes.Structure):
     ]
 
 
-STRUCTS = (Image, Output, Affine, Weights, Filters, Addend, Layer, GroupNorm, ResidualBlock)
+STRUCTS = (Image, Rows, Output, Affine, Weights, Filters, Addend, Layer, GroupNorm, ResidualBlock)
 NO_AFFINE, NO_ADDEND = Affine(), Addend()
