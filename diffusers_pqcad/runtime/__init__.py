@@ -17,10 +17,12 @@ def fused_blocks() -> tuple[type[FusedBlock], ...]:
     from diffusers_pqcad.runtime.attention import FusedAttention  # these import diffusers' models
     from diffusers_pqcad.runtime.feed_forward import FusedFeedForward
     from diffusers_pqcad.runtime.residual import FusedResnetBlock2D
+    from diffusers_pqcad.runtime.tiny_autoencoder import FusedAutoencoderTinyBlock, FusedDecoderTiny
     from diffusers_pqcad.runtime.transformer import FusedTransformer2DModel
     from diffusers_pqcad.runtime.upsampling import FusedUpsample2D
 
-    return FusedAttention, FusedFeedForward, FusedResnetBlock2D, FusedTransformer2DModel, FusedUpsample2D
+    blocks = FusedAttention, FusedFeedForward, FusedResnetBlock2D, FusedTransformer2DModel, FusedUpsample2D
+    return *blocks, FusedAutoencoderTinyBlock, FusedDecoderTiny
 
 
 def install_(model: nn.Module) -> None:

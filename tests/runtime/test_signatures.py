@@ -19,10 +19,14 @@ from diffusers_pqcad.runtime.feed_forward import FusedFeedForward
 from diffusers_pqcad.runtime.fusion import FusedBlock
 from diffusers_pqcad.runtime.overrides import OVERRIDES
 from diffusers_pqcad.runtime.residual import FusedResnetBlock2D
+from diffusers_pqcad.runtime.tiny_autoencoder import FusedAutoencoderTinyBlock, FusedDecoderTiny
 from diffusers_pqcad.runtime.transformer import FusedTransformer2DModel
 from diffusers_pqcad.runtime.upsampling import FusedUpsample2D
 
-FUSED = (FusedAttention, FusedFeedForward, FusedResnetBlock2D, FusedTransformer2DModel, FusedUpsample2D)
+FUSED = (
+    *(FusedAttention, FusedFeedForward, FusedResnetBlock2D, FusedTransformer2DModel, FusedUpsample2D),
+    *(FusedAutoencoderTinyBlock, FusedDecoderTiny),
+)
 REPLACED: dict[type[nn.Module], type[nn.Module]] = {
     **{ours: plain for plain, ours in QUANTIZED_LAYERS.items()},
     **{ours: ours.plain for ours in FUSED},  # type: ignore[dict-item]

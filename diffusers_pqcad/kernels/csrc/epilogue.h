@@ -33,23 +33,30 @@ INLINE Numbers dequantize(const int32_t *sums, const Epilogue *epilogue, int j)
     return OF_VECTORS(fmadd_ps)(OF_VECTORS(cvtepi32_ps)(centred), factor, bias);
 }
 
-/* Write those outputs from `j` on that are less than `count`, plus the addend's where there are such. */
-INLINE void write_outputs(Numbers value, const float *addend, int j, int64_t count, float *out)
+/* What outputs are added to, where there are such numbers, and whether a ReLU comes after that, of which a NaN stays. */
+typedef struct {
+    const float *numbers;
+    int64_t has_relu;
+} Finish;
+
+/* Write those outputs from `j` on that are less than `count`. */
+INLINE void write_outputs(Numbers value, Finish finish, int j, int64_t count, float *out)
 {
-    if (addend) value = OF_VECTORS(add_ps)(value, load_numbers(addend + j, count - j));
+    if (finish.numbers) value = OF_VECTORS(add_ps)(value, load_numbers(finish.numbers + j, count - j));
+    if (finish.has_relu) value = OF_VECTORS(max_ps)(OF_VECTORS(setzero_ps)(), value); /* of a NaN and a number, the second */
     store_numbers(out + j, value, count - j);
 }
 
-INLINE void dequantize_row(const int32_t *sums, const Epilogue *epilogue, const float *addend, int64_t count, float *out)
+INLINE void dequantize_row(const int32_t *sums, const Epilogue *epilogue, Finish finish, int64_t count, float *out)
 {
-    for (int j = 0; j < OUTPUTS; j += LANES) write_outputs(dequantize(sums, epilogue, j), addend, j, count, out);
+    for (int j = 0; j < OUTPUTS; j += LANES) write_outputs(dequantize(sums, epilogue, j), finish, j, count, out);
 }
 
 /* out *= GELU of a whole block of dequantized sums. */
 INLINE void gate_row(const int32_t *sums, const Epilogue *epilogue, float *out)
 {
     float gates[OUTPUTS];
-    dequantize_row(sums, epilogue, NULL, OUTPUTS, gates);
+    dequantize_row(sums, epilogue, (Finish){0}, OUTPUTS, gates);
     for (int j = 0; j < OUTPUTS; j += 8)
         _mm256_storeu_ps(out + j, _mm256_mul_ps(_mm256_loadu_ps(out + j), gelu_ps(_mm256_loadu_ps(gates + j))));
 }

@@ -88,7 +88,8 @@ static inline RowOverflow overflow_of(const uint8_t *row, const Image *image)
 }
 
 /* `out_height` x `out_width` output pixels, whose first inputs are `stride_y`, `stride_x` pixels apart. With `is_gated`,
-   the weights have twice as many outputs: the GELU of the second half multiplies the first. Blocks are whole then. */
+   the weights have twice as many outputs: the GELU of the second half multiplies the first. Blocks are whole then. With
+   `has_relu`, what is less than zero after bias and addend is written as zero. */
 typedef struct {
-    int64_t out_height, out_width, out_channels, stride_y, stride_x, is_gated;
+    int64_t out_height, out_width, out_channels, stride_y, stride_x, is_gated, has_relu;
 } Output;

@@ -25,6 +25,7 @@ EXPORT_LAYOUT(
     STRUCT(Rows), FIELD(Rows, first_image), FIELD(Rows, images), FIELD(Rows, first_row), FIELD(Rows, rows),
     STRUCT(Output), FIELD(Output, out_height), FIELD(Output, out_width), FIELD(Output, out_channels),
     FIELD(Output, stride_y), FIELD(Output, stride_x), FIELD(Output, is_gated),
+    FIELD(Output, has_relu),
     STRUCT(Affine), FIELD(Affine, gain), FIELD(Affine, shift), FIELD(Affine, has_silu), FIELD(Affine, is_layer_norm),
     FIELD(Affine, eps), FIELD(Affine, mean), FIELD(Affine, inverse_deviation),
     STRUCT(Weights), FIELD(Weights, weight), FIELD(Weights, windows), FIELD(Weights, window_starts),

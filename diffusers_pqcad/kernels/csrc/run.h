@@ -51,15 +51,15 @@ static void multiply(const uint8_t *codes, const Layer *layer, Part part, float 
             for (int i = 0; i < count; i++) {
                 int64_t at = row[i].pixel * output.out_channels + channel;
                 int64_t added = addend.is_per_image ? row[i].image * output.out_channels + channel : at;
-                const float *numbers = addend.numbers ? addend.numbers + added : NULL;
+                const Finish finish = {addend.numbers ? addend.numbers + added : NULL, output.has_relu};
                 if (image.tiles) {
-                    const float *others = numbers && !addend.is_per_image ? numbers + output.out_channels : numbers;
+                    const int64_t step = addend.is_per_image ? 0 : output.out_channels;
+                    const Finish other = {finish.numbers ? finish.numbers + step : NULL, output.has_relu};
                     float *second = row[i].is_single ? NULL : out + at + output.out_channels;
-                    transform_output(sums, i, (int)image.is_doubled, block, numbers, others, channels, out + at,
-                                     second);
+                    transform_output(sums, i, (int)image.is_doubled, block, finish, other, channels, out + at, second);
                     continue;
                 }
-                dequantize_row(sums[0][i], &block[0].epilogue, numbers, channels, out + at);
+                dequantize_row(sums[0][i], &block[0].epilogue, finish, channels, out + at);
                 if (output.is_gated) gate_row(sums[1][i], &block[1].epilogue, out + at);
             }
         }

@@ -95,9 +95,9 @@ static int transform_input(uint8_t *row, const Image *image, const Element *elem
 #define transform_input(row, image, elements) ((void)(elements), 0)
 #endif
 
-/* Write both outputs of the tile in row `i` of all elements' sums, each with its addend; `second` is NULL for a single one. */
+/* Write both outputs of the tile in row `i` of all elements' sums, each finished; `second` is NULL for a single one. */
 INLINE void transform_output(int32_t sums[TILE_SIZE][ROWS][OUTPUTS], int i, int is_doubled, const Block *elements,
-                             const float *addend, const float *second_addend, int64_t count, float *first, float *second)
+                             Finish of_first, Finish of_second, int64_t count, float *first, float *second)
 {
     for (int j = 0; j < OUTPUTS; j += LANES) {
         Numbers element[TILE_SIZE];
@@ -107,7 +107,7 @@ INLINE void transform_output(int32_t sums[TILE_SIZE][ROWS][OUTPUTS], int i, int 
             sum = OF_VECTORS(add_ps)(sum, element[2]);
             difference = OF_VECTORS(sub_ps)(difference, element[3]);
         }
-        write_outputs(sum, addend, j, count, first);
-        if (second) write_outputs(difference, second_addend, j, count, second);
+        write_outputs(sum, of_first, j, count, first);
+        if (second) write_outputs(difference, of_second, j, count, second);
     }
 }

@@ -27,7 +27,8 @@ from diffusers_pqcad.kernels.x86.packing import PackedLayer, num_bytes, pack
 __all__ = ["FUSES", "MEMORY_FORMAT", "NAME", "absence", "accepts", "num_bytes", "pack", "refusal", "run"]
 
 NAME = "x86"
-FUSES = frozenset(("residual", "attention", "feed_forward", "transformer", "upsampling"))  # as the runtime names them
+BLOCKS = ("residual", "attention", "feed_forward", "transformer", "upsampling", "tiny autoencoder")
+FUSES = frozenset(BLOCKS)  # as the runtime names them
 MEMORY_FORMAT = torch.channels_last  # of its convolutions
 NO_VNNI = (
     "oneDNN has VNNI here, and this kernel was compiled without (a compiler that does not know the CPU, or CFLAGS)"

@@ -26,7 +26,7 @@ class Output(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ("out_height", "out_width", "out_channels", "stride_y", "stride_x", "is_gated")
+        for name in ("out_height", "out_width", "out_channels", "stride_y", "stride_x", "is_gated", "has_relu")
     ]
 
 
