@@ -50,7 +50,7 @@ def planned(settings: Settings) -> Outcome:
     run, quantization, _, distillation = settings
     plans = plans_of(models_of(str(run.pretrained_model_name_or_path)), quantization)
     students = [run.num_inference_steps // stride for stride in strides_of(run)]
-    arms = [arm.name for arm in arms_of(distillation, run.ablations)]
+    arms = [arm.name for arm in arms_of(distillation, run.wanted_ablations())]
     lines = [f"{name}: {found.totals()}" for name, found in plans.items()]
     lines += [
         f"recorded: {run.num_trajectories} trajectories of {run.num_inference_steps} steps",

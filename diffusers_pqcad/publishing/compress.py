@@ -171,11 +171,11 @@ def compress(
     folds = settings.distillation.folds(calibration.plan)
     if folds:
         check_folding(teacher, run, calibration.plan.folded())
-    has_both_ways = run.ablations and can_fold(teacher, run, calibration.plan)
+    has_both_ways = "guidance" in run.wanted_ablations() and can_fold(teacher, run, calibration.plan)
     site.say(f"progressive quantization to {settings.quantization.weight_bits:g} bits")
     quantized, history = quantized_model(site, "pq", teacher, calibration, settings.quantization, settings.progressive)
 
-    arms = arms_of(settings.distillation, run.ablations, fold_otherwise=not folds if has_both_ways else None)
+    arms = arms_of(settings.distillation, run.wanted_ablations(), fold_otherwise=not folds if has_both_ways else None)
     trained: dict[str, Trained] = {}
     for arm in arms:
         trained |= distilled_students(site, arm, run, teacher, calibration, quantized)
@@ -302,15 +302,16 @@ def time_of(path: Path) -> int | None:
 
 def variants_of(settings: Settings) -> list[Variant]:
     """Return the further PQs that the ablations ask for."""
-    if not settings.run.ablations:
-        return []
     bits = fixed_bits(settings.quantization)
     plain = replace(settings.progressive, beta=0.0)
     one_width = replace(settings.quantization, weight_bits=bits, bit_choices=(bits,))
-    return [
-        Variant("pq_no_momentum", "PQ without momentum", settings.quantization, plain),
-        Variant("fixed_reconstructed", f"fixed-bit ({bits}) + reconstruction", one_width, settings.progressive),
-    ]
+    variants = {
+        "momentum": Variant("pq_no_momentum", "PQ without momentum", settings.quantization, plain),
+        "width": Variant(
+            "fixed_reconstructed", f"fixed-bit ({bits}) + reconstruction", one_width, settings.progressive
+        ),
+    }
+    return [variant for name, variant in variants.items() if name in settings.run.wanted_ablations()]
 
 
 def fixed_bits(quantization: PQCADConfig) -> int:
@@ -321,21 +322,21 @@ def fixed_bits(quantization: PQCADConfig) -> int:
 # CAD
 
 
-def arms_of(config: DistillConfig, ablations: bool, *, fold_otherwise: bool | None = None) -> list[Arm]:
+def arms_of(config: DistillConfig, ablations: Sequence[str], *, fold_otherwise: bool | None = None) -> list[Arm]:
     """Return the student of a run, and those of its ablations, each with its part of CAD changed.
 
     `fold_otherwise`: whether guidance is folded in the arm that is the other way round; None: there is no such arm.
     """
     whole = replace(config, teacher="quantized", calibration=True)
-    others = [
-        Arm("cad_calibration_only", "CAD: calibration only", replace(whole, teacher="none")),
-        Arm("cad_float_teacher", "CAD: full-precision teacher", replace(whole, teacher="fp")),
-        Arm("cad_no_calibration", "CAD: no calibration", replace(whole, calibration=False)),
-    ]
+    others = {
+        "teacher": Arm("cad_calibration_only", "CAD: calibration only", replace(whole, teacher="none")),
+        "float_teacher": Arm("cad_float_teacher", "CAD: full-precision teacher", replace(whole, teacher="fp")),
+        "calibration": Arm("cad_no_calibration", "CAD: no calibration", replace(whole, calibration=False)),
+    }
     if fold_otherwise is not None:
         key, way = ("cad_folded", "guidance folded") if fold_otherwise else ("cad_guided", "both branches of guidance")
-        others.append(Arm(key, f"CAD: {way}", replace(whole, fold_guidance=fold_otherwise)))
-    return [Arm("pq_cad", "PQ + CAD", config), *(others if ablations else [])]
+        others["guidance"] = Arm(key, f"CAD: {way}", replace(whole, fold_guidance=fold_otherwise))
+    return [Arm("pq_cad", "PQ + CAD", config), *(arm for name, arm in others.items() if name in ablations)]
 
 
 def stages_of(arm: Arm, run: CompressConfig) -> list[Stage]:
@@ -460,7 +461,7 @@ def untrained_rows(
         own_steps = own_num_inference_steps(as_you_run_it, settings.run)
         rows.append(Row("as_you_run_it", name, as_you_run_it, own_steps))
     rows.append(Row("fixed", f"fixed-bit ({bits}, round to nearest)", at_load_time(teacher, fixed), steps))
-    if settings.run.ablations:
+    if "load_time" in settings.run.wanted_ablations():
         name = "progressive, load time (weights alone)"
         rows.append(Row("load_time", name, at_load_time(teacher, settings.quantization), steps))
     return rows

@@ -22,6 +22,7 @@ NEUTRAL_SETTINGS = (
     "hub_model_id",
     "hub_private_repo",
     "ablations",
+    "only_ablations",
     "float_steps",
 )
 # Paths of one computer.

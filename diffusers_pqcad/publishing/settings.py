@@ -17,6 +17,9 @@ from diffusers_pqcad.compression.progressive import WEIGHT_BITS, ProgressiveConf
 from diffusers_pqcad.compression.reconstruction import ReconstructionConfig
 from diffusers_pqcad.loading.config import PQCADConfig
 
+# What an ablation takes away, or adds: PQ's momentum and several widths; CAD's teacher, its rounding, the calibration
+# term, and folded guidance, the other way round; all data.
+ABLATIONS = ("momentum", "width", "teacher", "float_teacher", "calibration", "guidance", "load_time")
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "full": {
@@ -137,6 +140,12 @@ class CompressConfig:
         default=False,
         metadata={"help": "add rows for what each part of the method is worth; takes several times as long"},
     )
+    only_ablations: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"of the ablations only these, out of {', '.join(ABLATIONS)}; others can follow in the same folder"
+        },
+    )
     extractor: str | None = field(
         default=None,
         metadata={
@@ -168,6 +177,11 @@ class CompressConfig:
             raise ValueError("dataset_config_name: of which data set? Give dataset_name, too.")
         if self.class_labels and (self.prompts_file is not None or self.dataset_name is not None):
             raise ValueError("class_labels: a pipeline takes prompts or classes; leave one out.")
+        if self.only_ablations is not None:
+            unknown = sorted(set(self.only_ablations) - set(ABLATIONS))
+            if unknown or not self.ablations:
+                wrong = f"got {unknown}" if unknown else "and ablations=True with them"
+                raise ValueError(f"only_ablations: expected some of {', '.join(ABLATIONS)}, {wrong}.")
         if self.num_halvings == 1 and self.num_inference_steps % 2:
             raise ValueError(f"num_inference_steps={self.num_inference_steps} is odd; a student takes half the steps.")
         if self.num_inference_steps % 2**self.num_halvings:
@@ -177,6 +191,12 @@ class CompressConfig:
             )
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub needs a hub_model_id: user/name.")
+
+    def wanted_ablations(self) -> tuple[str, ...]:
+        """Return the names of the ablations to run."""
+        if not self.ablations:
+            return ()
+        return ABLATIONS if self.only_ablations is None else tuple(self.only_ablations)
 
 
 class Settings(NamedTuple):

@@ -30,7 +30,7 @@ from diffusers_pqcad.publishing.compress import (
     stages_of,
     variants_of,
 )
-from diffusers_pqcad.publishing.settings import PRESETS, CompressConfig, Settings, settings_of
+from diffusers_pqcad.publishing.settings import ABLATIONS, PRESETS, CompressConfig, Settings, settings_of
 
 module = importlib.import_module("diffusers_pqcad.publishing.compress")
 
@@ -100,7 +100,7 @@ def test_all_is_trained_before_anything_is_measured(teacher, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         compress(*settings_for(teacher, tmp_path / "out", ablations=True, reconstruction_iterations=0), progress=False)
     state = tmp_path / "out" / "state"
-    trained = {arm.key for arm in arms_of(DistillConfig(), True)}
+    trained = {arm.key for arm in arms_of(DistillConfig(), ABLATIONS)}
     trained |= {"pq", *(variant.key for variant in variants_of(settings_of({"ablations": True})))}
     assert trained <= {path.stem for path in state.glob("*.safetensors")}
     assert (state / "calibration" / "data.arrow").exists()
@@ -183,7 +183,7 @@ def test_each_halving_is_kept_and_a_killed_one_goes_on_to_the_same_bits(teacher,
 
 
 def test_the_stages_of_an_arm():
-    arm = arms_of(DistillConfig(), False)[0]
+    arm = arms_of(DistillConfig(), ())[0]
 
     def stages(num_halvings: int) -> list[tuple[str, int]]:
         return [tuple(stage) for stage in stages_of(arm, CompressConfig(num_halvings=num_halvings))]
@@ -217,7 +217,7 @@ def test_each_student_begins_as_the_one_before_it(tiny_calibration_set, tmp_path
         return module.Trained(f"student of {key}", [])
 
     monkeypatch.setattr(module, "distilled_student", trained)
-    site, arm = module.Site(tmp_path, "cpu", False), arms_of(DistillConfig(), False)[0]
+    site, arm = module.Site(tmp_path, "cpu", False), arms_of(DistillConfig(), ())[0]
     run = CompressConfig(num_halvings=2)
     found = module.distilled_students(site, arm, run, None, tiny_calibration_set, "PQ")
     assert list(found) == ["pq_cad_10", "pq_cad"]
@@ -235,17 +235,17 @@ def test_a_student_of_an_older_version_is_refused_where_it_would_be_called_other
 
 def test_ablations_change_one_part_of_the_whole_method_each():
     config = DistillConfig(max_train_steps=7)
-    assert [(arm.key, arm.config) for arm in arms_of(config, False)] == [("pq_cad", config)]
+    assert [(arm.key, arm.config) for arm in arms_of(config, ())] == [("pq_cad", config)]
     changes = {
         "pq_cad": {},
         "cad_calibration_only": {"teacher": "none"},
         "cad_float_teacher": {"teacher": "fp"},
         "cad_no_calibration": {"calibration": False},
     }
-    found = {arm.key: arm.config for arm in arms_of(config, True)}
+    found = {arm.key: arm.config for arm in arms_of(config, ABLATIONS)}
     assert found == {key: DistillConfig(max_train_steps=7, **change) for key, change in changes.items()}
     # The run's own switches are those of its student alone.
-    found = {arm.key: arm.config for arm in arms_of(DistillConfig(max_train_steps=7, teacher="none"), True)}
+    found = {arm.key: arm.config for arm in arms_of(DistillConfig(max_train_steps=7, teacher="none"), ABLATIONS)}
     assert found.pop("pq_cad").teacher == "none"
     assert found == {key: DistillConfig(max_train_steps=7, **change) for key, change in changes.items() if change}
 
@@ -256,9 +256,9 @@ def test_ablations_change_one_part_of_the_whole_method_each():
 )
 def test_an_arm_treats_guidance_the_other_way_round(folded, key, name):
     config = DistillConfig(max_train_steps=7, teacher="none", fold_guidance=None if folded else False)
-    *others, arm = arms_of(config, True, fold_otherwise=not folded)
+    *others, arm = arms_of(config, ABLATIONS, fold_otherwise=not folded)
     assert arm == (key, name, DistillConfig(max_train_steps=7, fold_guidance=not folded))
-    assert others == arms_of(config, True)
+    assert others == arms_of(config, ABLATIONS)
     plan = StepPlan(branches=(2,), weights=(-1.0, 2.0))
     assert [item.config.folds(plan) for item in (*others, arm)] == [*[folded] * len(others), not folded]
 
@@ -294,6 +294,21 @@ def test_variants_of_pq():
     assert one_width.quantization == PQCADConfig(weight_bits=3, bit_choices=(3,))
     assert variants_of(settings_of({})) == []
     assert fixed_bits(PQCADConfig(weight_bits=7, bit_choices=(8, 4))) == 4
+
+
+def test_of_the_ablations_those_that_are_named():
+    """So that a long run can be cut into pieces."""
+    settings = settings_of({"ablations": True, "only_ablations": ["teacher", "width"]})
+    assert [variant.key for variant in variants_of(settings)] == ["fixed_reconstructed"]
+    arms = arms_of(DistillConfig(), settings.run.wanted_ablations(), fold_otherwise=True)
+    assert [arm.key for arm in arms] == ["pq_cad", "cad_calibration_only"]
+    everything = settings_of({"ablations": True}).run.wanted_ablations()
+    assert everything == ABLATIONS
+    arms = arms_of(DistillConfig(), everything, fold_otherwise=True)
+    assert len(arms) + len(variants_of(settings_of({"ablations": True}))) == len(ABLATIONS) + 1 - len(["load_time"])
+    for values in ({"ablations": True, "only_ablations": ["gate"]}, {"only_ablations": ["teacher"]}):
+        with pytest.raises(ValueError, match="only_ablations: expected some of momentum, width, teacher"):
+            settings_of(values)
 
 
 def test_the_teacher_of_a_student(tiny_pipeline: DDIMPipeline, tiny_quantized: UNet2DModel):
