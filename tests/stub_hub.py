@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 import traceback
 from dataclasses import dataclass, field
@@ -69,6 +70,14 @@ class Refusal(Exception):
         self.reply.headers |= {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
 
 
+@dataclass(frozen=True)
+class Fault:
+    """What happens to each request whose method and path begin so: it gets a status, or its connection is cut (0)."""
+
+    request: str  # such as "POST /api/repos/create"
+    status: int = 0
+
+
 class Repo:
     """The commits of a repository, oldest first: each holds every file."""
 
@@ -91,7 +100,8 @@ class StubHub(ThreadingHTTPServer):
     """A Hub with one user, `me`, whose token is `hf_stub`.
 
     `with StubHub() as hub:` serves at `hub.url`. `repos`, `objects` (large files by SHA-256) and `requests` show what
-    arrived; `unexpected` lists what this stub does not know or could not do, and a test asserts that it stayed empty.
+    arrived; `faults` are those that it has just now; `unexpected` lists what this stub does not know or could not do,
+    and a test asserts that it stayed empty.
     """
 
     token = "hf_stub"
@@ -105,6 +115,7 @@ class StubHub(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.requests: list[Request] = []
         self.unexpected: list[str] = []
+        self.faults: list[Fault] = []
         self.lock = threading.Lock()
 
     def __enter__(self) -> "StubHub":
@@ -123,6 +134,9 @@ class StubHub(ThreadingHTTPServer):
         """Return the reply to `request`; what must fail a test is recorded."""
         with self.lock:  # a client uploads from several threads
             self.requests.append(request)
+            fault = self.fault_of(f"{request.method} {request.path}")
+            if fault is not None:
+                return as_json({"error": "a fault of the stub"}, fault.status)
             try:
                 for methods, pattern, handler in ROUTES:
                     match = re.fullmatch(pattern, request.path)
@@ -134,6 +148,10 @@ class StubHub(ThreadingHTTPServer):
             except Exception:
                 self.unexpected.append(f"{request.method} {request.path}: {traceback.format_exc()}")
                 return Reply(self.unexpected[-1].encode(), 500)
+
+    def fault_of(self, request: str) -> Fault | None:
+        """The fault that `request` meets, if any."""
+        return next((fault for fault in self.faults if request.startswith(fault.request)), None)
 
     def authorize(self, request: Request) -> None:
         if request.token != self.token:
@@ -293,6 +311,12 @@ class Handler(BaseHTTPRequestHandler):
     server: StubHub
 
     def reply(self) -> None:
+        fault = self.server.fault_of(f"{self.command} {self.path}")
+        if fault is not None and fault.status == 0:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return
         bearer = self.headers.get("Authorization", "").removeprefix("Bearer ")
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         reply = self.server.answer(Request(self.command, self.path, bearer or None, body))

@@ -14,6 +14,7 @@ from pipelines import PIPELINES, PROMPTS
 from safetensors.torch import load_file
 
 from diffusers_pqcad import CalibrationSet, PQCADConfig, quantize_
+from diffusers_pqcad.publishing import pushing
 from diffusers_pqcad.publishing.hub import END, START
 from diffusers_pqcad.publishing.settings import CompressConfig
 
@@ -203,9 +204,7 @@ def test_the_prompts_of_a_file_are_measured_from_its_first_line(folder):
 
 
 def test_push_says_what_would_leave_and_sends_nothing(capsys, folder, tmp_path, monkeypatch):
-    from diffusers_pqcad.publishing import hub
-
-    monkeypatch.setattr(hub, "push", pytest.fail)
+    monkeypatch.setattr(pushing, "push", pytest.fail)
     shutil.copytree(folder / "small", tmp_path / "small")
     (tmp_path / "small" / ".env").write_text("HF_TOKEN=secret")
     (tmp_path / "small" / "state").mkdir()
@@ -229,14 +228,13 @@ def test_push_without_access_says_what_to_do(capsys, folder, monkeypatch):
 
 
 def test_push_writes_the_card_of_a_run_and_keeps_what_was_written_in_it(capsys, folder, tmp_path, monkeypatch):
-    from diffusers_pqcad.publishing import hub
-
     shutil.copytree(folder / "small", tmp_path / "small")
     metrics = json.loads(Path("examples/results/fashion-mnist-w4a8/metrics.json").read_text())
     (tmp_path / "small" / "metrics.json").write_text(json.dumps(metrics))
     (tmp_path / "small" / "README.md").write_text(f"---\na: b\n---\n{START}\nold figures\n{END}\nMy own words.\n")
-    monkeypatch.setattr(hub, "check_access", lambda: None)
-    monkeypatch.setattr(hub, "push", lambda folder, repo, private: f"https://hub/{repo}?{private}")
+    monkeypatch.setattr(pushing, "check_access", lambda: None)
+    monkeypatch.setattr(pushing, "card_on_hub", lambda repo: None)
+    monkeypatch.setattr(pushing, "push", lambda folder, repo, private: f"https://hub/{repo}?{private}")
     flags = ("--hub_private_repo", "--license", "mit", "--json")
     found = answer(capsys, "push", tmp_path / "small", "me/small", *flags)
     assert found.document["url"] == "https://hub/me/small?True"

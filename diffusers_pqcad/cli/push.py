@@ -5,11 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub.utils import filter_repo_objects
-
 from diffusers_pqcad.cli.command import TRIAL, Command, Outcome, Trial
 from diffusers_pqcad.loading.saved import INDEX_FILE
-from diffusers_pqcad.publishing import hub
+from diffusers_pqcad.publishing import hub, pushing
 from diffusers_pqcad.publishing.settings import Part, config_of
 
 
@@ -24,7 +22,7 @@ class PushConfig:
 
     def __post_init__(self) -> None:
         if self.hub_model_id is not None and (
-            self.hub_model_id.count("/") != 1 or not hub.is_repo_id(self.hub_model_id)
+            self.hub_model_id.count("/") != 1 or not pushing.is_repo_id(self.hub_model_id)
         ):
             raise ValueError(f"hub_model_id: expected user/name, got {self.hub_model_id!r}.")
 
@@ -46,23 +44,16 @@ def run(settings: Settings) -> Outcome:
         raise ValueError(
             f"folder: expected the folder of a pipeline, with {INDEX_FILE}, got {folder}, which has none."
         )
-    sizes = published_files(folder)
+    sizes = pushing.published_files(folder)
     document: dict[str, Any] = {"repository": repo, "files": sizes, "num_bytes": sum(sizes.values())}
     if settings.trial.dry_run:
         lines = [f"{size:>12} {name}" for name, size in sizes.items()]
         lines.append(f"{len(sizes)} files, {document['num_bytes']} bytes, would go to {repo}. Nothing was sent.")
         return Outcome(document | {"dry_run": True}, "\n".join(lines))
-    hub.check_access()
+    pushing.check_access()
     refresh_card(folder, repo, settings.run.license)
-    url = hub.push(folder, repo, private=settings.run.hub_private_repo)
+    url = pushing.push(folder, repo, private=settings.run.hub_private_repo)
     return Outcome(document | {"url": url}, f"Published: {url}")
-
-
-def published_files(folder: Path) -> dict[str, int]:
-    """Return the bytes of each file that leaves `folder`, by its name."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    kept = filter_repo_objects(names, allow_patterns=list(hub.PUBLISHED_FILES), ignore_patterns=["state/*"])
-    return {name: (folder / name).stat().st_size for name in kept}
 
 
 def refresh_card(folder: Path, repo: str, license_id: str | None) -> None:
@@ -70,7 +61,8 @@ def refresh_card(folder: Path, repo: str, license_id: str | None) -> None:
     if (folder / "metrics.json").is_file():
         metrics = json.loads((folder / "metrics.json").read_text())
         license_id = license_id or metrics["settings"].get("license")
-        hub.write_card(folder, hub.model_card(metrics, repo=repo, license_id=license_id))
+        card = hub.model_card(metrics, repo=repo, license_id=license_id)
+        hub.write_card(folder, card, on_hub=pushing.card_on_hub(repo))
 
 
 COMMAND = Command(

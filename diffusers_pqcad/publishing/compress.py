@@ -34,7 +34,7 @@ from diffusers_pqcad.evaluation.generate import Samples, makes_pixels
 from diffusers_pqcad.evaluation.speed import environment
 from diffusers_pqcad.loading.config import PQCADConfig
 from diffusers_pqcad.loading.convert import quantizable_layers, quantize_
-from diffusers_pqcad.publishing import hub
+from diffusers_pqcad.publishing import hub, pushing
 from diffusers_pqcad.publishing.pipelines import (
     Row,
     Teacher,
@@ -210,9 +210,10 @@ def compress(
         }
         save_results(folder, site, metrics, history, rows, run)
         repo = run.hub_model_id or folder.name  # a local copy is loaded from where the reader put it
-        hub.write_card(folder, hub.model_card(metrics, repo=repo, license_id=source.license))
+        card = hub.model_card(metrics, repo=repo, license_id=source.license)
+        hub.write_card(folder, card, on_hub=pushing.card_on_hub(repo) if run.push_to_hub else None)
         if run.push_to_hub:
-            site.say(f"pushed: {hub.push(folder, run.hub_model_id or '', private=run.hub_private_repo)}")
+            site.say(f"pushed: {pushing.push(folder, repo, private=run.hub_private_repo)}")
         return metrics
 
     return on_main(finished)
@@ -234,7 +235,7 @@ def prepare_process(run: CompressConfig) -> None:
     if not is_main():
         quieten_()
     if run.push_to_hub:
-        on_main(hub.check_access)
+        on_main(pushing.check_access)
 
 
 def set_threads(run: CompressConfig) -> None:

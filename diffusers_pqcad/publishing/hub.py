@@ -1,5 +1,6 @@
-"""Results tables, model cards and pushing: every figure comes from a run's `metrics.json`."""
+"""Results tables and model cards: every figure comes from a run's `metrics.json`."""
 
+import logging
 import re
 from collections.abc import Sequence
 from importlib.resources import files
@@ -10,37 +11,13 @@ from typing import Any
 import numpy as np
 
 from diffusers_pqcad.loading.coverage import percent
+from diffusers_pqcad.publishing.pushing import CARD, is_repo_id
+
+logger = logging.getLogger(__name__)
 
 # What a table says of layers by the kernel that computed them.
 KERNELS = {"x86": "int8 kernels in C", "onednn": "int8 kernels of oneDNN", "reference": "floating point (reference)"}
 START, END = "<!-- pqcad:start -->", "<!-- pqcad:end -->"
-# What may be published: no resume files, no logs, no pickles.
-PUBLISHED_FILES = (
-    "README.md",
-    "recipe.yaml",
-    "prompts.txt",
-    "metrics.json",
-    "history.json",
-    "model_index.json",
-    "pytorch_lora_weights.safetensors",
-    "assets/*.png",
-    "*/config.json",
-    "*/scheduler_config.json",
-    "*/*.safetensors",
-    "*/*.safetensors.index.json",
-    "*/generation_config.json",
-    "*/preprocessor_config.json",
-    # Of tokenizers:
-    "*/added_tokens.json",
-    "*/chat_template.jinja",
-    "*/merges.txt",
-    "*/special_tokens_map.json",
-    "*/spiece.model",
-    "*/tokenizer.json",
-    "*/tokenizer_config.json",
-    "*/vocab.json",
-    "*/vocab.txt",
-)
 # How many of them are said so; the Hub has no task of its own for classes.
 KINDS = {"prompt": ("prompt", "prompts"), "class_labels": ("class", "classes")}
 TASKS = {None: "unconditional-image-generation", "prompt": "text-to-image", "class_labels": None}
@@ -420,58 +397,31 @@ def dataset_lines(metrics: dict[str, Any]) -> str:
     return f"datasets: [{name}]\n" if name is not None and is_repo_id(name) else ""
 
 
-def is_repo_id(name: str) -> bool:
-    """Return whether the Hub takes `name` for a repository's: it refuses a card that names another."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def write_card(folder: str | Path, card: str) -> Path:
+def write_card(folder: str | Path, card: str, *, on_hub: str | None = None) -> Path:
     """Write `card` to the folder's README.md; text outside our markers in an existing one is kept.
 
-    The front matter is ours too: its tags must say what the model is now.
+    Where there is none, that in the card `on_hub` is. The front matter is ours: its tags must say what the model is
+    now.
     """
-    path = Path(folder) / "README.md"
-    if path.exists():
-        before = path.read_text()
-        if START in before and END in before:
-            head, tail = before.split(START, 1)[0], before.split(END, 1)[1]
-            note = head.split("---\n", 2)[-1]  # between the front matter and our text
-            card = card.split(START, 1)[0] + note + START + card.split(START, 1)[1].split(END, 1)[0] + END + tail
-    path.write_text(card)
+    path = Path(folder) / CARD
+    note, tail = words_of(path.read_text(encoding="utf-8") if path.exists() else "")
+    there = words_of(on_hub or "")
+    if not (note + tail).strip():
+        note, tail = there
+    elif "".join(there).strip() not in ("", (note + tail).strip()):
+        logger.warning("%s: what you wrote in the card on the Hub is replaced by what you wrote in this one.", path)
+    if (note + tail).strip():
+        before, ours = card.split(START, 1)
+        card = before + note + START + ours.split(END, 1)[0] + END + tail
+    path.write_text(card, encoding="utf-8")
     return path
 
 
-def push(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
-    """Upload what is publishable in `folder` to the model repository `repo_id`, creating it; return its URL."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    url = api.create_repo(repo_id, private=private, exist_ok=True)
-    api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        allow_patterns=list(PUBLISHED_FILES),
-        ignore_patterns=["state/*"],
-        commit_message="Upload a PQCAD pipeline",
-    )
-    return str(url)
-
-
-def check_access() -> None:
-    """Raise ValueError, before hours of work, where a push at the end would fail for lack of a network or a token."""
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().whoami()
-    except Exception as error:
-        raise ValueError(
-            f"push_to_hub: the Hub does not answer or does not know you ({type(error).__name__}: {error}). Log in "
-            "with `hf auth login`; a run that publishes later goes without --push_to_hub, and `pqcad push` follows it."
-        ) from None
+def words_of(card: str) -> tuple[str, str]:
+    """Return what others wrote in a card, before and after our text; of one without it, all but its front matter."""
+    if START in card and END in card:
+        head, tail = card.split(START, 1)[0], card.split(END, 1)[1]
+    else:
+        head, tail = card, ""
+    note = head.split("---\n", 2)[-1] if head.startswith("---\n") else head  # after the front matter
+    return (note, tail) if START in card and END in card else ("", f"\n\n{note.strip()}\n" if note.strip() else "")

@@ -19,8 +19,8 @@ from diffusers_pqcad.compression.adapters import add_adapter_, carries_adapter
 from diffusers_pqcad.compression.extras import MissingExtraError
 from diffusers_pqcad.evaluation.speed import directory_size_bytes
 from diffusers_pqcad.layers.find import packed_layers
-from diffusers_pqcad.publishing.hub import PUBLISHED_FILES
 from diffusers_pqcad.publishing.pipelines import denoiser_of, load_adapter_, parted, save_adapter
+from diffusers_pqcad.publishing.pushing import PUBLISHED_FILES
 from diffusers_pqcad.publishing.settings import CompressConfig, settings_of
 
 module = importlib.import_module("diffusers_pqcad.publishing.compress")

@@ -13,7 +13,6 @@ from pipelines import PIPELINES
 
 from diffusers_pqcad.publishing.hub import (
     END,
-    PUBLISHED_FILES,
     START,
     float_layers,
     input_notes,
@@ -27,6 +26,7 @@ from diffusers_pqcad.publishing.hub import (
     table_notes,
     write_card,
 )
+from diffusers_pqcad.publishing.pushing import PUBLISHED_FILES
 
 pytestmark = pytest.mark.fast
 

@@ -1,12 +1,15 @@
 """Specification of pushing: only publishable files leave through the real client, and they come back the same."""
 
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,11 +42,51 @@ PRIVATE = {
 }
 PUSH = """
 import sys
-from diffusers_pqcad.publishing import hub
-hub.check_access()
+from diffusers_pqcad.publishing import pushing
+pushing.check_access()
 for folder in sys.argv[1:]:
-    print(hub.push(folder, "me/model", private=True))
+    print(pushing.push(folder, "me/model", private=True))
 """
+# A Hub in the same process as its client, so that each of its faults costs no import of the package.
+FAULTS = """
+import contextlib, io, json, os, pathlib, sys, time
+from stub_hub import Fault, StubHub
+folder, faults = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
+time.sleep = lambda seconds: None  # the client waits before it tries again
+found = {}
+with StubHub() as hub:
+    os.environ["HF_ENDPOINT"] = hub.url
+    from diffusers_pqcad.cli.main import main
+    def push(repo):
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+            code = main(["push", str(folder), repo, "--hub_private_repo"])
+        here = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        there = hub.files(repo) if repo in hub.repos else {}
+        return {"code": code, "err": err.getvalue(), "commits": len(hub.repos[repo].commits) if there else 0,
+                "is_whole": {**there, ".gitattributes": b""} == {**here, ".gitattributes": b""}}
+    for name, (request, status) in faults.items():
+        repo = f"me/{name}"
+        hub.faults = [Fault(request.replace("REPO", repo), status)]
+        before = push(repo)
+        hub.faults = []
+        puts = sum(request.method == "PUT" for request in hub.requests)
+        found[name] = [before, push(repo), sum(request.method == "PUT" for request in hub.requests) - puts]
+        hub.objects.clear()
+    hub.repos["me/public"] = type(hub.repos["me/cut"])(private=False)
+    found["public"] = push("me/public")
+    assert not hub.unexpected, hub.unexpected
+print(json.dumps(found))
+"""
+# By name: the request that fails, what it gets, a part of the message.
+FAILURES = {
+    "unknown": ("GET /api/whoami-v2", 401, "log in with `hf auth login`"),
+    "forbidden": ("POST /api/repos/create", 403, "that your token has the role 'write'"),
+    "conflict": ("POST /api/models/REPO/commit", 409, "Another change of the repository is in the way"),
+    "busy": ("POST /api/models/REPO/preupload", 429, "too many requests for the Hub: wait some minutes"),
+    "broken": ("POST /api/models/REPO/commit", 500, "The Hub has a fault of its own: wait some minutes"),
+    "cut": ("PUT /storage/", 0, "The connection failed: check the network"),
+}
 LOAD = """
 import sys
 import diffusers_pqcad
@@ -61,7 +104,12 @@ def hub():
 
 @pytest.fixture
 def client(tmp_path):
-    """Runs code as a user of a Hub does: the client reads its settings when it is imported, so in a new process."""
+    """Runs code as a user of a Hub does; see `client_in`."""
+    return client_in(tmp_path)
+
+
+def client_in(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return what runs code as a user of a Hub: its client reads its settings as it is imported: in a new process."""
 
     def run(url: str, code: str, *arguments: object, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
         others = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
@@ -72,7 +120,7 @@ def client(tmp_path):
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1,localhost",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, "-c", code, *map(str, arguments)]
@@ -165,3 +213,37 @@ def test_without_access_there_is_advice_and_no_token(hub: StubHub, client, reaso
     assert "hf auth login" in message
     assert "without --push_to_hub" in message
     assert token not in result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory) -> dict[str, Any]:
+    """What `pqcad push` of 11 MB comes to while the Hub has each of the faults, and what the same command does then."""
+    folder = tmp_path_factory.mktemp("pushes") / "small"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "model_index.json").write_text("{}")
+    (folder / "README.md").write_text("My own words.\n")
+    (folder / WEIGHTS).write_bytes(os.urandom(11 * 2**20))
+    faults = json.dumps({name: failure[:2] for name, failure in FAILURES.items()})
+    run = client_in(tmp_path_factory.mktemp("clients"))
+    result = run("http://127.0.0.1:9", FAULTS, folder, faults)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_push_that_fails_changes_nothing_and_the_same_command_finishes_it(failures, name: str) -> None:
+    before, after, uploads = failures[name]
+    assert before["code"] == 1
+    assert before["commits"] <= 1  # the one that comes with a repository
+    message = before["err"].rstrip().rpartition("\n")[2]
+    message = message[message.index("pqcad push: ") :]  # a bar may be on this line
+    assert FAILURES[name][2] in message
+    assert TOKEN not in before["err"] + after["err"]
+    assert (after["code"], after["commits"], after["is_whole"]) == (0, 2, True), after["err"]
+    assert uploads == (0 if name in ("conflict", "broken") else 1)  # what has arrived is not sent again
+
+
+def test_a_push_that_shall_be_private_does_not_go_to_a_public_repository(failures) -> None:
+    found = failures["public"]
+    assert (found["code"], found["commits"]) == (1, 1)
+    assert "expected a new repository, or a private one, got me/public, which is public" in found["err"]
