@@ -215,6 +215,47 @@ def test_a_failure_ends_with_1_and_its_reason_on_one_line(capsys, monkeypatch, e
     assert "Traceback (most recent call last)" in found.err
 
 
+@pytest.mark.parametrize("rank", ["RANK", "PMI_RANK"])
+def test_of_several_processes_the_first_one_works_and_speaks(capsys, monkeypatch, rank):
+    ran = []
+    monkeypatch.setenv(rank, "1")
+    replaced(monkeypatch, "env", lambda settings: ran.append("env") or Outcome({}, "text"))
+    assert answer(capsys, "env") == (0, "", "")
+    assert answer(capsys, "env", "more") == (2, "", "")
+    replaced(monkeypatch, "compress", lambda settings: ran.append("compress") or Outcome({}, "text"))
+    assert answer(capsys, "compress", "m") == (0, "", "")
+    assert ran == ["compress"]  # which shares its work
+    monkeypatch.setenv(rank, "0")
+    assert answer(capsys, "env") == (0, "text\n", "")
+    assert answer(capsys, "compress", "m") == (0, "text\n", "")
+
+
+def failed_in(process: int) -> ValueError:
+    """The error of a process, as `together` raises it in all of them."""
+    error = ValueError("no")
+    error.failed_process = process
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "is_told"),
+    [
+        (ValueError("no"), False),  # the first one tells
+        (RuntimeError("no"), True),  # no other may know
+        (failed_in(0), True),  # this process is none of a group here, and so its 0
+        (failed_in(1), False),
+    ],
+)
+def test_a_failure_is_told_once(capsys, monkeypatch, error, is_told):
+    def run(settings: Any) -> Outcome:
+        raise error
+
+    monkeypatch.setenv("RANK", "1")
+    replaced(monkeypatch, "compress", run)
+    found = answer(capsys, "compress", "m", "--traceback")
+    assert (found.code, bool(found.err)) == (1, is_told)
+
+
 def test_ctrl_c_ends_with_130_and_says_what_is_kept_and_how_to_go_on(capsys, monkeypatch):
     def run(settings: Any) -> Outcome:
         raise KeyboardInterrupt

@@ -24,7 +24,8 @@ class Command(NamedTuple):
     `parts` are the dataclasses of its flags; `operands` flags that are also given by their place, with the word that
     stands for them in the help. `settings` makes of the flags' values what `run` takes, or raises ValueError. `kept`
     says what a run that was stopped left, as a sentence that ends before the command to go on with. `presets` are sets
-    of defaults.
+    of defaults. Of several processes (`accelerate launch`), the first one alone works, unless the command
+    `shares_work`; it alone prints in any case.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Command(NamedTuple):
     operands: Mapping[str, str] = {}
     kept: Callable[[Any], str] = lambda settings: "Nothing was written. To start over:"
     presets: Mapping[str, Mapping[str, Any]] = {}
+    shares_work: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,17 @@ if TYPE_CHECKING:
     from diffusers_pqcad.cli.command import Command
 
 WORKED, FAILED, WRONG_USE, STOPPED = 0, 1, 2, 130
+# Where launchers put the number of a process, as Accelerate reads them.
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 # Their messages say all there is to say; others need the name of their class.
 EXPECTED = (ValueError, OSError, ImportError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code of a command line: 0, 1 for a failure, 2 for wrong use, 130 after Ctrl-C."""
+    """Return the exit code of a command line: 0, 1 for a failure, 2 for wrong use, 130 after Ctrl-C.
+
+    Of several processes, the first one speaks for all; another one, of a failure that only it knows of.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     text = help_for(arguments)
     if text is not None:
@@ -50,22 +55,42 @@ def run(command: "Command", flags: Sequence[str]) -> int:
         values = parse(command, flags)
         settings = command.settings(values)
     except ValueError as error:
-        say(f"{title}: {one_line(error)} See {title} --help.")
+        if is_first():
+            say(f"{title}: {one_line(error)} See {title} --help.")
         return WRONG_USE
+    if not (is_first() or command.shares_work):
+        return WORKED
     try:
         with redirect_stdout(sys.stderr):
             outcome = command.run(settings)
     except KeyboardInterrupt:
         again = shlex.join([PROGRAM, command.name, *flags])
-        say(f"\n{title}: stopped. {command.kept(settings)} {again}")
+        if is_first():
+            say(f"\n{title}: stopped. {command.kept(settings)} {again}")
         return STOPPED
     except Exception as error:
-        if values["traceback"]:
-            traceback.print_exc()
-        say(f"{title}: {reason(error)}")
+        if is_told_here(error):
+            if values["traceback"]:
+                traceback.print_exc()
+            say(f"{title}: {reason(error)}")
         return FAILED
-    show(dumps(outcome.document, indent=1, allow_nan=False) if values["json"] else outcome.text)
+    if is_first():
+        show(dumps(outcome.document, indent=1, allow_nan=False) if values["json"] else outcome.text)
     return WORKED
+
+
+def is_first() -> bool:
+    """Return whether this is the only process, or the first of those that a launcher has started."""
+    return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"
+
+
+def is_told_here(error: Exception) -> bool:
+    """Return whether this process is to tell of `error`: of what each of several runs into, the first one does."""
+    from diffusers_pqcad.compression.processes import failed_elsewhere
+
+    if hasattr(error, "failed_process"):
+        return not failed_elsewhere(error)
+    return is_first() or not isinstance(error, EXPECTED)
 
 
 def show(text: str) -> None:
