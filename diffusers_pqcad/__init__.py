@@ -2,7 +2,7 @@
 
 Importing this package registers its quantization method with diffusers, and with transformers for the text encoders of
 its pipelines: as "pqcad", and under the name in saved configs, "diffusers_pqcad"; and the schedulers of students, as
-components of pipelines. Everything else loads on first use.
+components of pipelines. `push_to_hub` of a quantized pipeline writes its card. Everything else loads on first use.
 """
 
 import sys
@@ -44,6 +44,7 @@ if not is_asked_for(sys.orig_argv):  # `pqcad --help` answers at once; the impor
     from diffusers_pqcad.loading.config import METHOD_NAMES, PQCADConfig
     from diffusers_pqcad.loading.quantizer import PQCADQuantizer
     from diffusers_pqcad.loading.transformers_quantizer import PQCADTransformersQuantizer
+    from diffusers_pqcad.loading.upload import install_cards
 
     for _mappings, _quantizer in ((_diffusers, PQCADQuantizer), (_transformers, PQCADTransformersQuantizer)):
         for _name in METHOD_NAMES:
@@ -52,6 +53,8 @@ if not is_asked_for(sys.orig_argv):  # `pqcad --help` answers at once; the impor
     # Components of pipelines are looked up in the modules here. The table of libraries
     # beside them takes longer to import.
     setattr(_pipelines, __name__, sys.modules[__name__])
+    # What writes cards takes long to import, too, so it waits for the first one.
+    install_cards(lambda *saved: import_module(f"{__name__}.publishing.pipeline_push").add_card(*saved))
 
 
 def __getattr__(name: str) -> Any:

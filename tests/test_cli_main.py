@@ -233,7 +233,7 @@ def test_of_several_processes_the_first_one_works_and_speaks(capsys, monkeypatch
 def failed_in(process: int) -> ValueError:
     """The error of a process, as `together` raises it in all of them."""
     error = ValueError("no")
-    error.failed_process = process
+    vars(error)["failed_process"] = process
     return error
 
 

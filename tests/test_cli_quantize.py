@@ -72,6 +72,17 @@ def test_the_text_says_sizes_the_call_that_loads_it_and_what_comes_next(capsys, 
     assert saved_models(tmp_path / "x")["vae"].quantization is not None
 
 
+def test_the_folder_has_a_card_of_what_was_done(capsys, source, tmp_path):
+    assert answer(capsys, "quantize", source, "-o", tmp_path / "x", "--weight_bits", "4").code == 0
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert "# sd, its unet in W4A8\n" in card
+    assert "by `pqcad quantize`, from its weights alone" in card
+    assert 'from_pretrained("x")' in card
+    assert str(source.parent) not in card
+    flags = ("push", tmp_path / "x", "me/x", "--dry_run", "--json")
+    assert {"README.md", "quantization.json"} <= set(answer(capsys, *flags).document["files"])
+
+
 def test_what_stays_in_floating_point_has_the_dtype_that_was_asked_for(capsys, source, tmp_path):
     assert answer(capsys, "quantize", source, "-o", tmp_path / "x", "--torch_dtype", "bfloat16").code == 0
     tensors = load_file(tmp_path / "x" / WEIGHTS)

@@ -14,11 +14,14 @@ from pipelines import PIPELINES, PROMPTS
 from safetensors.torch import load_file
 
 from diffusers_pqcad import CalibrationSet, PQCADConfig, quantize_
+from diffusers_pqcad.cli.main import main
 from diffusers_pqcad.publishing import pushing
+from diffusers_pqcad.publishing.given_set import differences
 from diffusers_pqcad.publishing.hub import END, START
 from diffusers_pqcad.publishing.settings import CompressConfig
 
 SMALL = ("--num_threads", "1", "--sampling_batch_size", "4")
+SMOKE = ("--preset", "smoke", "--num_threads", "1", "--num_images", "3", "--max_train_steps", "2")
 SD = (*SMALL, "--height", "16", "--width", "16", "--guidance_scale", "5")
 
 
@@ -89,7 +92,87 @@ def test_calibrate_refuses_a_folder_that_holds_something(capsys, folder, tmp_pat
 # compress
 
 
-SMOKE = ("--preset", "smoke", "--num_threads", "1", "--num_images", "3", "--max_train_steps", "2")
+@pytest.fixture(scope="module")
+def recorded(folder, tmp_path_factory) -> Path:
+    """A set that `pqcad calibrate` recorded for the preset "smoke"."""
+    path = tmp_path_factory.mktemp("sets") / "set"
+    flags = ("--num_trajectories", "8", "--num_inference_steps", "4", "-o", str(path), *SMALL)
+    assert main(["calibrate", str(folder / "float"), *flags]) == 0
+    return path
+
+
+def test_compress_starts_from_a_set_that_calibrate_recorded(capsys, folder, recorded, tmp_path, monkeypatch):
+    module: Any = importlib.import_module("diffusers_pqcad.publishing.compress")
+    learned = []
+
+    def quantized_model(site: Any, key: str, teacher: Any, calibration: CalibrationSet, *others: Any) -> Any:
+        learned.append(calibration.identity())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "quantized_model", quantized_model)
+    monkeypatch.setattr(module, "record", pytest.fail)
+    flags = ("compress", folder / "float", *SMOKE, "--calibration_set", recorded, "-o", tmp_path / "out")
+    assert answer(capsys, *flags).code == 130
+    assert learned == [CalibrationSet.load(recorded).identity()]
+    assert not (tmp_path / "out" / "state" / "calibration").exists()
+    recipe = (tmp_path / "out" / "recipe.yaml").read_text()
+    assert str(recorded) not in recipe
+    assert f"read from {recorded}: 8 trajectories of 4 steps" in answer(capsys, *flags, "--dry_run").out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--num_inference_steps", "8"), "num_inference_steps 4 there, 8 here"),
+        (("--num_trajectories", "6"), "num_trajectories 8 there, 6 here"),
+        (("--seed", "1000042"), "was recorded with the noise of seed 1000042"),
+        (("--calibration_set", "nowhere"), "expected a folder that `pqcad calibrate` wrote, got nowhere: not found."),
+        (("--calibration_set", "tests"), "calibration_set: tests: "),
+    ],
+)
+def test_a_set_of_another_run_is_refused_before_anything_is_written(
+    capsys, folder, recorded, tmp_path, flags, message
+):
+    output = tmp_path / "out"
+    found = answer(capsys, "compress", folder / "float", *SMOKE, "--calibration_set", recorded, "-o", output, *flags)
+    assert found.code == 1
+    assert message in found.reason
+    assert not output.exists()
+
+
+def test_a_set_of_another_model_is_refused(capsys, folder, recorded, tmp_path):
+    pipeline = DDIMPipeline(build_tiny_unet(), build_tiny_scheduler())
+    pipeline.unet.conv_out.bias.data += 1
+    pipeline.save_pretrained(tmp_path / "other")
+    flags = (*SMOKE, "--calibration_set", recorded, "-o", tmp_path / "out")
+    found = answer(capsys, "compress", tmp_path / "other", *flags)
+    assert found.code == 1
+    assert "this calibration set was recorded with another model" in found.reason
+
+
+class MadeFor(list):
+    """What a set of four trajectories says that it was recorded with."""
+
+    asked_steps = 4
+
+    def __init__(self, call_arguments: str) -> None:
+        super().__init__(range(4))
+        self.manifest = {"call_arguments": call_arguments}
+
+    def inputs(self) -> list[str]:
+        return ["{}"] * 4
+
+
+def test_what_a_set_was_called_with_is_that_of_the_run():
+    run = CompressConfig(guidance_scale=7.5, height=16, num_inference_steps=4, num_trajectories=4)
+    there = {"guidance_scale": 3.0, "height": 16, "width": 8}
+    made_for = MadeFor(json.dumps(there))
+    assert differences(made_for, run, []) == {"guidance_scale": (3.0, 7.5), "width": (8, "the pipeline's own")}
+    made_for.manifest = {"call_arguments": json.dumps({"guidance_scale": 7.5, "height": 16})}
+    assert differences(made_for, run, []) == {}
+    assert list(differences(made_for, run, ["a cat", "a dog", "a fig", "a bus"])) == ["inputs"]
+    made_for.manifest = {}
+    assert list(differences(made_for, run, [])) == ["call_arguments"]
 
 
 def test_compress_is_the_librarys_with_the_scripts_settings(capsys, folder, tmp_path, monkeypatch):
@@ -243,6 +326,26 @@ def test_push_writes_the_card_of_a_run_and_keeps_what_was_written_in_it(capsys, 
     assert "old figures" not in card
     assert "license: mit" in card
     assert 'from_pretrained("me/small")' in card
+
+
+def test_push_puts_what_was_measured_into_the_card(capsys, folder, tmp_path, monkeypatch):
+    shutil.copytree(folder / "small", tmp_path / "small")
+    flags = ("--num_images", "2", "--num_inference_steps", "2", "--num_latency_rounds", "1", *SMALL)
+    measured = ("evaluate", tmp_path / "small", "--reference", folder / "float", "-o", tmp_path / "figures")
+    assert answer(capsys, *measured, *flags).code == 0
+    monkeypatch.setattr(pushing, "check_access", lambda: None)
+    monkeypatch.setattr(pushing, "card_on_hub", lambda repo: "My own words.\n")
+    monkeypatch.setattr(pushing, "push", lambda folder, repo, private: "https://hub")
+    for more in (("--evaluation", tmp_path / "figures"), ()):  # the figures stay
+        found = answer(capsys, "push", tmp_path / "small", "me/small", *more, "--json")
+        assert {"README.md", "quantization.json"} <= set(found.document["files"])
+        card = (tmp_path / "small" / "README.md").read_text()
+        assert "- n = 2 images, seed 42." in card
+        assert card.count("My own words.") == 1
+        assert "model-index:" in card
+    wrong = answer(capsys, "push", tmp_path / "small", "me/small", "--evaluation", tmp_path)
+    assert wrong.code == 1
+    assert "evaluation: expected the output folder" in wrong.reason
 
 
 def test_push_refuses_a_folder_that_is_no_pipeline(capsys, tmp_path):

@@ -80,9 +80,11 @@ def document_of(calibration: CalibrationSet, path: Path) -> dict[str, Any]:
 def text_of(calibration: CalibrationSet, path: Path) -> str:
     """Return what was recorded, for readers."""
     steps = calibration.num_inference_steps
+    compress_it = "pqcad compress MODEL --calibration_set"
     return (
         f"{len(calibration)} trajectories of {steps} steps in {path}, {directory_size_bytes(path) / 1e6:.2f} MB; "
-        f"{len(calibration.split()[1])} are held out.\nRead it: diffusers_pqcad.CalibrationSet.load({str(path)!r})"
+        f"{len(calibration.split()[1])} are held out.\nRead it: diffusers_pqcad.CalibrationSet.load({str(path)!r})\n"
+        f"Learn from it, with the same flags: {compress_it} {path}"
     )
 
 
@@ -109,7 +111,8 @@ COMMAND = Command(
     name="calibrate",
     summary="record a calibration set: full-precision trajectories of a pipeline",
     description="Record a calibration set: the full-precision trajectories of a pipeline, called as you call it, "
-    "which PQ and CAD learn from in Python (`progressive_quantize`, `distill`). `pqcad compress` records its own.",
+    "which PQ and CAD learn from: in Python (`progressive_quantize`, `distill`), or by `pqcad compress "
+    "--calibration_set`, which otherwise records its own.",
     example="pqcad calibrate my/text-to-image --prompts_file prompts.txt -o outputs/calibration",
     parts=(OUTPUT_DIR, RUN, TRIAL),
     operands={"pretrained_model_name_or_path": "MODEL"},

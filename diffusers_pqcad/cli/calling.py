@@ -1,12 +1,13 @@
 """What the commands that run pipelines share: flags of `CompressConfig`, threads, and loading."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from diffusers_pqcad.cli.saved_source import models_of
 from diffusers_pqcad.publishing.pipelines import inputs_of_run, prompts_of
 from diffusers_pqcad.publishing.run_folder import PROMPTS_FILE
 from diffusers_pqcad.publishing.settings import CompressConfig, Part, config_of
@@ -58,6 +59,22 @@ def inputs_of(run: CompressConfig) -> list[dict[str, Any]] | None:
     prompts = prompts_of(run)
     whole = replace(run, num_trajectories=max(4, len(prompts)))
     return inputs_of_run(whole, prompts).recorded
+
+
+def planned_calls(
+    paths: Sequence[str], run: CompressConfig, inputs: Sequence[Any] | None, **output: Any
+) -> dict[str, Any]:
+    """Return which pipelines would make how many images of how many prompts, from headers, as JSON values.
+
+    `output` is where the result would go.
+    """
+    return {
+        "dry_run": True,
+        "models": {path: sorted(models_of(path)) for path in paths},
+        "num_images": run.num_images,
+        "num_prompts": 0 if inputs is None else len(inputs),
+        **output,
+    }
 
 
 def load_pipeline(path: str, flag: str) -> Any:

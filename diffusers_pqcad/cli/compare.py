@@ -11,12 +11,12 @@ from diffusers_pqcad.cli.calling import (
     CALLS,
     inputs_of,
     load_pipeline,
+    planned_calls,
     run_of,
     run_part,
     with_prompts,
 )
 from diffusers_pqcad.cli.command import TRIAL, Command, Outcome, Trial
-from diffusers_pqcad.cli.saved_source import models_of
 from diffusers_pqcad.cli.sides import names_of, side_of
 from diffusers_pqcad.evaluation.comparison import Comparison, compare
 from diffusers_pqcad.publishing.comparison_page import decibel, save_comparison
@@ -141,18 +141,10 @@ def summary(comparison: Comparison, output: Path, picture: Path) -> str:
 
 def planned(settings: Settings, inputs: Any) -> Outcome:
     """Return what would be run."""
-    models = {path: sorted(models_of(path)) for path in paths_of(settings)}
-    count = settings.run.num_images
-    document = {
-        "dry_run": True,
-        "models": models,
-        "num_images": count,
-        "num_prompts": 0 if inputs is None else len(inputs),
-        "output": settings.pair.output,
-    }
+    document = planned_calls(paths_of(settings), settings.run, inputs, output=settings.pair.output)
     text = (
-        f"{count} images of each of {' and '.join(models)} would be made, with {document['num_prompts']} prompts, and "
-        f"shown in {settings.pair.output}. Nothing was written."
+        f"{document['num_images']} images of each of {' and '.join(document['models'])} would be made, with "
+        f"{document['num_prompts']} prompts, and shown in {settings.pair.output}. Nothing was written."
     )
     return Outcome(document, text)
 

@@ -53,7 +53,8 @@ def planned(settings: Settings) -> Outcome:
     arms = [arm.name for arm in arms_of(distillation, run.wanted_ablations())]
     lines = [f"{name}: {found.totals()}" for name, found in plans.items()]
     lines += [
-        f"recorded: {run.num_trajectories} trajectories of {run.num_inference_steps} steps",
+        f"{'recorded' if run.calibration_set is None else f'read from {run.calibration_set}'}: "
+        f"{run.num_trajectories} trajectories of {run.num_inference_steps} steps",
         f"PQ: to {quantization.weight_bits:g} bits a weight on average, rounds of each stage: "
         f"{settings.progressive.rounds_per_stage}",
         f"CAD: {distillation.max_train_steps} updates for each of {', '.join(arms)}, in {students} steps",
@@ -83,4 +84,5 @@ COMMAND = Command(
     run=run,
     kept=lambda job: f"What is finished is kept in {job.settings.run.output_dir}. To go on:",
     presets=PRESETS,
+    shares_work=True,
 )

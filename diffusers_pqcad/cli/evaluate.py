@@ -10,15 +10,16 @@ from diffusers_pqcad.cli.calling import (
     CALLS,
     inputs_of,
     load_pipeline,
+    planned_calls,
     run_of,
     run_part,
     with_prompts,
 )
 from diffusers_pqcad.cli.command import TRIAL, Command, Outcome, Trial
-from diffusers_pqcad.cli.saved_source import models_of
 from diffusers_pqcad.cli.sides import names_of, side_of
 from diffusers_pqcad.evaluation import evaluate
 from diffusers_pqcad.evaluation.comparison import Side
+from diffusers_pqcad.evaluation.perceptual import Judges, load_judges
 from diffusers_pqcad.publishing.compress import set_threads
 from diffusers_pqcad.publishing.hub import results_table, table_notes
 from diffusers_pqcad.publishing.pipelines import (
@@ -69,7 +70,7 @@ class Settings(NamedTuple):
 EVALUATION = Part("evaluation", EvaluateConfig, ("reference", "steps", "output_dir"))
 RUN = run_part(
     "calls",
-    ("pretrained_model_name_or_path", "num_images", "num_latency_rounds", "extractor", *CALLS),
+    ("pretrained_model_name_or_path", "num_images", "num_latency_rounds", "extractor", "lpips", "clip_model", *CALLS),
     {"num_images": 100},
 )
 
@@ -93,9 +94,9 @@ def run(settings: Settings) -> Outcome:
     folder = None if settings.evaluation.output_dir is None else Path(settings.evaluation.output_dir)
     if folder is not None:
         claim(folder, settings, inputs)
-    rows = []
+    rows, judges = [], load_judges(run.lpips, run.clip_model)
     for key, side in (("reference", a), ("pipeline", b)):
-        make = partial(row_of, key, side, a, run, inputs)
+        make = partial(row_of, key, side, a, run, inputs, judges)
         rows.append(make() if folder is None else cached(folder / "rows" / f"{key}.json", make, save_json, load_json))
     metrics = {"rows": rows}
     if folder is not None:
@@ -116,7 +117,7 @@ def claim(folder: Path, settings: Settings, inputs: Any) -> None:
     save_json(path, what)
 
 
-def row_of(key: str, side: Side, reference: Side, run: CompressConfig, inputs: Any) -> dict[str, Any]:
+def row_of(key: str, side: Side, reference: Side, run: CompressConfig, inputs: Any, judges: Judges) -> dict[str, Any]:
     """Return the row of one side, as JSON values."""
     source = TeacherSource(run.pretrained_model_name_or_path or "", side.name, run.extractor)
     extractor = extractor_of(source)
@@ -131,6 +132,7 @@ def row_of(key: str, side: Side, reference: Side, run: CompressConfig, inputs: A
         seed=run.seed,
         extractor=extractor,
         prompt_labels=prompt_labels_of(source, extractor, inputs),
+        judges=judges,
         batch_size=batch_size,
         num_latency_rounds=run.num_latency_rounds,
         latency_batch_size=min(LATENCY_BATCH_SIZE, batch_size),
@@ -145,13 +147,7 @@ def row_of(key: str, side: Side, reference: Side, run: CompressConfig, inputs: A
 def planned(settings: Settings, inputs: Any) -> Outcome:
     """Return what would be measured."""
     path, reference = str(settings.run.pretrained_model_name_or_path), str(settings.evaluation.reference)
-    document = {
-        "dry_run": True,
-        "models": {each: sorted(models_of(each)) for each in (reference, path)},
-        "num_images": settings.run.num_images,
-        "num_prompts": 0 if inputs is None else len(inputs),
-        "output_dir": settings.evaluation.output_dir,
-    }
+    document = planned_calls((reference, path), settings.run, inputs, output_dir=settings.evaluation.output_dir)
     text = (
         f"{settings.run.num_images} images of {path} would be compared with those of {reference}, with "
         f"{document['num_prompts']} prompts. Nothing was written."

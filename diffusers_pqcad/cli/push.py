@@ -1,13 +1,14 @@
 """`pqcad push`: publish the folder of a pipeline, with a card that has its figures."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusers_pqcad.cli.command import TRIAL, Command, Outcome, Trial
 from diffusers_pqcad.loading.saved import INDEX_FILE
-from diffusers_pqcad.publishing import hub, pushing
+from diffusers_pqcad.publishing import pushing
+from diffusers_pqcad.publishing.pipeline_push import refresh_card
+from diffusers_pqcad.publishing.quantized_card import take_evaluation
 from diffusers_pqcad.publishing.settings import Part, config_of
 
 
@@ -18,7 +19,14 @@ class PushConfig:
     folder: str | None = field(default=None, metadata={"help": "folder of the pipeline"})
     hub_model_id: str | None = field(default=None, metadata={"help": "repository to publish in: user/name"})
     hub_private_repo: bool = field(default=False, metadata={"help": "create that repository as a private one"})
-    license: str | None = field(default=None, metadata={"help": "license of the teacher, for the model card"})
+    license: str | None = field(
+        default=None,
+        metadata={"help": "license of the teacher, for the model card; None: the one that the teacher's card names"},
+    )
+    evaluation: str | None = field(
+        default=None,
+        metadata={"help": "output folder of `pqcad evaluate` for this pipeline, whose table goes into the card"},
+    )
 
     def __post_init__(self) -> None:
         if self.hub_model_id is not None and (
@@ -34,7 +42,7 @@ class Settings(NamedTuple):
     trial: Trial
 
 
-RUN = Part("run", PushConfig, ("folder", "hub_model_id", "hub_private_repo", "license"))
+RUN = Part("run", PushConfig, ("folder", "hub_model_id", "hub_private_repo", "license", "evaluation"))
 
 
 def run(settings: Settings) -> Outcome:
@@ -44,33 +52,33 @@ def run(settings: Settings) -> Outcome:
         raise ValueError(
             f"folder: expected the folder of a pipeline, with {INDEX_FILE}, got {folder}, which has none."
         )
-    sizes = pushing.published_files(folder)
-    document: dict[str, Any] = {"repository": repo, "files": sizes, "num_bytes": sum(sizes.values())}
     if settings.trial.dry_run:
-        lines = [f"{size:>12} {name}" for name, size in sizes.items()]
-        lines.append(f"{len(sizes)} files, {document['num_bytes']} bytes, would go to {repo}. Nothing was sent.")
+        document = document_of(folder, repo)
+        lines = [f"{size:>12} {name}" for name, size in document["files"].items()]
+        lines.append(
+            f"{len(document['files'])} files, {document['num_bytes']} bytes, would go to {repo}. Nothing was sent."
+        )
         return Outcome(document | {"dry_run": True}, "\n".join(lines))
     pushing.check_access()
-    refresh_card(folder, repo, settings.run.license)
+    if settings.run.evaluation is not None:
+        take_evaluation(folder, Path(settings.run.evaluation))
+    refresh_card(folder, repo, settings.run.license, pushing.card_on_hub(repo))
     url = pushing.push(folder, repo, private=settings.run.hub_private_repo)
-    return Outcome(document | {"url": url}, f"Published: {url}")
+    return Outcome(document_of(folder, repo) | {"url": url}, f"Published: {url}")
 
 
-def refresh_card(folder: Path, repo: str, license_id: str | None) -> None:
-    """Write the card of a run of `compress` for `repo`; the author's own text in it stays."""
-    if (folder / "metrics.json").is_file():
-        metrics = json.loads((folder / "metrics.json").read_text())
-        license_id = license_id or metrics["settings"].get("license")
-        card = hub.model_card(metrics, repo=repo, license_id=license_id)
-        hub.write_card(folder, card, on_hub=pushing.card_on_hub(repo))
+def document_of(folder: Path, repo: str) -> dict[str, Any]:
+    """Return what leaves `folder` for `repo`, as JSON values."""
+    sizes = pushing.published_files(folder)
+    return {"repository": repo, "files": sizes, "num_bytes": sum(sizes.values())}
 
 
 COMMAND = Command(
     name="push",
     summary="publish a pipeline's folder on the Hub, with a card of its figures",
     description="Publish the folder of a pipeline on the Hub: weights, configs, card and pictures, and nothing else "
-    "of the folder. The card of a run of `pqcad compress` gets its figures anew; what you wrote in it stays. Log in "
-    "with `hf auth login` first.",
+    "of the folder, in one commit. The card of a quantized pipeline gets its figures anew; what you wrote in it "
+    "stays. Log in with `hf auth login` first.",
     example="pqcad push outputs/small user/name --dry_run",
     parts=(RUN, TRIAL),
     operands={"folder": "FOLDER", "hub_model_id": "USER/NAME"},

@@ -19,6 +19,8 @@ from diffusers_pqcad.loading.coverage import coverage, percent
 from diffusers_pqcad.loading.plan import Plan, plan
 from diffusers_pqcad.loading.saved import INDEX_FILE, SavedModel, headers_of, saved_models, skeleton
 from diffusers_pqcad.loading.single_file import check_single_file, is_single_file, load_single_file
+from diffusers_pqcad.publishing.hub import write_card
+from diffusers_pqcad.publishing.quantized_card import note_source, quantized_card
 from diffusers_pqcad.publishing.settings import Part, config_of
 
 
@@ -72,7 +74,7 @@ def run(settings: Settings) -> Outcome:
         return planned(settings)
     pipeline = load(settings)
     names = quantized_names(pipeline, settings.quantization)
-    save(pipeline, output)
+    save(pipeline, output, source)
     components = {name: figures_of(getattr(pipeline, name), output / name) for name in names}
     size = directory_size_bytes(output)
     document = {"output_dir": str(output), "size_bytes": size, "components": components}
@@ -144,12 +146,17 @@ def quantized_names(pipeline: Any, config: PQCADConfig) -> list[str]:
     return names
 
 
-def save(pipeline: Any, output: Path) -> None:
-    """Save the pipeline in `output`, which appears whole: what is stopped before leaves nothing."""
+def save(pipeline: Any, output: Path, source: str) -> None:
+    """Save the pipeline in `output` with its card, as one made of `source`.
+
+    The folder appears whole: what is stopped before leaves nothing.
+    """
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         pipeline.save_pretrained(partial)
+        note_source(partial, source, is_file=is_single_file(source), made_by="pqcad quantize")
+        write_card(partial, quantized_card(partial, repo=output.name))
         if output.is_dir():
             output.rmdir()  # it is empty
         partial.rename(output)
@@ -186,9 +193,9 @@ def plan_of_file(settings: Settings) -> dict[str, Plan]:
 COMMAND = Command(
     name="quantize",
     summary="a pipeline to fewer bits, from its weights alone, in seconds",
-    description="Quantize a pipeline from its weights alone: no prompts, no training. The result is a folder that "
-    "DiffusionPipeline.from_pretrained loads, after `import diffusers_pqcad`. `pqcad compress` takes longer, and "
-    "comes closer to full precision at the same bits.",
+    description="Quantize a pipeline from its weights alone: no prompts, no training. The result is a folder with a "
+    "card, which DiffusionPipeline.from_pretrained loads, after `import diffusers_pqcad`. `pqcad compress` takes "
+    "longer, and comes closer to full precision at the same bits.",
     example="pqcad quantize my/pipeline --weight_bits 4 -o outputs/small",
     parts=(RUN, AT_LOAD_TIME, TRIAL),
     operands={"pretrained_model_name_or_path": "MODEL"},

@@ -42,6 +42,7 @@ from diffusers_pqcad.evaluation.metrics import (
     structural_similarity,
     trajectory_error,
 )
+from diffusers_pqcad.evaluation.perceptual import Judges, clip_score_of, lpips_distance
 from diffusers_pqcad.evaluation.prompts import check_wanted, prompts_met
 from diffusers_pqcad.evaluation.speed import (
     Latency,
@@ -78,9 +79,9 @@ class Fidelity:
     PSNR is for a width of 2, the range of images in [-1, 1]. `sqnr_interval_db` is the 95 % bootstrap interval over
     images, `sqnr_median_db` the SQNR of the median image.
 
-    `image_psnr_db` and `image_ssim` are those of the decoded pictures, or of a video's frames, as uint8: None where
-    the latents are the images, or nothing was decoded. SSIM has a Gaussian window of 11 pixels; for pictures that are
-    smaller, of the largest odd width that fits.
+    `image_psnr_db` and `image_ssim` are those of the pictures, or of a video's frames, as uint8: None where they were
+    left out. SSIM has a Gaussian window of 11 pixels; for pictures that are smaller, of the largest odd width that
+    fits.
     """
 
     sqnr_db: float
@@ -134,6 +135,19 @@ class PromptAccuracy:
 
 
 @dataclass(frozen=True)
+class Perception:
+    """What trained networks make of the pictures; None where there was no such network.
+
+    `lpips` is the mean distance to the reference's pictures, `clip_score` 100 times the mean cosine to the prompts.
+    """
+
+    lpips: float | None
+    lpips_network: str | None
+    clip_score: float | None
+    clip_model: str | None
+
+
+@dataclass(frozen=True)
 class Cost:
     """What the denoiser takes, in bytes and bits, and what computes it."""
 
@@ -162,12 +176,12 @@ class Speed:
 
 # Fields come in the order of the bases from last to first.
 @dataclass(frozen=True)
-class EvaluationReport(Speed, Cost, PromptAccuracy, Distribution, Trajectory, Fidelity, Setting):
+class EvaluationReport(Speed, Cost, Perception, PromptAccuracy, Distribution, Trajectory, Fidelity, Setting):
     """What `evaluate` measured; a field that was not measured is None.
 
     Sample i of both pipelines starts from the same input and noise. Ratios are in dB, sizes in bytes, latencies in
     milliseconds per image. The fields are those of the parts: `Setting`, `Fidelity`, `Trajectory`, `Distribution`,
-    `PromptAccuracy`, `Cost`, `Speed`.
+    `PromptAccuracy`, `Perception`, `Cost`, `Speed`.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,6 +200,7 @@ def evaluate(
     seed: int,
     extractor: FeatureExtractor | None = None,
     prompt_labels: Mapping[str, Mapping[str, str]] | None = None,
+    judges: Judges | None = None,
     reference_num_inference_steps: int | None = None,
     batch_size: int = 8,
     num_latency_rounds: int = 3,
@@ -205,12 +220,13 @@ def evaluate(
     same for both. `arguments` are those of `pipeline` alone (a student's `sigmas`), `reference_arguments` those of the
     reference, which runs `reference_num_inference_steps` (default: as many as `pipeline`).
 
-    `decode`: compare the decoded pictures too. `extractor` adds the Frechet and the kernel distance of the pictures to
-    its reference set; with `prompt_labels`, what a picture of each prompt has to show, {"a fig on red": {"fruit":
-    "fig"}}, it adds the prompt accuracy. `weights_path` is the saved denoiser, a file or folder, whose bytes are
-    reported. `reference_samples`, from `generate_samples(reference, ...)`, or `generate_images` where pictures are
-    decoded, with the same inputs and seed and the reference's steps, saves generating them again for every model;
-    further images in it are not used.
+    `decode`: compare the pictures too, decoded where the latents are not the images. `extractor` adds the Frechet and
+    the kernel distance of the pictures to its reference set; with `prompt_labels`, what a picture of each prompt has
+    to show, {"a fig on red": {"fruit": "fig"}}, it adds the prompt accuracy; `judges`, from `load_judges`, add LPIPS
+    and the CLIP score. `weights_path` is the saved denoiser, a file or folder, whose bytes are reported.
+    `reference_samples`, from `generate_samples(reference, ...)`, or `generate_images` where pictures are decoded, with
+    the same inputs and seed and the reference's steps, saves generating them again for every model; further images in
+    it are not used.
 
     The error along the trajectory is that of the first MAX_TRAJECTORY_IMAGES images at the timesteps of both, where
     the scheduler of one is of the other's class, and the timesteps of one are among those of the other.
@@ -236,7 +252,7 @@ def evaluate(
     mine, theirs = call_arguments | (arguments or {}), call_arguments | (reference_arguments or {})
     run = run_of(pipeline, inputs, num_inference_steps, seed, mine, decodes=decode)
     reference_run = run_of(reference, inputs, reference_steps, seed, theirs, decodes=decode)
-    if run.decodes:
+    if decode:
         require("eval", "torchmetrics")
     given = None if reference_samples is None else _given(reference_samples)
     _check_before(run, reference_run, given, num_images, extractor)
@@ -256,12 +272,14 @@ def evaluate(
         )
     assert states is not None  # of max_trajectories
     assert wanted_states is not None
+    seen = [with_pictures(run, samples) if decode else samples for samples in (wanted, found)]
     parts = (
         Setting(num_images, num_inference_steps, reference_steps, seed),
-        on_main(fidelity_between, run, wanted, found),
+        on_main(fidelity_between, run, *seen),
         on_main(_trajectory, run, reference_run, states, wanted_states),
         _distribution(extractor, found, seed),
         _prompt_accuracy(extractor, wishes, wanted, found, seed),
+        on_main(_perception, run, judges or Judges(), *seen),
         on_main(cost_of, run, states, weights_path),
         on_main(speed_in_turns, (run, states), (reference_run, wanted_states), latency_batch_size, num_latency_rounds),
     )
@@ -390,6 +408,12 @@ def _is_same(run: PipelineRun, other: PipelineRun) -> bool:
     return are_same and run.num_inference_steps == other.num_inference_steps
 
 
+def with_pictures(run: PipelineRun, samples: Samples) -> Samples:
+    """Return the samples of `run` with their pictures, which the latents of some pipelines are."""
+    is_there = samples.images is not None or not makes_pixels(run.pipeline)
+    return samples if is_there else samples._replace(images=to_uint8(samples.latents))
+
+
 def fidelity_between(run: PipelineRun, wanted: Samples, found: Samples) -> Fidelity:
     """Return how close the samples of `run` are to the `wanted` ones."""
     latents = wanted.latents.float(), found.latents
@@ -452,6 +476,22 @@ def _prompt_accuracy(
         prompt_accuracy=accuracy,
         prompt_accuracy_change=accuracy - before.double().mean().item(),
         prompt_accuracy_change_interval=interval,
+    )
+
+
+def _perception(run: PipelineRun, judges: Judges, wanted: Samples, found: Samples) -> Perception:
+    """Return what the networks of `judges` make of the pictures, where there are some, and prompts to them."""
+    before, after = wanted.images, found.images
+    if before is None or after is None:
+        return Perception(None, None, None, None)
+    prompts = [run.inputs[index % len(run.inputs)].get("prompt") for index in range(len(after))]
+    has_prompts = after.dim() == 4 and all(isinstance(prompt, str) for prompt in prompts)
+    scores = judges.clip is not None and has_prompts
+    return Perception(
+        lpips=None if judges.lpips is None else lpips_distance(judges.lpips, before, after),
+        lpips_network=judges.lpips_network,
+        clip_score=clip_score_of(judges.clip, after, prompts) if scores else None,
+        clip_model=judges.clip_model if scores else None,
     )
 
 

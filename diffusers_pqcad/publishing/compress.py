@@ -30,11 +30,15 @@ from diffusers_pqcad.compression.extras import require
 from diffusers_pqcad.compression.fake_quant import convert_, fake_quant_state, freeze_, load_fake_quant_state_
 from diffusers_pqcad.compression.processes import accelerator_on, is_main, on_main, place, together
 from diffusers_pqcad.compression.progressive import History, ProgressiveConfig, progressive_quantize
-from diffusers_pqcad.evaluation.generate import Samples, makes_pixels
+from diffusers_pqcad.evaluation.generate import Samples
+from diffusers_pqcad.evaluation.perceptual import Judges, load_judges
+from diffusers_pqcad.evaluation.resident import Sampling
 from diffusers_pqcad.evaluation.speed import environment
 from diffusers_pqcad.loading.config import PQCADConfig
 from diffusers_pqcad.loading.convert import quantizable_layers, quantize_
 from diffusers_pqcad.publishing import hub, pushing
+from diffusers_pqcad.publishing.front_matter import license_of, task_of
+from diffusers_pqcad.publishing.given_set import given_set
 from diffusers_pqcad.publishing.pipelines import (
     Row,
     Teacher,
@@ -78,6 +82,7 @@ from diffusers_pqcad.publishing.run_folder import (
     save_json,
 )
 from diffusers_pqcad.publishing.settings import CompressConfig, Settings, complete, flat
+from diffusers_pqcad.publishing.sizes import memory_rows
 from diffusers_pqcad.publishing.students import FOLDED_CALL, student_arguments, student_pipeline
 
 MAX_SHOWN_IMAGES = 12
@@ -106,10 +111,11 @@ class Trained(NamedTuple):
 
 
 class Judge(NamedTuple):
-    """What pictures are judged by: a feature extractor, and what it has to find for each prompt, if known."""
+    """What judges pictures: an extractor, what it has to find for each prompt, if that is known, and networks."""
 
     extractor: Any | None
     prompt_labels: dict[str, dict[str, str]] | None
+    judges: Judges
 
 
 class Variant(NamedTuple):
@@ -143,9 +149,7 @@ def compress(
     """
     settings = complete(run, quantization, progressive, distillation)
     source = source_of(run, bundled)
-    require("train", "matplotlib", "scipy")  # for what comes last: the intervals and the pictures
-    if source.extractor is not None:
-        require("train", "torchmetrics")
+    require("train", "matplotlib", "scipy", "torchmetrics")  # for what comes last: the figures and the pictures
     if has_adapter(run, settings.distillation):
         require("lora", "peft")
     prepare_process(run)
@@ -154,11 +158,11 @@ def compress(
     with together():
         prompts, extractor = on_main(prompts_of, run, source.path), extractor_of(source)
         teacher, as_you_run_it = load_teacher(source.path)
-        if not makes_pixels(teacher):
-            require("train", "torchmetrics")  # for the decoded pictures
         check_adapter(teacher, run, settings.distillation)
         load_adapter_(teacher, run)
         check_teacher(teacher, run, settings.quantization, prompts)
+        given = given_set(teacher, run, prompts)
+        judges = load_judges(run.lpips, run.clip_model) if is_main() else Judges()
         on_main(claim_folder, folder, settings, prompts)
         check_is_shared(folder)
     if prompts:  # where they came from may change meanwhile
@@ -167,7 +171,7 @@ def compress(
     site = Site(folder / "state", run.train_device, progress and is_main(), place().num_processes)
 
     site.say(f"calibration set: {run.num_trajectories} full-precision trajectories")
-    calibration = recording(site, teacher, run)
+    calibration = recording(site, teacher, run) if given is None else given
     folds = settings.distillation.folds(calibration.plan)
     if folds:
         check_folding(teacher, run, calibration.plan.folded())
@@ -195,7 +199,7 @@ def compress(
         *student_rows(teacher, arms, run, trained, calibration),
         *variant_rows(teacher, variants, models, run.num_inference_steps),
     ]
-    judge = Judge(extractor, prompt_labels_of(source, extractor, inputs_of_run(run).measured))
+    judge = Judge(extractor, prompt_labels_of(source, extractor, inputs_of_run(run).measured), judges)
     measured = measured_rows(site, rows, teacher, run, judge)
 
     def finished() -> dict[str, Any]:
@@ -209,6 +213,8 @@ def compress(
             "prompts_from": prompts_from(settings.run) if prompts else None,
         }
         save_results(folder, site, metrics, history, rows, run)
+        metrics["memory"] = memory_of_run(site, source, teacher, run, metrics) if run.measure_memory else None
+        save_json(folder / "metrics.json", metrics)
         repo = run.hub_model_id or folder.name  # a local copy is loaded from where the reader put it
         card = hub.model_card(metrics, repo=repo, license_id=source.license)
         hub.write_card(folder, card, on_hub=pushing.card_on_hub(repo) if run.push_to_hub else None)
@@ -266,7 +272,7 @@ def check_is_shared(folder: Path) -> None:
 
 
 def recording(site: Site, teacher: Any, run: CompressConfig) -> CalibrationSet:
-    """Return the calibration set, recorded or read back."""
+    """Return the run's own calibration set, recorded or read back."""
     path = site.state / "calibration"
     is_there = on_main(path.exists)
     calibration = CalibrationSet.load(path) if is_there else record(teacher, run, path, progress=site.progress)
@@ -574,6 +580,7 @@ def measurement(
         samples=samples,
         extractor=judge.extractor,
         prompt_labels=judge.prompt_labels,
+        judges=judge.judges,
         weights=site.state / "models" / row.key,
         progress=site.progress,
     )
@@ -635,6 +642,8 @@ def pipeline_facts(
             "own": None if own is None else type(own.scheduler).__name__,
         },
         "component": component,
+        "pipeline_tag": task_of(type(pipeline)),
+        "base_license": {"license": source.license} if source.license else license_of(source.path),
         "other_models": models,
         "float_layers": list(quantizable_layers(student)),
     }
@@ -675,6 +684,28 @@ def call_facts(run: CompressConfig, arguments: dict[str, Any], *, folded: bool) 
         },
         "shown_inputs": [measured[index % len(measured)][kind] for index in range(count)],
     }
+
+
+def memory_of_run(
+    site: Site, source: TeacherSource, teacher: Any, run: CompressConfig, metrics: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return what the saved student of a run takes beside its `teacher`, measured or read back; see `memory_rows`."""
+    site.say("memory while sampling, in three processes, one after the other")
+    measured, mine = inputs_of_run(run).measured, metrics["student_arguments"]
+    shared: dict[str, Any] = {"inputs": None if measured is None else measured[:1]}
+    shared["num_threads"] = torch.get_num_threads()
+    shared["num_inference_steps"] = mine["num_inference_steps"]
+    others = {name: value for name, value in mine.items() if name != "num_inference_steps"}
+    student = Sampling(
+        run.output_dir,
+        arguments=metrics["call_arguments"] | others,
+        lora=None if metrics["adapter"] is None else run.output_dir,
+        **shared,
+    )
+    whole = Sampling(source.path, arguments=metrics["call_arguments"], lora=run.lora_weights, **shared)
+    by_key = {row["key"]: row["size_bytes"] for row in metrics["rows"]}
+    make = partial(memory_rows, whole, student, denoiser_of(teacher), (by_key["float"], by_key["pq_cad"]), site.state)
+    return cached(site.state / "memory.json", make, save_json, load_json)
 
 
 def save_results(

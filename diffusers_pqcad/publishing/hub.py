@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from diffusers_pqcad.evaluation.perceptual import MIN_LPIPS_SIZE
 from diffusers_pqcad.loading.coverage import percent
+from diffusers_pqcad.publishing.front_matter import Facts, base_model_of, front_matter
 from diffusers_pqcad.publishing.pushing import CARD, is_repo_id
+from diffusers_pqcad.publishing.sizes import memory_table
 
 logger = logging.getLogger(__name__)
 
 # What a table says of layers by the kernel that computed them.
 KERNELS = {"x86": "int8 kernels in C", "onednn": "int8 kernels of oneDNN", "reference": "floating point (reference)"}
 START, END = "<!-- pqcad:start -->", "<!-- pqcad:end -->"
-# How many of them are said so; the Hub has no task of its own for classes.
+# How many of them are said so; the Hub has no task of its own for classes. Tasks are those of older runs.
 KINDS = {"prompt": ("prompt", "prompts"), "class_labels": ("class", "classes")}
 TASKS = {None: "unconditional-image-generation", "prompt": "text-to-image", "class_labels": None}
 
@@ -34,6 +37,9 @@ def results_table(metrics: dict[str, Any], *, times: bool = True) -> str:
     header = ["model", "avg. bits", "steps", *(["model evaluations"] if has_evaluations else [])]
     header += ["size MB", *(["ms an image", "speed-up"] if times else []), "SQNR dB", "median dB"]
     header += ["picture PSNR dB", "SSIM"] if has_pictures else []
+    has_lpips = any(row.get("lpips") is not None for row in metrics["rows"])
+    has_clip = any(row.get("clip_score") is not None for row in metrics["rows"])
+    header += [*(["LPIPS"] if has_lpips else []), *(["CLIP score"] if has_clip else [])]
     has_accuracy = any(row.get("prompt_accuracy") is not None for row in metrics["rows"])
     header += (["distance"] if distance_name else []) + (["prompt accuracy"] if has_accuracy else [])
     lines = [header]
@@ -53,9 +59,16 @@ def results_table(metrics: dict[str, Any], *, times: bool = True) -> str:
         ]
         if has_pictures:
             cells += ["", ""] if exact else [f"{float(row['image_psnr_db']):.2f}", f"{row['image_ssim']:.4f}"]
+        cells += [figure(row, "lpips", ".4f", left_out=exact)] if has_lpips else []
+        cells += [figure(row, "clip_score", ".2f")] if has_clip else []
         cells += [f"{row['frechet_distance']:.2f}"] if distance_name else []
         lines.append(cells + ([prompt_accuracy(row, exact=exact)] if has_accuracy else []))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def figure(row: dict[str, Any], name: str, form: str, *, left_out: bool = False) -> str:
+    """Return the cell of a figure, which is empty where it was not measured, or is `left_out`."""
+    return "" if left_out or row.get(name) is None else format(row[name], form)
 
 
 def speed(row: dict[str, Any]) -> list[str]:
@@ -209,7 +222,9 @@ def table_notes(metrics: dict[str, Any], *, times: bool = True) -> str:
     if "model_evaluations" in row:
         notes.insert(2, "Model evaluations: of the denoiser, for an image: steps times branches of guidance.")
     if is_decoded:
-        notes.insert(1, "Picture PSNR and SSIM: of the decoded pictures, to those of full precision.")
+        kind = "decoded pictures" if fidelity_of == "latents" else "pictures in 8 bits"
+        notes.insert(1, f"Picture PSNR and SSIM: of the {kind}, to those of full precision.")
+    notes[1:1] = network_notes(metrics["rows"][0])
     if row.get("prompt_accuracy") is not None:
         notes.insert(
             1,
@@ -221,6 +236,21 @@ def table_notes(metrics: dict[str, Any], *, times: bool = True) -> str:
     return "\n".join(f"- {note}" for note in notes)
 
 
+def network_notes(row: dict[str, Any]) -> list[str]:
+    """Return by which networks the pictures of a table were judged, where they were; `row` is the first of it."""
+    notes = []
+    if row.get("lpips") is not None:
+        notes.append(
+            f"LPIPS: mean distance of the pictures to those of full precision by the network {row['lpips_network']}, "
+            f"lower is better; pictures below {MIN_LPIPS_SIZE} pixels were enlarged to that."
+        )
+    if row.get("clip_score") is not None:
+        notes.append(
+            f"CLIP score: 100 times the mean cosine between pictures and prompts by {plain(row['clip_model'])}."
+        )
+    return notes
+
+
 def model_card(metrics: dict[str, Any], *, repo: str, license_id: str | None) -> str:
     """Return the model card of a run, front matter included; a missing measurement leaves its row or column out."""
     settings, pq = metrics["settings"], metrics["pq"]
@@ -228,14 +258,9 @@ def model_card(metrics: dict[str, Any], *, repo: str, license_id: str | None) ->
     ratio = teacher["size_bytes"] / final["size_bytes"]
     tag = f"w{settings['weight_bits']:g}a{settings['activation_bits'] or 32}"
     steps = final["num_inference_steps"]
-    kind = input_kind(metrics)
     part = f"its {metrics['component']} " if metrics["other_models"] else ""
     return Template(files("diffusers_pqcad.publishing").joinpath("model_card.md").read_text()).substitute(
-        pipeline_tag_line=f"pipeline_tag: {TASKS[kind]}\n" if TASKS[kind] else "",
-        base_model_lines=base_model_lines(metrics),
-        dataset_lines=dataset_lines(metrics),
-        tags=f"class-conditional, {tag}" if kind == "class_labels" else tag,
-        license_line=f"license: {license_id}\n" if license_id else "",
+        front_matter=front_matter(facts_of(metrics, repo, license_id, tag), final, measured_inputs(metrics)),
         title=f"{metrics['teacher_id']} in {tag.upper()}, {part}{ratio:.1f} times smaller, {steps} steps",
         summary=(
             f"A compressed version of `{metrics['teacher_id']}`, made with diffusers-pqcad: "
@@ -244,6 +269,7 @@ def model_card(metrics: dict[str, Any], *, repo: str, license_id: str | None) ->
         ),
         table=results_table(metrics),
         table_notes=table_notes(metrics),
+        memory=f"\n{memory_table(metrics['memory'])}\n" if "memory" in metrics else "",
         repo=repo,
         load_adapter=f'pipe.load_lora_weights("{repo}")\n' if metrics.get("adapter") else "",
         student_call=student_call(metrics),
@@ -252,6 +278,26 @@ def model_card(metrics: dict[str, Any], *, repo: str, license_id: str | None) ->
         reproduce=reproduce(metrics),
         limits=limits(metrics),
     )
+
+
+def facts_of(metrics: dict[str, Any], repo: str, license_id: str | None, tag: str) -> Facts:
+    """Return what the Hub is told of a run's student in `repo`; `license_id` comes before that of the base."""
+    kind, data_set = input_kind(metrics), (metrics.get("prompts_from") or {}).get("dataset")
+    return Facts(
+        repo=repo,
+        task=metrics.get("pipeline_tag", TASKS[kind]),
+        base_model=base_model_of(metrics["teacher_id"], is_on_hub=metrics["teacher_from"] == "hub"),
+        license={"license": license_id} if license_id else metrics.get("base_license", {}),
+        datasets=[data_set] if data_set is not None and is_repo_id(data_set) else [],
+        tags=["pqcad", "quantized", "distillation", *(["class-conditional"] if kind == "class_labels" else []), tag],
+    )
+
+
+def measured_inputs(metrics: dict[str, Any]) -> str:
+    """Return what the images of a run's table were made from, in a few words."""
+    inputs, row = metrics["inputs"], metrics["rows"][0]
+    of_inputs = "" if inputs is None else f" of {counted(inputs['kind'], inputs['num_measured'])}"
+    return f"{row['num_images']} images{of_inputs}, noise of seed {row['seed']}"
 
 
 def limits(metrics: dict[str, Any]) -> str:
@@ -289,14 +335,30 @@ def method(metrics: dict[str, Any]) -> str:
         if cad["best_step"]
         else "no trained state beat the undistilled start on the held-out trajectories, so the start was kept"
     )
+    trained = {key: places_of(metrics, key) for key in ("pq", "pq_cad")}
     return (
         f"1. Calibration set: {settings['num_trajectories']} full-precision trajectories{of_inputs} of "
         f"{settings['num_inference_steps']} steps, seed {metrics['calibration_seed']}; {metrics['num_held_out']} held "
         f"out{replaced}.\n"
-        f"2. PQ: {pq['num_rounds']} rounds in {pq['num_stages']} stages.\n"
-        f"3. CAD: {cad_updates(metrics)}, {cad_terms(settings)}; {outcome}.\n"
+        f"2. PQ: {pq['num_rounds']} rounds in {pq['num_stages']} stages{trained['pq']}.\n"
+        f"3. CAD: {cad_updates(metrics)}, {cad_terms(settings)}; {outcome}{trained['pq_cad']}.\n"
         f"4. {float_layers(metrics['float_layers'])}"
     )
+
+
+def places_of(metrics: dict[str, Any], key: str) -> str:
+    """Return where a stage trained, after what it did: devices, torch and commit; nothing where it was not noted.
+
+    The students of several halvings have keys that begin alike.
+    """
+    keys = [name for name in metrics.get("training", {}) if re.fullmatch(rf"{key}(_\d+)?", name)]
+    places = []
+    for place in (each for name in keys for each in metrics["training"][name]):
+        count = place.get("num_processes", 1)
+        device = place["cpu"] if place["device"] == "cpu" else place["gpu"] or place["device"]
+        code = "" if place.get("commit") is None else f", commit {place['commit']}"
+        places.append(f"{'' if count == 1 else f'{count} processes of '}{device} (torch {place['torch']}{code})")
+    return f"; trained on {', then '.join(dict.fromkeys(places))}" if places else ""
 
 
 def float_layers(names: Sequence[str]) -> str:
@@ -382,19 +444,6 @@ def cad_terms(settings: dict[str, Any]) -> str:
     terms = [{"quantized": "quantized teacher", "fp": "full-precision teacher", "none": "no teacher"}[teacher]]
     terms.append("full-precision calibration" if settings.get("calibration", True) else "no calibration")
     return ", ".join(terms)
-
-
-def base_model_lines(metrics: dict[str, Any]) -> str:
-    """Return the front matter's lines about a teacher from the Hub; none for a local one, which the Hub refuses."""
-    if metrics["teacher_from"] != "hub" or not is_repo_id(metrics["teacher_id"]):
-        return ""
-    return f"base_model: {metrics['teacher_id']}\nbase_model_relation: quantized\n"
-
-
-def dataset_lines(metrics: dict[str, Any]) -> str:
-    """Return the front matter's lines about a data set of prompts from the Hub; none for other prompts."""
-    name = (metrics.get("prompts_from") or {}).get("dataset")
-    return f"datasets: [{name}]\n" if name is not None and is_repo_id(name) else ""
 
 
 def write_card(folder: str | Path, card: str, *, on_hub: str | None = None) -> Path:

@@ -25,6 +25,7 @@ from diffusers_pqcad.compression.schedulers import deterministic_scheduler
 from diffusers_pqcad.evaluation import evaluate, generate_images, load_extractor
 from diffusers_pqcad.evaluation.features import ClassifierExtractor
 from diffusers_pqcad.evaluation.generate import Samples, makes_pixels
+from diffusers_pqcad.evaluation.perceptual import Judges
 from diffusers_pqcad.layers.find import is_of_adapter
 from diffusers_pqcad.loading.config import PQCADConfig
 from diffusers_pqcad.loading.convert import match_modules, with_model_exemptions
@@ -428,6 +429,7 @@ def measure(
     samples: Samples,
     extractor: Any,
     prompt_labels: Mapping[str, Mapping[str, str]] | None = None,
+    judges: Judges | None = None,
     weights: Path,
     progress: bool,
 ) -> dict[str, Any]:
@@ -447,6 +449,7 @@ def measure(
         seed=run.seed,
         extractor=extractor,
         prompt_labels=prompt_labels,
+        judges=judges,
         reference_num_inference_steps=run.num_inference_steps,
         batch_size=sampling_batch_size(teacher, run),
         num_latency_rounds=run.num_latency_rounds,

@@ -1,5 +1,6 @@
 """Pushing: what of a folder may leave it, in one commit, and what to do where the Hub does not take it."""
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,10 @@ from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
+from diffusers_pqcad.loading.saved import INDEX_FILE
+
 CARD = "README.md"
+CONFIGS = (INDEX_FILE, "config.json", "scheduler_config.json")
 # What may be published: no resume files, no logs, no pickles.
 PUBLISHED_FILES = (
     "README.md",
@@ -16,6 +20,7 @@ PUBLISHED_FILES = (
     "prompts.txt",
     "metrics.json",
     "history.json",
+    "quantization.json",
     "model_index.json",
     "pytorch_lora_weights.safetensors",
     "assets/*.png",
@@ -46,7 +51,7 @@ ADVICE = {
     429: "These were too many requests for the Hub: wait some minutes.",
 }
 FAULT = "The Hub has a fault of its own: wait some minutes."
-CUT = "The connection failed: check the network."
+CUT = "The connection failed: check the network, and log in with `hf auth login` if you have not."
 
 
 class HubError(ValueError):
@@ -69,6 +74,21 @@ def published_files(folder: Path) -> dict[str, int]:
     return {name: (folder / name).stat().st_size for name in kept}
 
 
+def without_places(path: Path) -> str | bytes:
+    """Return what is uploaded of a file: its name, or the bytes of a config without the place it was loaded from.
+
+    diffusers notes that, and it may be a folder of this computer; a repository stays.
+    """
+    if path.name not in CONFIGS:
+        return str(path)
+    values = json.loads(path.read_text(encoding="utf-8"))
+    place = values.get("_name_or_path") if isinstance(values, dict) else None
+    if not isinstance(place, str) or not (Path(place).is_absolute() or Path(place).exists()):
+        return str(path)
+    del values["_name_or_path"]
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+
+
 def push(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
     """Upload what is publishable in `folder` to the model repository `repo_id`, creating it; return its URL.
 
@@ -77,7 +97,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
     """
     folder, api = Path(folder), HfApi()
     # Not upload_folder: with hf_xet it makes several commits.
-    operations = [CommitOperationAdd(name, str(folder / name)) for name in published_files(folder)]
+    operations = [CommitOperationAdd(name, without_places(folder / name)) for name in published_files(folder)]
     with explained(repo_id, "Nothing was published. Then the same command finishes it."):
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         is_public = private and not api.repo_info(repo_id).private

@@ -24,9 +24,17 @@ NEUTRAL_SETTINGS = (
     "ablations",
     "only_ablations",
     "float_steps",
+    "measure_memory",
 )
 # Paths of one computer.
-LOCAL_SETTINGS = ("pretrained_model_name_or_path", "lora_weights", "output_dir", "extractor")
+LOCAL_SETTINGS = (
+    "pretrained_model_name_or_path",
+    "lora_weights",
+    "output_dir",
+    "extractor",
+    "calibration_set",
+    "clip_model",
+)
 # Where a run's prompts come from: its copy of them is what counts, and what a recipe is repeated with.
 PROMPT_SETTINGS = ("prompts_file", "dataset_name", "dataset_config_name", "prompt_column")
 PROMPTS_FILE, PROMPTS = (

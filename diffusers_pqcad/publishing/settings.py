@@ -15,6 +15,7 @@ from diffusers_pqcad.compression.distillation import DistillConfig
 from diffusers_pqcad.compression.optimization import check_minimum
 from diffusers_pqcad.compression.progressive import WEIGHT_BITS, ProgressiveConfig
 from diffusers_pqcad.compression.reconstruction import ReconstructionConfig
+from diffusers_pqcad.evaluation.perceptual import LPIPSNetwork
 from diffusers_pqcad.loading.config import PQCADConfig
 
 # What an ablation takes away, or adds: PQ's momentum and several widths; CAD's teacher, its rounding, the calibration
@@ -46,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train_batch_size": 4,
         "evaluation_steps": 2,
         "num_latency_rounds": 1,
+        "measure_memory": False,
     },
 }
 
@@ -81,6 +83,13 @@ class CompressConfig:
     )
     num_trajectories: int = field(
         default=128, metadata={"help": "full-precision trajectories of the calibration set; an eighth is held out"}
+    )
+    calibration_set: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder of a calibration set that `pqcad calibrate` recorded with these steps, prompts, guidance "
+            "and sizes; None: one is recorded"
+        },
     )
     prompts_file: str | None = field(
         default=None,
@@ -136,6 +145,13 @@ class CompressConfig:
     num_latency_rounds: int = field(
         default=3, metadata={"help": "rounds of the time measurements, in turns with full precision"}
     )
+    measure_memory: bool = field(
+        default=True,
+        metadata={
+            "help": "measure the memory while sampling, beside full precision in float32 and bfloat16, in three "
+            "processes, one after the other"
+        },
+    )
     ablations: bool = field(
         default=False,
         metadata={"help": "add rows for what each part of the method is worth; takes several times as long"},
@@ -150,6 +166,20 @@ class CompressConfig:
         default=None,
         metadata={
             "help": "folder of a feature extractor, for the distance; None: the bundled teacher's, or no distance"
+        },
+    )
+    lpips: LPIPSNetwork | None = field(
+        default=None,
+        metadata={
+            "help": "network of LPIPS, by which the pictures are compared, too; needs the extra 'metrics', and "
+            "downloads its weights. None: not measured"
+        },
+    )
+    clip_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "CLIP model of the CLIP score, a repository of the Hub or a folder; needs the extra 'metrics'. "
+            "None: not measured"
         },
     )
     train_device: str = field(
@@ -171,6 +201,9 @@ class CompressConfig:
         check_minimum(self, **{name: 1 for name in sizes if getattr(self, name) is not None})
         if any(count < 1 for count in self.float_steps or ()):
             raise ValueError(f"float_steps: expected numbers of at least 1, got {self.float_steps}.")
+        networks = get_args(LPIPSNetwork)
+        if self.lpips is not None and self.lpips not in networks:
+            raise ValueError(f"lpips: expected one of {networks}, got {self.lpips!r}.")
         if self.prompts_file is not None and self.dataset_name is not None:
             raise ValueError("dataset_name: prompts come from it or from prompts_file; leave one out.")
         if self.dataset_config_name is not None and self.dataset_name is None:

@@ -237,19 +237,6 @@ def test_the_main_script_asks_before_it_loads_or_writes(module, monkeypatch, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_without_an_extractor_there_is_no_distance_to_install_for(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import distill
-
-    def loaded(path: str) -> None:
-        raise ValueError("the teacher was loaded")
-
-    monkeypatch.setattr(compress, "load_teacher", loaded)
-    hide(monkeypatch, "torchmetrics")
-    with pytest.raises(ValueError, match="the teacher was loaded"):
-        distill.main(["--pretrained_model_name_or_path", "my/own", "--output_dir", str(tmp_path / "out")])
-
-
 def test_the_classifier_asks_before_it_trains(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import train_classifier

@@ -388,11 +388,9 @@ class TestKinds:
         assert report.trajectory_timesteps[-1] == -1
         assert len(report.trajectory_timesteps) == 1 + (1 if kind == "sd_img2img" else STEPS)
         assert report.fidelity_of == ("images" if kind in PIXEL_KINDS else "latents")
-        if kind in PIXEL_KINDS:
-            assert report.image_psnr_db is report.image_ssim is None
-        else:
-            assert 0 < report.image_psnr_db < 100
-            assert 0 < report.image_ssim < 1
+        assert 0 < report.image_psnr_db < 100
+        assert 0 < report.image_ssim < 1
+        assert report.lpips is report.lpips_network is report.clip_score is report.clip_model is None
         assert report.average_bits == pytest.approx(4, abs=0.3)
         assert sum(report.kernels.values()) > 0
         assert report.tensor_bytes < tensor_bytes(getattr(reference, PIPELINES[kind].denoiser))
@@ -405,9 +403,8 @@ class TestKinds:
         report = evaluate_kind(kind, PIPELINES[kind].build(), PIPELINES[kind].build())
         assert report.sqnr_db == report.psnr_db == math.inf
         assert set(report.trajectory_error) == {0.0}
-        if kind not in PIXEL_KINDS:
-            assert report.image_psnr_db == math.inf
-            assert report.image_ssim == pytest.approx(1, abs=1e-9)
+        assert report.image_psnr_db == math.inf
+        assert report.image_ssim == pytest.approx(1, abs=1e-9)
 
 
 class TestPictures:
@@ -426,6 +423,19 @@ class TestPictures:
         error = (wanted.images.double() - found.images.double()).square().mean().item()
         assert report.image_psnr_db == pytest.approx(10 * math.log10(255**2 / error))
         assert report.image_ssim == structural_similarity(wanted.images, found.images)
+
+    def test_those_of_a_pipeline_of_pixels_are_its_samples_in_8_bits(self, pipeline):
+        other = perturbed(pipeline)
+        report = evaluate(other, pipeline, num_images=3, num_inference_steps=2, seed=3, **FAST)
+        wanted, found = (
+            to_uint8(generate_samples(each, num_images=3, num_inference_steps=2, seed=3, progress=False))
+            for each in (pipeline, other)
+        )
+        error = (wanted.double() - found.double()).square().mean().item()
+        assert report.image_psnr_db == pytest.approx(10 * math.log10(255**2 / error))
+        assert report.image_ssim == structural_similarity(wanted, found)
+        left_out = evaluate(other, pipeline, num_images=3, num_inference_steps=2, seed=3, decode=False, **FAST)
+        assert left_out.image_psnr_db is left_out.image_ssim is None
 
     def test_may_be_left_out(self, monkeypatch):
         pipeline = PIPELINES["sd"].build()

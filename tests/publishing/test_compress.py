@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,6 +80,30 @@ def test_metrics_are_what_the_folder_says(finished):
     card = (folder / "README.md").read_text()
     assert "quantized teacher, full-precision calibration" in card
     assert "license:" not in card
+
+
+def test_memory_is_measured_on_what_was_saved_called_as_it_was_distilled(teacher, finished, monkeypatch, tmp_path):
+    folder, metrics = finished
+    assert metrics["memory"] is None  # of the preset "smoke"
+    assert "Memory while sampling was not measured." in (folder / "README.md").read_text()
+    asked = []
+
+    def rows(*arguments: Any) -> list[dict[str, Any]]:
+        asked.append(arguments)
+        return [{"name": "x", "size_bytes": 1, "num_threads": 1, "peak_bytes": 3, "before_bytes": 2}]
+
+    monkeypatch.setattr(module, "memory_rows", rows)
+    copy_of_run = shutil.copytree(folder, tmp_path / "whole")
+    settings = settings_for(teacher, copy_of_run, max_grad_norm=math.inf, measure_memory=True)
+    for _ in range(2):  # the second one reads it back
+        found = compress(*settings, progress=False)
+    ((whole, student, denoiser, sizes, _),) = asked
+    assert (whole.path, student.path) == (str(teacher), str(copy_of_run))
+    assert whole.num_inference_steps == student.num_inference_steps == 2
+    assert not hasattr(denoiser, "quantization_config")
+    assert sizes == (metrics["rows"][0]["size_bytes"], metrics["rows"][-1]["size_bytes"])
+    assert json.loads((copy_of_run / "metrics.json").read_text())["memory"] == found["memory"]
+    assert "| x | 0.00 | 0 |" in (copy_of_run / "README.md").read_text()
 
 
 def test_a_finished_run_makes_nothing_again_and_says_the_same(teacher, finished, monkeypatch, capfd):

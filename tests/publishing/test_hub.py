@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from pipelines import PIPELINES
 
@@ -288,6 +289,13 @@ def test_a_changed_measurement_changes_the_card(metrics: dict[str, Any], path: s
     assert card_of(changed) != card_of(metrics)
 
 
+def test_the_sizes_are_in_the_card_where_they_were_measured(metrics: dict[str, Any]) -> None:
+    assert "memory" not in card_of(metrics)  # of a run from before
+    assert "Memory while sampling was not measured." in card_of(metrics | {"memory": None}).splitlines()
+    row = {"name": "this model", "size_bytes": 3_210_000, "num_threads": 3, "peak_bytes": 9e8, "before_bytes": 2e8}
+    assert "| this model | 3.21 | 700 |" in card_of(metrics | {"memory": [row]}).splitlines()
+
+
 def test_every_number_of_the_card_is_measured(metrics: dict[str, Any]) -> None:
     numbers = set(re.findall(r"\d+(?:\.\d+)?", card_of(metrics).split("## Use")[0].split(START)[1]))
     numbers |= set(re.findall(r"\d+(?:\.\d+)?", card_of(metrics).split("## How it was made")[1]))
@@ -308,7 +316,9 @@ def test_the_card_is_finished(metrics: dict[str, Any]) -> None:
 
 
 def test_the_front_matter_is_what_the_hub_reads(metrics: dict[str, Any]) -> None:
-    assert front_matter(card_of(metrics)) == {
+    found = front_matter(card_of(metrics))
+    assert found.pop("model-index")
+    assert found == {
         "library_name": "diffusers",
         "pipeline_tag": "unconditional-image-generation",
         "base_model": "someone/some-model",
@@ -317,6 +327,55 @@ def test_the_front_matter_is_what_the_hub_reads(metrics: dict[str, Any]) -> None
         "license": "mit",
     }
     assert "license" not in front_matter(card_of(metrics, license_id=None))
+
+
+def test_the_licence_is_that_of_the_base_unless_it_is_given(metrics: dict[str, Any]) -> None:
+    metrics["base_license"] = {"license": "other", "license_name": "its-own", "license_link": "https://example.com"}
+    found = front_matter(card_of(metrics, license_id=None))
+    assert {key: found[key] for key in metrics["base_license"]} == metrics["base_license"]
+    assert front_matter(card_of(metrics))["license"] == "mit"
+    assert "license_name" not in front_matter(card_of(metrics))
+
+
+def test_the_model_index_holds_what_was_measured_and_nothing_else(conditional: dict[str, Any]) -> None:
+    """As the Hub's own class reads it."""
+    conditional["rows"][-1] |= {"image_psnr_db": "inf", "lpips": 0.0625, "clip_score": None}
+    data: Any = ModelCard(card_of(conditional)).data
+    assert data.model_name == "me/my-model"
+    assert {result.metric_type: result.metric_value for result in data.eval_results} == {
+        "sqnr": 17.171,
+        "ssim": 0.98765,
+        "lpips": 0.0625,
+        "frechet_distance": 5.151,
+    }
+    (about,) = {(result.task_type, result.dataset_type, result.dataset_name) for result in data.eval_results}
+    assert about == ("text-to-image", "generated", "1013 images of 37 prompts, noise of seed 43")
+    by_type = {result.metric_type: result for result in data.eval_results}
+    assert by_type["frechet_distance"].metric_name == "tiny classifier distance (d=16)"
+    assert by_type["ssim"].metric_args == {
+        "num_images": 1013,
+        "seed": 43,
+        "num_inference_steps": 14,
+        "reference_num_inference_steps": 26,
+    }
+
+
+def test_a_row_without_figures_makes_no_model_index(metrics: dict[str, Any]) -> None:
+    metrics["rows"][-1] |= {"sqnr_db": "inf", "sqnr_interval_db": ["inf", "inf"], "frechet_distance": None}
+    metrics["rows"][0]["metric_name"] = metrics["rows"][1]["metric_name"] = metrics["rows"][2]["metric_name"] = None
+    assert "model-index" not in front_matter(card_of(metrics))
+
+
+def test_the_card_says_where_and_by_which_code_each_stage_trained(metrics: dict[str, Any]) -> None:
+    assert "trained on" not in card_of(metrics)  # of a run that did not note it
+    here = {"device": "cpu", "gpu": None, "cpu": "Example CPU", "torch": "2.71", "commit": "abc", "num_processes": 2}
+    there = {"device": "cuda", "gpu": "Example GPU", "cpu": "Other CPU", "torch": "2.72", "commit": None}
+    metrics["training"] = {"pq": [here], "pq_no_momentum": [there], "pq_cad": [here], "pq_cad_7": [there]}
+    lines = card_of(metrics).splitlines()
+    at_home = "2 processes of Example CPU (torch 2.71, commit abc)"
+    assert f"2. PQ: 13 rounds in 2 stages; trained on {at_home}." in lines
+    (cad,) = [line for line in lines if line.startswith("3. CAD")]
+    assert cad.endswith(f"; trained on {at_home}, then Example GPU (torch 2.72).")
 
 
 @pytest.mark.parametrize(
@@ -425,6 +484,19 @@ def test_times_may_be_left_out(metrics: dict[str, Any]) -> None:
     with_times, without = table_notes(metrics), table_notes(metrics, times=False)
     gone = [line for line in with_times.splitlines() if line not in without.splitlines()]
     assert [line[:13] for line in gone] == ["- ms an image"]
+
+
+def test_the_columns_of_trained_networks_are_there_where_they_judged(conditional: dict[str, Any]) -> None:
+    assert "LPIPS" not in card_of(conditional)
+    assert "CLIP" not in card_of(conditional)
+    for entry, distance, score in zip(conditional["rows"], (0.0, 0.0625, 0.125), (31.31, 30.3, 29.29), strict=True):
+        entry |= {"lpips": distance, "lpips_network": "alex", "clip_score": score, "clip_model": "some/clip"}
+    header, _, *rows = cells(results_table(conditional))
+    assert header[-3:] == ["LPIPS", "CLIP score", "distance"]
+    assert [row[-3:-1] for row in rows] == [["", "31.31"], ["0.0625", "30.30"], ["0.1250", "29.29"]]
+    card = card_of(conditional)
+    assert "by the network alex, lower is better; pictures below 64 pixels were enlarged to that." in card
+    assert '- CLIP score: 100 times the mean cosine between pictures and prompts by "some/clip".' in card
 
 
 def test_the_column_of_prompt_accuracy_by_hand(conditional: dict[str, Any]) -> None:

@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from conftest import build_tiny_scheduler, build_tiny_unet
 from diffusers import DDIMPipeline
 from safetensors.torch import load, load_file
 from stub_hub import StubHub
 
 from diffusers_pqcad import PQCADConfig, quantize_
 from diffusers_pqcad.publishing.hub import END, START, write_card
+from diffusers_pqcad.publishing.pushing import without_places
 
 ROOT = Path(__file__).parents[2]
 TOKEN = StubHub.token
@@ -73,6 +76,22 @@ with StubHub() as hub:
         puts = sum(request.method == "PUT" for request in hub.requests)
         found[name] = [before, push(repo), sum(request.method == "PUT" for request in hub.requests) - puts]
         hub.objects.clear()
+    import diffusers_pqcad
+    from diffusers import DDIMPipeline
+    from diffusers_pqcad.publishing.hub import START
+    def card_of(repo):
+        return {"card": hub.files(repo)["README.md"].decode(), "commits": len(hub.repos[repo].commits),
+                "files": sorted(hub.files(repo)),
+                "places": [name for name, data in hub.files(repo).items() if sys.argv[3].encode() in data]}
+    DDIMPipeline.from_pretrained(sys.argv[3]).push_to_hub("me/pipeline")
+    found["pipeline"] = [card_of("me/pipeline")]
+    hub.repos["me/pipeline"].add({"README.md": hub.files("me/pipeline")["README.md"] + b"My own words."})
+    again = DDIMPipeline.from_pretrained("me/pipeline")
+    again.push_to_hub("me/pipeline")
+    found["pipeline"].append(card_of("me/pipeline"))
+    again.unet.dequantize()
+    again.push_to_hub("me/float")
+    found["float"] = card_of("me/float")
     hub.repos["me/public"] = type(hub.repos["me/cut"])(private=False)
     found["public"] = push("me/public")
     assert not hub.unexpected, hub.unexpected
@@ -217,17 +236,34 @@ def test_without_access_there_is_advice_and_no_token(hub: StubHub, client, reaso
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory) -> dict[str, Any]:
-    """What `pqcad push` of 11 MB comes to while the Hub has each of the faults, and what the same command does then."""
+    """What `pqcad push` of 11 MB comes to while the Hub has each fault, and what the same command does next."""
     folder = tmp_path_factory.mktemp("pushes") / "small"
     (folder / "unet").mkdir(parents=True)
     (folder / "model_index.json").write_text("{}")
     (folder / "README.md").write_text("My own words.\n")
     (folder / WEIGHTS).write_bytes(os.urandom(11 * 2**20))
     faults = json.dumps({name: failure[:2] for name, failure in FAILURES.items()})
+    small = tmp_path_factory.mktemp("pipelines") / "small"
+    DDIMPipeline(quantize_(build_tiny_unet(), PQCADConfig()), build_tiny_scheduler()).save_pretrained(small)
+    noted = {"source": "someone/some-model", "source_from": "hub", "base_license": {"license": "mit"}}
+    (small / "quantization.json").write_text(json.dumps(noted))
     run = client_in(tmp_path_factory.mktemp("clients"))
-    result = run("http://127.0.0.1:9", FAULTS, folder, faults)
+    result = run("http://127.0.0.1:9", FAULTS, folder, faults, small)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_no_place_of_this_computer_leaves_it(tmp_path: Path, name: str) -> None:
+    """diffusers notes in these files where a pipeline was loaded from."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    for place in (str(tmp_path), "/no/longer/there"):
+        path.write_text(json.dumps({"a": [1], "_name_or_path": place}))
+        assert json.loads(without_places(path)) == {"a": [1]}
+    for place in ({"_name_or_path": "someone/some-model"}, {}):
+        path.write_text(json.dumps({"a": [1]} | place))
+        assert without_places(path) == str(path)
 
 
 @pytest.mark.parametrize("name", FAILURES)
@@ -241,6 +277,27 @@ def test_a_push_that_fails_changes_nothing_and_the_same_command_finishes_it(fail
     assert TOKEN not in before["err"] + after["err"]
     assert (after["code"], after["commits"], after["is_whole"]) == (0, 2, True), after["err"]
     assert uploads == (0 if name in ("conflict", "broken") else 1)  # what has arrived is not sent again
+
+
+def test_push_to_hub_of_a_quantized_pipeline_leaves_a_card_with_what_is_known(failures) -> None:
+    first, second = failures["pipeline"]
+    matter = yaml.safe_load(first["card"].split("---\n")[1])
+    assert (matter["base_model"], matter["base_model_relation"]) == ("someone/some-model", "quantized")
+    assert matter["license"] == "mit"
+    assert matter["pipeline_tag"] == "unconditional-image-generation"
+    assert "| unet | " in first["card"]
+    assert 'from_pretrained("me/pipeline")' in first["card"]
+    assert not first["places"]
+    assert first["card"].endswith(f"{END}\n")  # and not that of diffusers beside it
+    assert set(first["files"]) == SAVED | {".gitattributes", "README.md", "quantization.json"}
+    # Loaded from there, it is still that of its base, and words that were written there stay.
+    assert second["card"] == first["card"] + "My own words."
+    assert (first["commits"], second["commits"]) == (2, 3)  # nothing had changed
+
+
+def test_push_to_hub_of_a_float_pipeline_is_that_of_diffusers(failures) -> None:
+    assert START not in failures["float"]["card"]
+    assert "automatically generated" in failures["float"]["card"]
 
 
 def test_a_push_that_shall_be_private_does_not_go_to_a_public_repository(failures) -> None:
