@@ -485,12 +485,12 @@ def _perception(run: PipelineRun, judges: Judges, wanted: Samples, found: Sample
     if before is None or after is None:
         return Perception(None, None, None, None)
     prompts = [run.inputs[index % len(run.inputs)].get("prompt") for index in range(len(after))]
-    has_prompts = after.dim() == 4 and all(isinstance(prompt, str) for prompt in prompts)
-    scores = judges.clip is not None and has_prompts
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    scores = judges.clip is not None and after.dim() == 4 and len(texts) == len(prompts)
     return Perception(
         lpips=None if judges.lpips is None else lpips_distance(judges.lpips, before, after),
         lpips_network=judges.lpips_network,
-        clip_score=clip_score_of(judges.clip, after, prompts) if scores else None,
+        clip_score=clip_score_of(judges.clip, after, texts) if scores else None,
         clip_model=judges.clip_model if scores else None,
     )
 

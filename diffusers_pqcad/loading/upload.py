@@ -25,7 +25,7 @@ def install_cards(add_card: Callable[[Any, str, str], None]) -> None:
         return upload(self, working_dir, repo_id, *args, **kwargs)
 
     setattr(upload_with_card, MARK, True)
-    PushToHubMixin._upload_folder = upload_with_card  # type: ignore[method-assign]
+    PushToHubMixin._upload_folder = upload_with_card
 
 
 def is_quantized_pipeline(item: Any) -> bool:

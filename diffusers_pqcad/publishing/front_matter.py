@@ -45,6 +45,7 @@ def front_matter(facts: Facts, row: Mapping[str, Any] | None, inputs: str) -> st
     """
     results = [] if row is None else eval_results(row, facts, inputs)
     related: dict[str, Any] = {} if facts.base_model is None else {"base_model_relation": "quantized"}
+    related |= facts.license
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag=facts.task,
@@ -54,7 +55,6 @@ def front_matter(facts: Facts, row: Mapping[str, Any] | None, inputs: str) -> st
         model_name=facts.repo if results else None,
         eval_results=results or None,
         **related,
-        **facts.license,
     )
     return f"---\n{data.to_yaml()}\n---\n"
 
