@@ -281,7 +281,7 @@ class TestEvaluate:
         broken = perturbed(pipeline)
         with torch.no_grad():
             broken.unet.conv_out.bias.fill_(math.nan)
-        with pytest.raises(ValueError, match="sample: expected finite values"):
+        with pytest.raises(ValueError, match="samples: expected numbers, got a NaN"):
             evaluate(broken, pipeline, num_images=2, num_inference_steps=5, seed=0, **FAST)
 
 

@@ -227,7 +227,7 @@ def test_without_access_there_is_advice_and_no_token(hub: StubHub, client, reaso
     assert result.returncode == 1
     assert not hub.repos
     assert result.stderr.count("Traceback") == 1  # the client's own errors are not the user's
-    message = result.stderr[result.stderr.index("ValueError: ") :]
+    message = result.stderr[result.stderr.index("HubError: ") :]
     assert ("Invalid user token" if reason == "bad token" else "ConnectError") in message
     assert "hf auth login" in message
     assert "without --push_to_hub" in message
