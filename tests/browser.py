@@ -2,8 +2,33 @@
 
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
+
+from playwright.sync_api import Page, sync_playwright
+
+NO_NETWORK = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+
+
+def program() -> str:
+    """Return the path of chromium, without which a test fails."""
+    found = shutil.which("chromium")
+    assert found is not None, "there is no chromium: apt-get install chromium, as .ci/run does"
+    return found
+
+
+@contextmanager
+def opened(url: str, width: int = 1100, height: int = 1100) -> Iterator[tuple[Page, list[str]]]:
+    """Give a page of a server on this computer, for clicks, and the addresses of all that it asked for so far."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program(), args=["--no-sandbox", NO_NETWORK])
+        page, asked = browser.new_page(viewport={"width": width, "height": height}), []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(url)
+        yield page, asked
+        browser.close()
 
 
 def chromium(page: Path, fragment: str, *flags: str) -> str:
@@ -11,10 +36,8 @@ def chromium(page: Path, fragment: str, *flags: str) -> str:
 
     No network: the host names of all requests lead nowhere.
     """
-    program = shutil.which("chromium")
-    assert program is not None, "there is no chromium: apt-get install chromium, as .ci/run does"
     command = [
-        program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+        program(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
         "--host-resolver-rules=MAP * ~NOTFOUND", "--run-all-compositor-stages-before-draw",
         "--virtual-time-budget=2000", f"--user-data-dir={mkdtemp(dir=page.parent)}", *flags,
         f"{page.resolve().as_uri()}#{fragment}",

@@ -179,7 +179,9 @@ def test_peers_that_are_not_installed_are_skipped_at_the_start(monkeypatch, caps
 
 
 @pytest.mark.parametrize(
-    ("extras", "scripts"), [(("eval", "lora"), LIBRARY), (("experiments",), LIBRARY + SCRIPTS)], ids=["library", "all"]
+    ("extras", "scripts"),
+    [(("eval", "lora"), LIBRARY), (("experiments", "demo"), LIBRARY + SCRIPTS)],
+    ids=["library", "all"],
 )
 def test_an_extra_holds_what_is_imported(extras, scripts):
     names = set().union(*(optional_imports(ast.parse(path.read_text())) for path in scripts))
