@@ -37,6 +37,10 @@ _LAZY = {
 __all__ = ["PQCADConfig", "PQCADQuantizer", *_LAZY]
 
 if not is_asked_for(sys.orig_argv):  # `pqcad --help` answers at once; the imports below take seconds
+    from diffusers_pqcad.loading.notices import quieten_torchao_
+
+    quieten_torchao_()  # before diffusers imports it
+
     from diffusers import pipelines as _pipelines
     from diffusers.quantizers import auto as _diffusers
     from transformers.quantizers import auto as _transformers

@@ -3,13 +3,14 @@
 # ///
 """Compress a diffusers pipeline with one denoiser: progressive quantization, then distillation to fewer steps.
 
-    accelerate launch examples/distill.py                       # a bundled teacher of Fashion-MNIST
-    accelerate launch examples/distill.py --pretrained_model_name_or_path examples/models/emoji
-    accelerate launch examples/distill.py --pretrained_model_name_or_path my/pipeline --weight_bits 3
-    accelerate launch examples/distill.py --pretrained_model_name_or_path my/text-to-image \\
+    python examples/distill.py                                  # a bundled teacher of Fashion-MNIST
+    python examples/distill.py --pretrained_model_name_or_path examples/models/emoji
+    python examples/distill.py --pretrained_model_name_or_path my/pipeline --weight_bits 3
+    python examples/distill.py --pretrained_model_name_or_path my/text-to-image \\
         --prompts_file prompts.txt --guidance_scale 7.5 --num_halvings 2 --output_dir outputs/text-to-image
 
-Several processes share the work: examples/guides/scale.md has the commands, from a laptop to several computers.
+Several processes, which `accelerate launch` starts, share the work: examples/guides/scale.md has the commands, from a
+laptop to several computers. One process needs no launcher, and no notice of the launcher's defaults then.
 
 The command line of `diffusers_pqcad.publishing.compress`. Every stage leaves its result in `output_dir`; the same
 command goes on after a kill and ends with the same weights. The output folder is a loadable pipeline with a card.
@@ -17,6 +18,7 @@ command goes on after a kill and ends with the same weights. The output folder i
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     settings = settings_of_command(sys.argv[1:] if arguments is None else arguments)
     metrics = compress(*settings, bundled=BUNDLED)
     if is_main():
-        print(f"\n{summary(metrics, settings.run.output_dir)}")
+        teacher = settings.run.pretrained_model_name_or_path or BUNDLED[0].path
+        print(f"\n{summary(metrics, replace(settings.run, pretrained_model_name_or_path=teacher))}")
     return metrics
 
 

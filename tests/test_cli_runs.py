@@ -189,6 +189,8 @@ def test_compress_is_the_librarys_with_the_scripts_settings(capsys, folder, tmp_
     found = answer(capsys, *flags)
     assert (found.code, found.out) == (130, "")
     assert f"What is finished is kept in {output}. To go on: pqcad compress {folder / 'float'} -o" in found.reason
+    for shown in ("PQ, stage 2 of 2: 100%", "CAD to 2 steps: 100%", "bits=4.00, error=", "first="):  # the bars
+        assert shown in found.err, shown
     student = (output / "state" / "pq_cad.safetensors").read_bytes()
 
     monkeypatch.setattr(module, "measured_rows", measured)
@@ -197,9 +199,11 @@ def test_compress_is_the_librarys_with_the_scripts_settings(capsys, folder, tmp_
     assert (output / "state" / "pq_cad.safetensors").read_bytes() == student
     assert found.document == json.loads((output / "metrics.json").read_text())
     assert "== saving" in found.err  # the library's headings
+    assert "== measuring, row 1 of " in found.err
     found = answer(capsys, *flags[:-1])
     assert "| PQ + CAD | " in found.out
     assert f"Publish it: pqcad push {output} user/name" in found.out
+    assert "Size of the unet: " in found.out
     check_evaluate_and_push(capsys, folder / "float", output)
 
 

@@ -381,7 +381,7 @@ class ProgressiveQuantizer:
         saved = {name: self.controller.saved_bits(name) for name in self.perturbations}
         self.prices = {name: perturbation / saved[name] for name, perturbation in self.perturbations.items()}
 
-    def bar(self, names: list[str], description: str, unit: str) -> Iterable[str]:
+    def bar(self, names: list[str], description: str, unit: str) -> tqdm:
         """Return `names`, with a progress bar that goes when they end: each takes a pass of the model, or many."""
         return tqdm(names, desc=description, unit=unit, leave=False, disable=not self.shows_progress)
 
@@ -418,7 +418,8 @@ class ProgressiveQuantizer:
         layers = fake_quant_layers(self.model)
         samples = self.train_set.draw(num_samples, self.seed(Stream.SAMPLES, stage, round_index))
         passes = passes_of(self.denoiser, samples)
-        for name in self.bar(sorted(by_unit, key=self.order.index), "reconstruction", "unit"):
+        bar = self.bar(sorted(by_unit, key=self.order.index), "reconstruction", "unit")
+        for name in bar:
             unit = self.units[name]
             for move in by_unit[name]:
                 set_bits_(layers[move.layer], move.to_bits)
@@ -426,6 +427,7 @@ class ProgressiveQuantizer:
                 io = capture_io(self.model, self.reference, name, passes, samples.weight)
                 seed = self.seed(Stream.RECONSTRUCTION, stage, round_index)
                 result = reconstruct(unit, io, settings, name=name, seed=seed)
+                bar.set_postfix(loss=f"{result.loss_before:.1e} to {result.loss_after:.1e}")
                 self.history.units.append(asdict(result) | {"stage": stage, "round": round_index})
 
     def record(self, stage: int, round_index: int, kind: str, moves: list[Move]) -> None:
@@ -539,24 +541,34 @@ class ProgressiveQuantizer:
             state[key] for key in ("progress", "perturbations", "prices")
         )
 
+    def show(self, bar: tqdm, position: int) -> None:
+        """Move the bar of the stages, and show the bits so far and what they cost on held-out trajectories."""
+        error = self.history.rounds[-1]["held_out_error"] if self.history.rounds else 0.0
+        bar.set_postfix(bits=f"{self.controller.average_bits():.2f}", error=f"{error:.1e}", refresh=False)
+        bar.update(position - bar.n)
+
     def run(self, path: Path | None = None, *, progress: bool = True) -> History:
         """Run all stages; `path` is where to write a resume file."""
         settings, self.shows_progress = self.settings, progress
-        total = len(self.budgets) * (settings.rounds_per_stage + 1)
-        with tqdm(total=total, desc="PQ", disable=not progress) as bar:
-            for stage in range(self.progress["stage"], len(self.budgets)):
+        each, stages = settings.rounds_per_stage + 1, len(self.budgets)  # its rounds, if it takes all, and its end
+        begun = min(self.progress["round"], each - 1)
+        with tqdm(
+            desc="PQ", total=stages * each, initial=self.progress["stage"] * each + begun, unit="round",
+            disable=not progress,
+        ) as bar:  # fmt: skip
+            for stage in range(self.progress["stage"], stages):
+                bar.set_description(f"PQ, stage {stage + 1} of {stages}")
                 for round_index in range(self.progress["round"], 2 * settings.rounds_per_stage):
                     if not self.round(stage, round_index):
                         break
-                    bar.update()
-                    bar.set_postfix(bits=f"{self.controller.average_bits():.2f}")
+                    self.show(bar, stage * each + min(round_index + 1, each - 1))
                     self.progress["round"] = round_index + 1
                     self.save(path)
                 self.force(stage)
                 self.correct_biases(stage)
-                if stage + 1 == len(self.budgets):
+                if stage + 1 == stages:
                     self.calibrate_activations()
-                bar.update()
+                self.show(bar, (stage + 1) * each)
                 self.progress = {"stage": stage + 1, "round": 0}
                 self.save(path)
         return self.history

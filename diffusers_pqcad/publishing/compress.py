@@ -419,12 +419,15 @@ def trained_student(site: Site, key: str, lesson: Lesson, teacher: Any, before: 
     log = site.state / f"{key}-log.json"
     entries = {entry["step"]: entry for entry in on_main(entries_of, log)}
     resume = site.state / f"{key}-resume.safetensors"
-    with tqdm(total=config.max_train_steps, desc=key, unit="update", disable=not site.progress) as bar:
+    description = f"CAD to {calibration.num_inference_steps // stride} steps"
+    with tqdm(total=config.max_train_steps, desc=description, unit="update", disable=not site.progress) as bar:
         for entry in distill(student, speaker, calibration, config, stride=stride, checkpoint=resume):
             bar.update(entry.step - bar.n)
             if entry.held_out_error is not None:
-                bar.set_postfix(held_out=f"{entry.held_out_error:.2e}", best=f"{entry.best_error:.2e}")
                 entries[entry.step] = asdict(entry)
+                first = next(iter(entries.values()))["held_out_error"]
+                errors = {"first": first, "now": entry.held_out_error, "best": entry.best_error}
+                bar.set_postfix({name: f"{error:.2e}" for name, error in errors.items()})
                 on_main(save_json, log, list(entries.values()))
     return {"student": fake_quant_state(student.to("cpu")), "stats": list(entries.values())}
 
@@ -562,8 +565,8 @@ def measured_rows(
         )
     )
     measured = []
-    for row in rows:
-        site.say(f"measuring: {row.name}, {row.num_inference_steps} steps")
+    for index, row in enumerate(rows, start=1):
+        site.say(f"measuring, row {index} of {len(rows)}: {row.name}, {row.num_inference_steps} steps")
         make = partial(measurement, site, row, teacher, run, samples, judge)
         measured.append(cached(site.state / "rows" / f"{row.key}.json", make, save_json, load_json))
     return measured

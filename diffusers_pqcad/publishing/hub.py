@@ -380,7 +380,7 @@ def reproduce(metrics: dict[str, Any]) -> str:
         others = ", with the folder of the teacher as `--pretrained_model_name_or_path`"
     if (metrics.get("adapter") or {}).get("is_given"):
         others += ", with the LoRA that it came with as `--lora_weights`"
-    return f"Reproduce: `accelerate launch examples/distill.py {flags}` ({beside} in this repository){others}."
+    return f"Reproduce: `python examples/distill.py {flags}` ({beside} in this repository){others}."
 
 
 def student_call(metrics: dict[str, Any]) -> str:
