@@ -22,6 +22,7 @@ ERRORS = (
     "FileNotFoundError",
     "MemoryError",
     "MissingExtraError",
+    "HubError",
 )
 VALUE = "…"
 ROOMS = {
@@ -62,6 +63,8 @@ FIXES = {
     "….…: expected 0 to": EDITED,
     "….…: the tensors of this layer": EDITED,
     "extractor: …": "see the row of what follows the colon",
+    "calibration_set: …: …": "see the row of what follows the colon",
+    "evaluation: … is that of": "measure this pipeline, or give the folder of its own evaluation",
     "lora_weights: … holds an adapter of another": "give a LoRA",
     "prompts_file: there is no file": "give a file that is there",
     "prompts_file: … cannot be read": "save the file as UTF-8 text",
