@@ -9,6 +9,7 @@
     python examples/distill.py --pretrained_model_name_or_path my/text-to-image \\
         --prompts_file prompts.txt --guidance_scale 7.5 --num_halvings 2 --output_dir outputs/text-to-image
 
+Flags are named as in diffusers' training scripts: examples/guides/runs.md says how they are meant for a run of stages.
 Several processes, which `accelerate launch` starts, share the work: examples/guides/scale.md has the commands, from a
 laptop to several computers. One process needs no launcher, and no notice of the launcher's defaults then.
 
@@ -16,6 +17,7 @@ The command line of `diffusers_pqcad.publishing.compress`. Every stage leaves it
 command goes on after a kill and ends with the same weights. The output folder is a loadable pipeline with a card.
 """
 
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -66,15 +68,28 @@ def settings_of_command(arguments: list[str]) -> Settings:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the whole script and return its metrics."""
     settings = settings_of_command(sys.argv[1:] if arguments is None else arguments)
-    metrics = compress(*settings, bundled=BUNDLED)
+    try:
+        metrics = compress(*settings, bundled=BUNDLED)
+    except KeyboardInterrupt as stopped:
+        if is_main():
+            print(stopped_text(settings.run.output_dir), file=sys.stderr)
+        raise SystemExit(getattr(stopped, "exit_code", 130)) from None  # that of SIGTERM, once work has begun
     if is_main():
         teacher = settings.run.pretrained_model_name_or_path or BUNDLED[0].path
         print(f"\n{summary(metrics, replace(settings.run, pretrained_model_name_or_path=teacher))}")
     return metrics
 
 
+def stopped_text(folder: str) -> str:
+    """Return what a run that was stopped says."""
+    return (
+        f"\ndistill.py: stopped. What is finished is kept in {folder}, with a checkpoint of a training that was under "
+        f"way. The same command goes on from there: {shlex.join(sys.argv)}"
+    )
+
+
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, MissingExtraError) as error:
+    except (ValueError, OSError, MissingExtraError) as error:
         sys.exit(1 if failed_elsewhere(error) else f"distill.py: {error}")

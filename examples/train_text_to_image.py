@@ -206,6 +206,7 @@ def encode_all(run: Run, vae: AutoencoderKL, batch_size: int = 256) -> Tensor:
             bar.update(len(rows))
     latents = torch.cat(found)
     if run.accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, {"latents": latents})
     return latents
 

@@ -5,6 +5,7 @@ import importlib
 import io
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from diffusers_pqcad.cli.help import COMMANDS, help_for, is_asked_for, text_of
 from diffusers_pqcad.cli.main import main
 from diffusers_pqcad.cli.quantize import COMMAND as QUANTIZE
 from diffusers_pqcad.cli.quantize import settings_of
+from diffusers_pqcad.compression.stopping import stop_now
 
 MAX_HELP_SECONDS = 2.0
 
@@ -266,6 +268,8 @@ def test_ctrl_c_ends_with_130_and_says_what_is_kept_and_how_to_go_on(capsys, mon
     assert found.reason == (
         "pqcad compress: stopped. What is finished is kept in out. To go on: pqcad compress 'my model' -o out"
     )
+    replaced(monkeypatch, "compress", lambda settings: stop_now(signal.SIGTERM))
+    assert answer(capsys, "compress", "my model", "-o", "out") == (143, "", found.err)
     replaced(monkeypatch, "env", run)
     assert answer(capsys, "env").reason == "pqcad env: stopped. Nothing was written. To start over: pqcad env"
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -130,6 +131,10 @@ def test_the_main_process_decides(primitives) -> None:
         assert found["read"] == "text"
         assert found["nothing to read"] is None
         assert [value.tolist() for value in found["copied"]] == [[0, 0], [0, 0]]
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_checkpoint(primitives) -> None:
+    assert [found["asked to stop"] for found in primitives] == [(None, signal.SIGTERM, 143)] * 2
 
 
 def test_gradients_are_added_up_with_their_weights(primitives) -> None:

@@ -23,7 +23,7 @@ from diffusers import DDIMPipeline
 from torch import Tensor, nn
 
 from diffusers_pqcad import DistillConfig, PQCADConfig
-from diffusers_pqcad.compression import distillation, processes, progressive
+from diffusers_pqcad.compression import distillation, processes, progressive, stopping
 from diffusers_pqcad.compression.calibration import CalibrationSet
 from diffusers_pqcad.compression.denoiser import StepPlan
 from diffusers_pqcad.compression.distillation import distill
@@ -173,7 +173,22 @@ def primitives() -> dict[str, Any]:
         "an error cannot be sent": caught(lambda: fail_in(1, Unsendable(1, 2))),
         "one fails elsewhere": caught(fail_while_main_works),
         "and goes on": processes.everywhere(rank),
+        "asked to stop": asked_in(1),
     }
+
+
+def asked_in(rank: int) -> tuple[int | None, int | None, int]:
+    """Return the signal before and after one process was sent SIGTERM, and the exit code that all are stopped with."""
+    found = []
+    try:
+        with stopping.stopping_at_checkpoints():
+            found.append(stopping.asked_to_stop())
+            if processes.place().process_index == rank:
+                os.kill(os.getpid(), signal.SIGTERM)
+            found.append(stopping.asked_to_stop())
+    except stopping.Stopped as stopped:
+        return found[0], found[1], stopped.exit_code
+    raise AssertionError("it went on")
 
 
 def of_two_calls(calibration: CalibrationSet) -> CalibrationSet:

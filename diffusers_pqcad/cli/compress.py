@@ -10,7 +10,7 @@ from diffusers_pqcad.cli.inspect import described, plans_of
 from diffusers_pqcad.cli.saved_source import models_of
 from diffusers_pqcad.publishing.compress import arms_of, compress
 from diffusers_pqcad.publishing.hub import input_kind, results_table, student_call, table_notes
-from diffusers_pqcad.publishing.pipelines import strides_of
+from diffusers_pqcad.publishing.pipelines import loading_arguments, strides_of
 from diffusers_pqcad.publishing.run_folder import PROMPTS_FILE
 from diffusers_pqcad.publishing.settings import PARTS, PRESETS, CompressConfig, Settings, config_of, flat, settings_of
 
@@ -101,7 +101,9 @@ def compare_command(metrics: dict[str, Any], run: CompressConfig) -> str:
 def planned(settings: Settings) -> Outcome:
     """Return what would be done: the layers by headers, the stages by the settings."""
     run, quantization, _, distillation = settings
-    plans = plans_of(models_of(str(run.pretrained_model_name_or_path)), quantization)
+    plans = plans_of(
+        models_of(str(run.pretrained_model_name_or_path), loading_arguments(run).get("revision")), quantization
+    )
     students = [run.num_inference_steps // stride for stride in strides_of(run)]
     arms = [arm.name for arm in arms_of(distillation, run.wanted_ablations())]
     lines = [f"{name}: {found.totals()}" for name, found in plans.items()]

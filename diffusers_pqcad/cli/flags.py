@@ -124,6 +124,7 @@ def program_help(summaries: dict[str, str]) -> str:
     return (
         f"usage: {PROGRAM} COMMAND [flags]\n\nMake diffusion pipelines smaller and faster on CPUs, and see by how "
         f"much.\n\ncommands:\n{lines}\n\nEach takes --config FILE.yaml, --json and --help. Exit codes: 0, it "
-        "worked; 1, it failed, with\nthe reason on stderr; 2, wrong use; 130, stopped by Ctrl-C.\n\nexample:\n"
+        "worked; 1, it failed, with\nthe reason on stderr; 2, wrong use; 130, stopped by Ctrl-C; 143, by SIGTERM."
+        "\n\nexample:\n"
         f"  {PROGRAM} quantize my/pipeline --weight_bits 4 -o outputs/small\n"
     )

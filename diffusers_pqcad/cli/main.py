@@ -23,7 +23,7 @@ EXPECTED = (ValueError, OSError, ImportError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code of a command line: 0, 1 for a failure, 2 for wrong use, 130 after Ctrl-C.
+    """Return the exit code of a command line: 0; 1, a failure; 2, wrong use; 130 after Ctrl-C, 143 after SIGTERM.
 
     Of several processes, the first one speaks for all; another one, of a failure that only it knows of.
     """
@@ -63,11 +63,11 @@ def run(command: "Command", flags: Sequence[str]) -> int:
     try:
         with redirect_stdout(sys.stderr):
             outcome = command.run(settings)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         again = shlex.join([PROGRAM, command.name, *flags])
         if is_first():
             say(f"\n{title}: stopped. {command.kept(settings)} {again}")
-        return STOPPED
+        return getattr(stopped, "exit_code", STOPPED)  # that of SIGTERM, where the command knows
     except Exception as error:
         if is_told_here(error):
             if values["traceback"]:

@@ -1,8 +1,12 @@
 """Resume files: nested dictionaries of tensors and plain values, in one safetensors file, written atomically."""
 
+import errno
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +47,71 @@ def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
     return value["value"]
 
 
-def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Write `state`, a nesting of dictionaries and lists over tensors and plain values; a kill leaves the old file."""
+# What a file system says of a file that does not fit: the disk is full, or the user's part of it, or the file's size.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class NotWrittenError(OSError):
+    """A file could not be written, for want of room or of the folder around it; the message says what to do."""
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a path to write to, which takes the place of `path` at the end of the block; a kill leaves the old file.
+
+    Raises NotWrittenError, the old file being as it was and nothing beside it, for a full disk or a folder that is
+    gone.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        with room_for(path):
+            yield temporary
+            os.replace(temporary, path)
+    except Exception:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Raise NotWrittenError for what goes wrong inside the block where the disk or the folder of `path` is why."""
+    try:
+        yield
+    except NotWrittenError:  # of a file in it
+        raise
+    except (OSError, SafetensorError) as error:
+        if not path.parent.is_dir():
+            raise NotWrittenError(
+                f"{path}: cannot be written, as the folder {path.parent} is gone. Bring it back (a disk that is no "
+                "longer mounted?), and the same call goes on from what it holds."
+            ) from error
+        if number_of(error) not in FULL:
+            raise
+        kept = "What was there is as it was." if path.exists() else "There was none before."
+        raise NotWrittenError(
+            f"{path}: cannot be written, as the disk is full ({os.strerror(number_of(error) or 0)}). {kept} Make "
+            "room, and the same call goes on."
+        ) from error
+
+
+def number_of(error: Exception) -> int | None:
+    """Return the `errno` of an error; safetensors has it in its text alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    return next((number for number in FULL if f"(os error {number})" in str(error)), None)
+
+
+def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Write `state`, a nesting of dictionaries and lists over tensors and plain values; a kill leaves the old file.
+
+    Raises NotWrittenError as `replacing` does: the folder has to be there.
+    """
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_split(state, "", tensors))
-    temporary = path.with_name(path.name + ".partial")
-    save_file(tensors, temporary, metadata={STRUCTURE_KEY: structure, DIGEST_KEY: tensors_hash(tensors, structure)})
-    os.replace(temporary, path)
+    metadata = {STRUCTURE_KEY: structure, DIGEST_KEY: tensors_hash(tensors, structure)}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -73,6 +133,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return _join(json.loads(structure), tensors)
 
 
+def plain_settings(settings: Any, later: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of a dataclass for a request, those that came `later` only where they are no defaults.
+
+    A resume file that was begun before there were such fields has the defaults.
+    """
+    defaults = {item.name: item.default for item in fields(settings)}
+    return {key: value for key, value in asdict(settings).items() if key not in later or value != defaults[key]}
+
+
 def check_request(path: str | Path, saved: dict[str, Any], request: dict[str, Any]) -> None:
     """Raise ValueError unless a resume file was `saved` for this `request` (plain values): another one is no start."""
     theirs, mine = json.loads(saved.get("request", "{}")), json.loads(json.dumps(request))
@@ -84,11 +153,9 @@ def check_request(path: str | Path, saved: dict[str, Any], request: dict[str, An
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically: a kill leaves the old one."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    """Write a text file atomically: a kill leaves the old one. Raises NotWrittenError as `replacing` does."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 @torch.no_grad()

@@ -11,10 +11,10 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,7 @@ from diffusers_pqcad.compression.checkpoint import (
     check_request,
     load_checkpoint,
     model_hash,
+    plain_settings,
     save_checkpoint,
     tensors_hash,
 )
@@ -41,11 +42,12 @@ from diffusers_pqcad.compression.fake_quant import (
 )
 from diffusers_pqcad.compression.grid import Grid
 from diffusers_pqcad.compression.optimization import (
+    WARMUP_STEPS,
     AveragedAdam,
     BestState,
+    LrScheduler,
     Trainable,
     check_minimum,
-    rate_factor,
     trained_alone,
     trained_groups,
 )
@@ -60,6 +62,8 @@ from diffusers_pqcad.compression.processes import (
     rows_of,
 )
 from diffusers_pqcad.compression.progressive import image_error, trajectory_error, weighted_error
+from diffusers_pqcad.compression.stopping import asked_to_stop, stop_where_asked
+from diffusers_pqcad.compression.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -99,17 +103,30 @@ class DistillConfig:
         },
     )
     lora_rate: float = field(default=1e-3, metadata={"help": "rate of CAD for an adapter, Adam's own"})
-    max_train_steps: int = field(default=320, metadata={"help": "updates of CAD"})
-    train_batch_size: int = field(default=32, metadata={"help": "images of an update of CAD, per term and process"})
-    step_rate: float = field(
-        default=1e-3,
-        metadata={"help": "rate of CAD, in rounding steps of each layer; Adam, with a warm-up and a linear decay"},
+    max_train_steps: int = field(
+        default=320,
+        metadata={
+            "help": "updates of CAD for each student: what a step is wherever steps of the training are counted, here "
+            "and for validation and checkpoints"
+        },
     )
+    train_batch_size: int = field(default=32, metadata={"help": "images of an update of CAD, per term and process"})
+    step_rate: float = field(default=1e-3, metadata={"help": "rate of CAD, in rounding steps of each layer; Adam"})
     float_rate: float = field(
         default=1e-3,
         metadata={
             "help": "rate of CAD, in sizes of each tensor in floating point: biases, norms, layers not quantized"
         },
+    )
+    lr_scheduler: LrScheduler | None = field(
+        default=None,
+        metadata={
+            "help": "schedule of CAD's rates, by diffusers' names; None: a warm-up that starts above 0, times a "
+            "linear decay to 0 over all updates"
+        },
+    )
+    lr_warmup_steps: int = field(
+        default=WARMUP_STEPS, metadata={"help": "updates of CAD's warm-up; constant has none, as in diffusers"}
     )
     max_grad_norm: float = field(default=1.0, metadata={"help": "norm to which CAD clips the gradients"})
     fold_guidance: bool | None = field(
@@ -133,7 +150,9 @@ class DistillConfig:
             raise ValueError(f"teacher: expected 'quantized', 'fp' or 'none', got {self.teacher!r}.")
         if self.trainable not in ("all", "scales", "lora"):
             raise ValueError(f"trainable: expected 'all', 'scales' or 'lora', got {self.trainable!r}.")
-        check_minimum(self, max_train_steps=1, train_batch_size=1, evaluation_steps=1, rank=1)
+        if self.lr_scheduler is not None and self.lr_scheduler not in get_args(LrScheduler):
+            raise ValueError(f"lr_scheduler: expected one of {get_args(LrScheduler)}, got {self.lr_scheduler!r}.")
+        check_minimum(self, max_train_steps=1, train_batch_size=1, evaluation_steps=1, rank=1, lr_warmup_steps=0)
         check_minimum(self, step_rate=0, float_rate=0, lora_rate=0, calibration_weight=0)
         check_minimum(self, **({} if self.lora_alpha is None else {"lora_alpha": 1}))
         if not self.max_grad_norm > 0:
@@ -226,6 +245,7 @@ class Distillation:
         self.weight = calibration.gains(self.num_steps).square()
         self.terms = {name: term for name, term in TERMS.items() if term.weight(config)}
         self.place = Place()
+        self.watch = Watch()
 
     def mine(self, count: int) -> slice:
         """Return this process's rows of `count` images."""
@@ -354,6 +374,9 @@ class Term(NamedTuple):
     draw: Callable[[Distillation, torch.Generator], Draw]
 
 
+# Not in files of older versions.
+LATER_SETTINGS = ("lr_scheduler", "lr_warmup_steps")
+
 TERMS = {
     "teacher": Term(lambda config: float(config.teacher != "none"), teacher_draw),
     "calibration": Term(lambda config: config.calibration * config.calibration_weight, calibration_draw),
@@ -386,7 +409,7 @@ def request_of(
         "stride": stride,
         "teacher_branches": calibration.plan.branches,
         "folds": config.folds(calibration.plan),
-        "config": asdict(config),
+        "config": plain_settings(config, later=LATER_SETTINGS),
         "calibration": calibration.identity(),
         "num_inference_steps": calibration.num_inference_steps,
         "bits": bits_by_module(student),
@@ -406,6 +429,7 @@ def distill(
     stride: int = 2,
     accelerator: Accelerator | None = None,
     checkpoint: str | Path | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[StepStats]:
     """Train `student` in place to sample in half the steps of `calibration`, yielding each update's statistics.
 
@@ -415,8 +439,9 @@ def distill(
     with that student as the teacher. Fresh inputs are re-noised `data` (n, C, H, W), by default the end points of the
     calibration trajectories. When the generator is exhausted or closed, the student is in its best state by held-out
     trajectory error in its steps; the undistilled start competes (`best_step` 0 means that it won). `checkpoint`
-    names a resume file. `accelerator` defaults to fp32 on the student's device. Several processes draw as many images
-    each, and all have the same student throughout.
+    names a resume file; inside `stopping_at_checkpoints` it is also written, and Stopped raised, when the process is
+    asked to stop. `watch` says what else happens in between, and when that file is written. `accelerator` defaults to
+    fp32 on the student's device. Several processes draw as many images each, and all have the same student throughout.
 
     With `trainable="scales"` no weight moves, with "lora" nothing but an adapter: that of the student, else a new one,
     which the student has from then on. It may be one in full precision then, and learns fewer steps alone.
@@ -438,7 +463,10 @@ def distill(
     accelerator = accelerator or accelerator_on(device.type)
     check_whole(accelerator)
     run.place = Place(accelerator.process_index, accelerator.num_processes)
+    run.watch = watch or Watch()
     path = None if checkpoint is None else Path(checkpoint)
+    if path is not None:
+        on_main(path.parent.mkdir, parents=True, exist_ok=True)
     state = None if path is None else read_together(partial(load_checkpoint, path), path.exists)
     request = request_of(student, teacher, calibration, config, data, stride)
     if run.place.num_processes > 1:  # as many times the images
@@ -475,6 +503,8 @@ def updates(
         num_steps=config.max_train_steps,
         ema_decay=config.ema_decay,
         max_grad_norm=config.max_grad_norm,
+        lr_scheduler=config.lr_scheduler,
+        warmup_steps=config.lr_warmup_steps,
     )
     best, first = BestState(student, run.trajectory_error()), 0
     if state is not None:
@@ -502,14 +532,19 @@ def updates(
                 step=done,
                 loss=total,
                 losses=losses,
-                step_rate=config.step_rate * rate_factor(step, adam.num_steps, adam.warmup_steps),
+                step_rate=config.step_rate * adam.rate_factor(step),
                 images_per_second=images_per_update / (time.perf_counter() - started),
                 held_out_error=error,
                 best_step=best.step,
                 best_error=best.error,
             )
             # Saved after it was reported: a kill in between repeats some updates, and loses no entry of a log.
-            if error is not None and path is not None:
+            stops = asked_to_stop() is not None  # asked once: a signal in between would stop without a checkpoint
+            if run.watch.shows(done) and not stops:
+                with adam.averaged():
+                    run.watch.show(done)
+            is_due = run.watch.saves(done, measured=error is not None, is_last=done == config.max_train_steps)
+            if path is not None and (stops or is_due):
                 state = {
                     "model": fake_quant_state(student),
                     "adam": adam.state_dict(),
@@ -518,6 +553,9 @@ def updates(
                     "request": json.dumps(request),
                 }
                 on_main(save_checkpoint, path, state)
+                run.watch.kept(done)
+            if stops:
+                stop_where_asked()
     except GeneratorExit:
         pass  # stopped early: the best state so far is the student
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)

@@ -1,10 +1,12 @@
 """How fake-quantized models are trained: rates in rounding steps, averaged weights, and the best state kept."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -14,6 +16,8 @@ from diffusers_pqcad.layers.find import is_of_adapter
 from diffusers_pqcad.loading.coverage import float_weights
 
 Trainable = Literal["all", "scales", "lora"]
+# By diffusers' names: those that its training scripts take.
+LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
 MIN_RMS = 0.01  # of a tensor that starts at or near zero, as a bias may
 WARMUP_STEPS = 10
@@ -114,11 +118,24 @@ def rate_factor(step: int, num_steps: int, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / (warmup_steps + 1)) * (1 - step / num_steps)
 
 
-class AveragedAdam:
-    """Adam with a warm-up and a linear decay of its rates, and a moving average of the weights it passes through.
+def rate_schedule(lr_scheduler: LrScheduler | None, num_steps: int, warmup_steps: int) -> Callable[[int], float]:
+    """Return what rates are multiplied by in each update, counted from 0; None: by `rate_factor`.
 
-    `groups` are Adam's, with the rates that the warm-up leads to. Short trainings at rates high enough to move
-    quantized weights end in noise; the average takes it out.
+    By diffusers' names the first update of a warm-up has a rate of 0, "linear" decays from the end of the warm-up on,
+    and "constant" has none.
+    """
+    if lr_scheduler is None:
+        return partial(rate_factor, num_steps=num_steps, warmup_steps=warmup_steps)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # a schedule is made for one; only its function is taken
+    schedule = get_scheduler(lr_scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=num_steps)
+    return schedule.lr_lambdas[0]
+
+
+class AveragedAdam:
+    """Adam with a schedule of its rates, and a moving average of the weights it passes through.
+
+    `groups` are Adam's, with the rates that the warm-up leads to; `lr_scheduler` is as in `rate_schedule`. Short
+    trainings at rates high enough to move quantized weights end in noise; the average takes it out.
     """
 
     def __init__(
@@ -129,17 +146,19 @@ class AveragedAdam:
         ema_decay: float,
         warmup_steps: int = WARMUP_STEPS,
         max_grad_norm: float = 1.0,
+        lr_scheduler: LrScheduler | None = None,
         **adam: Any,
     ) -> None:
         self.optimizer = torch.optim.Adam(groups, **adam)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.rates = [group["lr"] for group in groups]
-        self.num_steps, self.warmup_steps, self.max_grad_norm = num_steps, warmup_steps, max_grad_norm
+        self.max_grad_norm = max_grad_norm
+        self.rate_factor = rate_schedule(lr_scheduler, num_steps, warmup_steps)
         self.average = EMAModel(self.parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
 
     def update(self, step: int) -> None:
         """Clip the gradients, apply them at the rates of `step`, clear them, and take the weights into the average."""
-        factor = rate_factor(step, self.num_steps, self.warmup_steps)
+        factor = self.rate_factor(step)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)

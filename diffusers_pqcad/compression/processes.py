@@ -227,8 +227,8 @@ def copy_from_main_(model: nn.Module) -> None:
 # How they are started
 
 
-def accelerator_on(device_type: str) -> Accelerator:
-    """Return the Accelerator of a training in fp32 on a kind of device.
+def accelerator_on(device_type: str, **options: Any) -> Accelerator:
+    """Return the Accelerator of a training in fp32 on a kind of device, with further `options`: those of tracking.
 
     Several processes hold the whole model each, and their gradients are reduced. Raises ValueError where it would be
     otherwise, and where processes do not know of each other.
@@ -243,6 +243,7 @@ def accelerator_on(device_type: str) -> Accelerator:
             # Buckets stay as they are then: a resumed training adds the gradients up in the same order.
             DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True),
         ],
+        **options,
     )
     if accelerator.num_processes != started:
         raise ValueError(

@@ -55,6 +55,7 @@ from diffusers_pqcad.compression.reconstruction import (
     find_units,
     reconstruct,
 )
+from diffusers_pqcad.compression.stopping import asked_to_stop, stop_where_asked
 from diffusers_pqcad.layers.find import layer_of
 from diffusers_pqcad.loading.config import PQCADConfig
 from diffusers_pqcad.loading.convert import match_modules, relative_weight_error, with_model_exemptions
@@ -325,6 +326,9 @@ class ProgressiveQuantizer:
         self.perturbations: dict[str, float] = {}
         self.prices: dict[str, float] = {}
         self.progress = {"stage": 0, "round": 0}
+        # Of a round that was stopped half-way: its kind, its moves, and the units that have been through them.
+        self.begun: dict[str, Any] | None = None
+        self.path: Path | None = None  # of the resume file
         self.shows_progress = False
         self.request: dict[str, Any] = {}  # what a resume file must have been begun with
         prepare_(model, config, self.controller.bits)
@@ -397,18 +401,22 @@ class ProgressiveQuantizer:
 
     def move_units(
         self,
-        moves: Iterable[Move],
+        moves: Sequence[Move],
         stage: int,
         round_index: int,
         *,
+        kind: str = "round",
         share: float,
         units: Iterable[str] = (),
     ) -> None:
-        """Carry out `moves` unit by unit, in execution order, with reconstruction.
+        """Carry out the `moves` of a `kind` of round, unit by unit in execution order, with reconstruction.
 
         `share` is that of the reconstruction's iterations and samples; `units` names further units to reconstruct
-        although none of their layers moves.
+        although none of their layers moves. Where the process is asked to stop, the resume file is written after a
+        unit, and Stopped raised; those that were done are left out then.
         """
+        done = [] if self.begun is None else self.begun["units"]
+        begun, self.begun = {"kind": kind, "moves": [asdict(move) for move in moves], "units": done}, None
         settings = self.settings.reconstruction
         settings = replace(settings, iterations=math.ceil(share * settings.iterations))
         num_samples = max(MIN_RECONSTRUCTION_SAMPLES, round(share * self.settings.reconstruction_samples))
@@ -418,7 +426,8 @@ class ProgressiveQuantizer:
         layers = fake_quant_layers(self.model)
         samples = self.train_set.draw(num_samples, self.seed(Stream.SAMPLES, stage, round_index))
         passes = passes_of(self.denoiser, samples)
-        bar = self.bar(sorted(by_unit, key=self.order.index), "reconstruction", "unit")
+        left = [name for name in sorted(by_unit, key=self.order.index) if name not in done]
+        bar = self.bar(left, "reconstruction", "unit")
         for name in bar:
             unit = self.units[name]
             for move in by_unit[name]:
@@ -429,6 +438,17 @@ class ProgressiveQuantizer:
                 result = reconstruct(unit, io, settings, name=name, seed=seed)
                 bar.set_postfix(loss=f"{result.loss_before:.1e} to {result.loss_after:.1e}")
                 self.history.units.append(asdict(result) | {"stage": stage, "round": round_index})
+            done.append(name)
+            if asked_to_stop() is not None:
+                self.begun = begun
+                self.save(self.path)
+                stop_where_asked()
+
+    def begun_moves(self, kind: str) -> list[Move] | None:
+        """Return the moves of a round that was stopped half-way; None where there is none of this `kind`."""
+        if self.begun is None or self.begun["kind"] != kind:
+            return None
+        return [Move(**move) for move in self.begun["moves"]]
 
     def record(self, stage: int, round_index: int, kind: str, moves: list[Move]) -> None:
         """Append one round to the history."""
@@ -450,11 +470,11 @@ class ProgressiveQuantizer:
             }
         )
 
-    def round(self, stage: int, round_index: int) -> bool:
-        """Run one round; return whether the stage goes on."""
+    def chosen_moves(self, stage: int, round_index: int) -> list[Move] | None:
+        """Return the moves of a round, which the controller has made; None where the stage is over."""
         controller, budget = self.controller, self.budgets[stage]
         if not controller.over(budget) or not controller.movable():
-            return False
+            return None
         self.observe(stage, round_index)
         held_out = self.held_out_calls(stage)
         power = (held_out.output.square().flatten(1).mean(dim=1) * held_out.weight).mean().item()
@@ -464,28 +484,44 @@ class ProgressiveQuantizer:
         left = max(self.settings.rounds_per_stage - round_index, 1)
         moves = controller.propose(budget, rounds_left=left, perturbation=perturbation)
         controller.commit(moves)
-        self.move_units(moves, stage, round_index, share=self.settings.round_share)
+        return moves
+
+    def round(self, stage: int, round_index: int) -> bool:
+        """Run one round, or what is left of it; return whether the stage goes on."""
+        moves = self.begun_moves("round")
+        if self.begun is None:
+            moves = self.chosen_moves(stage, round_index)
+        if moves is None:
+            return False
+        self.move_units(moves, stage, round_index, kind="round", share=self.settings.round_share)
         self.record(stage, round_index, "round", moves)
         return True
 
-    def force(self, stage: int) -> None:
-        """Meet the stage's budget, whatever a move costs; in the last stage spend what is left of it."""
-        controller, last = self.controller, stage == len(self.budgets) - 1
+    def final_moves(self, stage: int) -> list[Move]:
+        """Return the moves that meet the stage's budget, whatever they cost, and in the last stage spend all of it."""
+        controller = self.controller
         if controller.over(self.budgets[stage]):
             self.observe(stage, END_OF_STAGE)
         controller.forced_moves(self.budgets[stage])
-        if last:
+        if stage == len(self.budgets) - 1:
             controller.polish_moves(self.budgets[stage])
         before = bits_by_module(self.model)
-        net = [
+        return [
             Move(name, before[name], bits, controller.num_weights[name] * (before[name] - bits), 0.0)
             for name, bits in controller.bits.items()
             if bits != before[name]
         ]
+
+    def force(self, stage: int) -> None:
+        """Meet the stage's budget, whatever a move costs; in the last stage spend what is left of it."""
+        moves = self.begun_moves("forced")
+        if moves is None:
+            moves = self.final_moves(stage)
         # Bits are final after the last stage: every unit is reconstructed once more, on the inputs it will see.
+        last = stage == len(self.budgets) - 1
         units, share = (self.order, 1.0) if last else ((), self.settings.round_share)
-        self.move_units(net, stage, END_OF_STAGE, share=share, units=units)
-        self.record(stage, len(self.history.rounds), "forced", net)
+        self.move_units(moves, stage, END_OF_STAGE, kind="forced", share=share, units=units)
+        self.record(stage, len(self.history.rounds), "forced", moves)
 
     def correct_biases(self, stage: int) -> None:
         """Correct the layers' mean outputs; kept only if the held-out output error falls."""
@@ -528,6 +564,7 @@ class ProgressiveQuantizer:
                 "progress": self.progress,
                 "perturbations": self.perturbations,
                 "prices": self.prices,
+                "begun": self.begun,
                 "request": json.dumps(self.request),
             }
             on_main(save_checkpoint, path, state)
@@ -540,6 +577,7 @@ class ProgressiveQuantizer:
         self.progress, self.perturbations, self.prices = (
             state[key] for key in ("progress", "perturbations", "prices")
         )
+        self.begun = state.get("begun")  # older versions have whole rounds alone
 
     def show(self, bar: tqdm, position: int) -> None:
         """Move the bar of the stages, and show the bits so far and what they cost on held-out trajectories."""
@@ -549,7 +587,7 @@ class ProgressiveQuantizer:
 
     def run(self, path: Path | None = None, *, progress: bool = True) -> History:
         """Run all stages; `path` is where to write a resume file."""
-        settings, self.shows_progress = self.settings, progress
+        settings, self.shows_progress, self.path = self.settings, progress, path
         each, stages = settings.rounds_per_stage + 1, len(self.budgets)  # its rounds, if it takes all, and its end
         begun = min(self.progress["round"], each - 1)
         with tqdm(
@@ -564,6 +602,7 @@ class ProgressiveQuantizer:
                     self.show(bar, stage * each + min(round_index + 1, each - 1))
                     self.progress["round"] = round_index + 1
                     self.save(path)
+                    stop_where_asked()
                 self.force(stage)
                 self.correct_biases(stage)
                 if stage + 1 == stages:
@@ -571,6 +610,7 @@ class ProgressiveQuantizer:
                 self.show(bar, (stage + 1) * each)
                 self.progress = {"stage": stage + 1, "round": 0}
                 self.save(path)
+                stop_where_asked()
         return self.history
 
 
@@ -587,7 +627,8 @@ def progressive_quantize(
 
     `config` defaults to an average of WEIGHT_BITS bits: fewer than loading without data takes.
     Leaves the fake-quantized model with its latent weights: `distill` trains them, `convert_` turns a copy into packed
-    layers. `checkpoint` names a resume file: the same call after a kill goes on from it. Deterministic under
+    layers. `checkpoint` names a resume file: the same call after a kill goes on from it. It is written after each
+    round, and inside `stopping_at_checkpoints` after a unit, before Stopped is raised. Deterministic under
     `progressive.seed`; several processes share the work, and all end with the same model.
 
     Raises ValueError, with the model unchanged, for a calibration set of another model, a budget that cannot be met,
@@ -595,6 +636,8 @@ def progressive_quantize(
     with other settings.
     """
     path = None if checkpoint is None else Path(checkpoint)
+    if path is not None:
+        on_main(path.parent.mkdir, parents=True, exist_ok=True)
     # Before the model changes: the file may be damaged.
     state = None if path is None else read_together(partial(load_checkpoint, path), path.exists)
     settings = progressive or ProgressiveConfig()

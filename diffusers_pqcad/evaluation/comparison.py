@@ -175,6 +175,7 @@ def made_or_read(
     )
     assert states is not None  # of max_trajectories
     if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, samples._asdict() | {"timesteps": list(states.timesteps)})
     return samples, Trajectories(states.timesteps, torch.empty(0))
 

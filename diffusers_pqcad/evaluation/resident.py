@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -27,7 +27,8 @@ LOOKS_EVERY_SECONDS = 0.002
 class Sampling:
     """A pipeline that a process loads, and the call by which it makes one image.
 
-    `inputs` and `arguments` are JSON values, as `generate_images` takes them. `lora` is the folder of a LoRA.
+    `inputs` and `arguments` are JSON values, as `generate_images` takes them. `lora` is the folder of a LoRA, and
+    `loading` what else `from_pretrained` is told, such as a revision.
     """
 
     path: str
@@ -36,6 +37,7 @@ class Sampling:
     arguments: dict[str, Any]
     dtype: str = "float32"
     lora: str | None = None
+    loading: dict[str, Any] = field(default_factory=dict)
     num_threads: int = 1
 
 
@@ -60,9 +62,10 @@ def resident_here(sampling: Sampling) -> Resident:
     from diffusers_pqcad.evaluation.generate import generate_images
 
     torch.set_num_threads(sampling.num_threads)
-    import_classes(sampling.path)
+    import_classes(sampling.path, sampling.loading)
     before = resident_bytes()
-    pipeline: Any = DiffusionPipeline.from_pretrained(sampling.path, torch_dtype=getattr(torch, sampling.dtype))
+    dtype = getattr(torch, sampling.dtype)
+    pipeline: Any = DiffusionPipeline.from_pretrained(sampling.path, torch_dtype=dtype, **sampling.loading)
     if sampling.lora is not None:
         pipeline.load_lora_weights(sampling.lora)
     gc.collect()
@@ -81,9 +84,9 @@ def resident_here(sampling: Sampling) -> Resident:
     return Resident(peak, before)
 
 
-def import_classes(path: str) -> None:
+def import_classes(path: str, loading: dict[str, Any]) -> None:
     """Import the classes of a pipeline's parts, so that their code is no part of its memory."""
-    index = DiffusionPipeline.load_config(path)
+    index = DiffusionPipeline.load_config(path, **{key: loading[key] for key in loading if key != "variant"})
     for library, name in [("diffusers", index["_class_name"]), *(part for part in index.values() if is_part(part))]:
         with suppress(ImportError, AttributeError):  # a class of the pipeline's own; loading it tells
             getattr(import_module(library), name)

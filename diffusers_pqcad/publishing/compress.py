@@ -9,6 +9,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,13 +24,14 @@ from transformers.utils import logging as transformers_logging
 
 from diffusers_pqcad.compression.adapters import adapter_facts, below_adapter_
 from diffusers_pqcad.compression.calibration import CalibrationSet
-from diffusers_pqcad.compression.checkpoint import load_checkpoint, save_checkpoint
+from diffusers_pqcad.compression.checkpoint import load_checkpoint, room_for, save_checkpoint
 from diffusers_pqcad.compression.denoiser import denoiser_name, pipeline_with
 from diffusers_pqcad.compression.distillation import DistillConfig, adapted_, distill
 from diffusers_pqcad.compression.extras import require
 from diffusers_pqcad.compression.fake_quant import convert_, fake_quant_state, freeze_, load_fake_quant_state_
 from diffusers_pqcad.compression.processes import accelerator_on, is_main, on_main, place, together
 from diffusers_pqcad.compression.progressive import History, ProgressiveConfig, progressive_quantize
+from diffusers_pqcad.compression.stopping import stopping_at_checkpoints, stopping_at_once
 from diffusers_pqcad.evaluation.generate import Samples
 from diffusers_pqcad.evaluation.perceptual import Judges, load_judges
 from diffusers_pqcad.evaluation.resident import Sampling
@@ -39,6 +41,7 @@ from diffusers_pqcad.loading.convert import quantizable_layers, quantize_
 from diffusers_pqcad.publishing import hub, pushing
 from diffusers_pqcad.publishing.front_matter import license_of, task_of
 from diffusers_pqcad.publishing.given_set import given_set
+from diffusers_pqcad.publishing.kept_checkpoints import checkpoint_named, go_back_, resume_file
 from diffusers_pqcad.publishing.pipelines import (
     Row,
     Teacher,
@@ -55,6 +58,7 @@ from diffusers_pqcad.publishing.pipelines import (
     inputs_of_run,
     load_adapter_,
     load_teacher,
+    loading_arguments,
     measure,
     own_num_inference_steps,
     parted,
@@ -63,6 +67,7 @@ from diffusers_pqcad.publishing.pipelines import (
     prompts_of,
     record,
     reference_samples,
+    row_of,
     sample_images,
     save_adapter,
     source_of,
@@ -84,6 +89,9 @@ from diffusers_pqcad.publishing.run_folder import (
 from diffusers_pqcad.publishing.settings import CompressConfig, Settings, complete, flat
 from diffusers_pqcad.publishing.sizes import memory_rows
 from diffusers_pqcad.publishing.students import FOLDED_CALL, student_arguments, student_pipeline
+from diffusers_pqcad.publishing.supervision import Supervision, Watcher
+from diffusers_pqcad.publishing.tracking import check_tracker, journal_of
+from diffusers_pqcad.publishing.validation import check_validation
 
 MAX_SHOWN_IMAGES = 12
 
@@ -118,6 +126,21 @@ class Judge(NamedTuple):
     judges: Judges
 
 
+class Given(NamedTuple):
+    """What a run has loaded: its teacher and where that came from, its prompts, and what judges pictures.
+
+    `calibration` is a set that was recorded before, if there is one.
+    """
+
+    source: TeacherSource
+    bundled: Sequence[TeacherSource]
+    teacher: Teacher
+    prompts: list[str]
+    extractor: Any | None
+    judges: Judges
+    calibration: CalibrationSet | None
+
+
 class Variant(NamedTuple):
     """A further PQ to run, for a row of the ablations."""
 
@@ -141,37 +164,57 @@ def compress(
     `quantization` defaults to an average of 4 bits; `run.seed` is the seed of all parts; the first of the `bundled`
     teachers is that of a run that names none. `progress` shows bars and headings. The folder holds a loadable
     pipeline, `metrics.json` (what this returns), `history.json` of PQ, `recipe.yaml` (the settings) and `state`, from
-    which the same call goes on. Sets torch's threads and seeds for this process, and TF32 off. Several processes share
+    which the same call goes on. Sets torch's threads, seeds and TF32 for this process. Several processes share
     the work: the main one writes and tells how it goes, and all return the metrics.
+
+    Ctrl-C and SIGTERM end a training after it has written a checkpoint, and anything else at once, by Stopped: a
+    KeyboardInterrupt. A second one does not wait.
 
     Raises, before anything is written, ValueError for settings that cannot work, a pipeline that is not supported, or
     a folder that was begun with other settings; MissingExtraError where a package that is needed later is missing.
+    Later NotWrittenError for a full disk or a folder that is gone; what was written before is intact.
     """
     settings = complete(run, quantization, progressive, distillation)
     source = source_of(run, bundled)
     require("train", "matplotlib", "scipy", "torchmetrics")  # for what comes last: the figures and the pictures
     if has_adapter(run, settings.distillation):
         require("lora", "peft")
+    if run.report_to == "trackio":  # imported here; the others are by Accelerate alone
+        require("track", "trackio")
+    check_tracker(run)
     prepare_process(run)
 
     folder = Path(run.output_dir)
     with together():
         prompts, extractor = on_main(prompts_of, run, source.path), extractor_of(source)
-        teacher, as_you_run_it = load_teacher(source.path)
+        teacher, as_you_run_it = load_teacher(source.path, **loading_arguments(run))
         check_adapter(teacher, run, settings.distillation)
         load_adapter_(teacher, run)
         check_teacher(teacher, run, settings.quantization, prompts)
-        given = given_set(teacher, run, prompts)
+        check_validation(teacher, run)
+        calibration = given_set(teacher, run, prompts)
         judges = load_judges(run.lpips, run.clip_model) if is_main() else Judges()
+        checkpoint = on_main(checkpoint_named, folder, run.resume_from_checkpoint)
         on_main(claim_folder, folder, settings, prompts)
+        if checkpoint is not None:
+            on_main(go_back_, folder, checkpoint)
         check_is_shared(folder)
+    site = Site(folder / "state", run.train_device, progress and is_main(), place().num_processes)
+    with stopping_at_once(), room_for(site.state):
+        loaded = Teacher(teacher, as_you_run_it)
+        given = Given(source, bundled, loaded, prompts, extractor, judges, calibration)
+        return all_stages(site, settings, given)
+
+
+def all_stages(site: Site, settings: Settings, given: Given) -> dict[str, Any]:
+    """Return the metrics of a run in its claimed folder, after all that is missing there was made."""
+    (source, bundled, (teacher, as_you_run_it), prompts, extractor, judges, recorded), run = given, settings.run
+    folder = site.state.parent
     if prompts:  # where they came from may change meanwhile
         copy_of_prompts = str(folder / PROMPTS_FILE)
         run = replace(run, prompts_file=copy_of_prompts, dataset_name=None, dataset_config_name=None)
-    site = Site(folder / "state", run.train_device, progress and is_main(), place().num_processes)
-
     site.say(f"calibration set: {run.num_trajectories} full-precision trajectories")
-    calibration = recording(site, teacher, run) if given is None else given
+    calibration = recording(site, teacher, run) if recorded is None else recorded
     folds = settings.distillation.folds(calibration.plan)
     if folds:
         check_folding(teacher, run, calibration.plan.folded())
@@ -181,8 +224,14 @@ def compress(
 
     arms = arms_of(settings.distillation, run.wanted_ablations(), fold_otherwise=not folds if has_both_ways else None)
     trained: dict[str, Trained] = {}
-    for arm in arms:
-        trained |= distilled_students(site, arm, run, teacher, calibration, quantized)
+    keys = [key for arm in arms for key, _ in stages_of(arm, run)]
+    first_updates = {key: index * settings.distillation.max_train_steps for index, key in enumerate(keys)}
+    with ExitStack() as stack:
+        with together():
+            journal = stack.enter_context(journal_of(settings, site.state))
+        supervision = Supervision(run, folder, teacher, calibration, first_updates, journal)
+        for arm in arms:
+            trained |= distilled_students(site, arm, run, teacher, calibration, quantized, supervision)
     variants = variants_of(settings)
     models = {}
     for variant in variants:
@@ -228,8 +277,8 @@ def compress(
 def prepare_process(run: CompressConfig) -> None:
     """Set threads, seeds and precision of this process; ValueError where it cannot run as the settings say."""
     # In fp32 and where the settings say, whatever the user's Accelerate config does: the figures are for that.
-    # NVIDIA's convolutions would round their inputs to 10 bits.
-    torch.backends.cudnn.allow_tf32 = False
+    # By default NVIDIA's convolutions would round their inputs to 10 bits.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = run.allow_tf32
     accelerator = accelerator_on(run.train_device)
     if run.train_device != accelerator.device.type:
         raise ValueError(
@@ -294,9 +343,10 @@ def quantized_model(
     begun = on_main(time_of, path)
     if begun is None:
         on_main(note_training, site, key)
-    history = progressive_quantize(
-        model, calibration, quantization, progressive, checkpoint=path, progress=site.progress
-    )
+    with stopping_at_checkpoints():
+        history = progressive_quantize(
+            model, calibration, quantization, progressive, checkpoint=path, progress=site.progress
+        )
     if on_main(time_of, path) != begun:  # it was not finished before
         on_main(note_training, site, key)
     return model.to("cpu"), history
@@ -378,7 +428,13 @@ def lesson_of(config: DistillConfig, calibration: CalibrationSet, stride: int) -
 
 
 def distilled_students(
-    site: Site, arm: Arm, run: CompressConfig, teacher: Any, calibration: CalibrationSet, quantized: nn.Module
+    site: Site,
+    arm: Arm,
+    run: CompressConfig,
+    teacher: Any,
+    calibration: CalibrationSet,
+    quantized: nn.Module,
+    supervision: Supervision,
 ) -> dict[str, Trained]:
     """Return the students of an arm by key, each of which begins as the one before, the first as PQ's model."""
     found: dict[str, Trained] = {}
@@ -386,21 +442,25 @@ def distilled_students(
     for stage in stages_of(arm, run):
         site.say(f"distillation: {arm.name}, {run.num_inference_steps // stage.stride} steps")
         lesson = lesson_of(arm.config, calibration, stage.stride)
-        found[stage.key] = distilled_student(site, stage.key, lesson, teacher, before)
+        watcher = supervision.of(stage.key, stage.stride, folded=arm.config.folds(calibration.plan))
+        found[stage.key] = distilled_student(site, stage.key, lesson, teacher, before, watcher)
         before = found[stage.key].student
     return found
 
 
-def distilled_student(site: Site, key: str, lesson: Lesson, teacher: Any, before: nn.Module) -> Trained:
+def distilled_student(
+    site: Site, key: str, lesson: Lesson, teacher: Any, before: nn.Module, watcher: Watcher
+) -> Trained:
     """Return the student that begins as the model `before`, trained or read back."""
     path = site.state / f"{key}.safetensors"
     folds = lesson.config.folds(lesson.calibration.plan)
-    saved = cached(
-        path,
-        lambda: trained_student(site, key, lesson, teacher, before) | {"folds": folds},
-        save_checkpoint,
-        load_checkpoint,
-    )
+    with stopping_at_checkpoints():
+        saved = cached(
+            path,
+            lambda: trained_student(site, key, lesson, teacher, before, watcher) | {"folds": folds},
+            save_checkpoint,
+            load_checkpoint,
+        )
     if saved.get("folds", False) != folds:  # older versions folded nothing
         raise ValueError(f"{path}: this student was trained with both branches of guidance; give another output_dir.")
     student = adapted_(copy.deepcopy(before), lesson.config)
@@ -408,7 +468,9 @@ def distilled_student(site: Site, key: str, lesson: Lesson, teacher: Any, before
     return Trained(student, saved["stats"])
 
 
-def trained_student(site: Site, key: str, lesson: Lesson, teacher: Any, before: nn.Module) -> dict[str, Any]:
+def trained_student(
+    site: Site, key: str, lesson: Lesson, teacher: Any, before: nn.Module, watcher: Watcher
+) -> dict[str, Any]:
     """Return the state of a student after its training, `student`, and what the training said of itself, `stats`."""
     calibration, stride, config = lesson
     student = copy.deepcopy(before).to(site.device)
@@ -418,10 +480,11 @@ def trained_student(site: Site, key: str, lesson: Lesson, teacher: Any, before: 
     on_main(note_training, site, key)
     log = site.state / f"{key}-log.json"
     entries = {entry["step"]: entry for entry in on_main(entries_of, log)}
-    resume = site.state / f"{key}-resume.safetensors"
+    resume, watch = resume_file(site.state, key), watcher.watch(student)
     description = f"CAD to {calibration.num_inference_steps // stride} steps"
     with tqdm(total=config.max_train_steps, desc=description, unit="update", disable=not site.progress) as bar:
-        for entry in distill(student, speaker, calibration, config, stride=stride, checkpoint=resume):
+        for entry in distill(student, speaker, calibration, config, stride=stride, checkpoint=resume, watch=watch):
+            watcher.tell(entry)
             bar.update(entry.step - bar.n)
             if entry.held_out_error is not None:
                 entries[entry.step] = asdict(entry)
@@ -475,12 +538,6 @@ def untrained_rows(
         name = "progressive, load time (weights alone)"
         rows.append(Row("load_time", name, at_load_time(teacher, settings.quantization), steps))
     return rows
-
-
-def row_of(key: str, name: str, pipeline: Any, arguments: dict[str, Any]) -> Row:
-    """Return the row of a pipeline that is called with `arguments`, the number of steps among them."""
-    others = {name: value for name, value in arguments.items() if name != "num_inference_steps"}
-    return Row(key, name, pipeline, arguments["num_inference_steps"], others)
 
 
 def rows_in_fewer_steps(key: str, name: str, pipeline: Any, fewer: dict[int, dict[str, Any]]) -> list[Row]:
@@ -705,7 +762,10 @@ def memory_of_run(
         lora=None if metrics["adapter"] is None else run.output_dir,
         **shared,
     )
-    whole = Sampling(source.path, arguments=metrics["call_arguments"], lora=run.lora_weights, **shared)
+    loading = loading_arguments(run)
+    whole = Sampling(
+        source.path, arguments=metrics["call_arguments"], lora=run.lora_weights, loading=loading, **shared
+    )
     by_key = {row["key"]: row["size_bytes"] for row in metrics["rows"]}
     make = partial(memory_rows, whole, student, denoiser_of(teacher), (by_key["float"], by_key["pq_cad"]), site.state)
     return cached(site.state / "memory.json", make, save_json, load_json)
@@ -729,8 +789,11 @@ def save_results(
     assets = folder / "assets"
     assets.mkdir(exist_ok=True)
     shown = {"teacher": by_key["float"], "PQ": by_key["pq"], "PQ + CAD": by_key["pq_cad"]}
-    count = min(MAX_SHOWN_IMAGES, run.num_images)
-    grid = {f"{name}, {row.num_inference_steps}": sample_images(row, run, count=count) for name, row in shown.items()}
+    count, inputs = min(MAX_SHOWN_IMAGES, run.num_images), inputs_of_run(run).measured
+    grid = {
+        f"{name}, {row.num_inference_steps}": sample_images(row, run, inputs, count=count)
+        for name, row in shown.items()
+    }
     plot_samples(assets / "samples.png", grid, [str(item) for item in metrics["shown_inputs"]])
     plot_bits(assets / "bits.png", history.rounds)
     logs = sorted(site.state.glob("*-log.json"))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from datasets import load_dataset
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor, nn
@@ -52,6 +53,12 @@ class Row(NamedTuple):
     pipeline: Any
     num_inference_steps: int
     arguments: dict[str, Any] = {}
+
+
+def row_of(key: str, name: str, pipeline: Any, arguments: dict[str, Any]) -> Row:
+    """Return the row of a pipeline that is called with `arguments`, the number of steps among them."""
+    others = {name: value for name, value in arguments.items() if name != "num_inference_steps"}
+    return Row(key, name, pipeline, arguments["num_inference_steps"], others)
 
 
 @dataclass(frozen=True)
@@ -124,16 +131,35 @@ class Teacher(NamedTuple):
     as_you_run_it: Any | None
 
 
-def load_teacher(path: str) -> Teacher:
+def loading_arguments(run: CompressConfig) -> dict[str, Any]:
+    """Return what the run's pipeline is loaded with: where the Hub has it, which of its files, where they are kept.
+
+    Raises ValueError for a revision of a folder, which has none.
+    """
+    path = run.pretrained_model_name_or_path
+    if run.revision is not None and (path is None or Path(path).exists()):
+        raise ValueError(
+            f"revision: expected a repository of the Hub with it, got the folder {path or 'of the bundled pipeline'}; "
+            "leave it out."
+        )
+    return {
+        name: getattr(run, name) for name in ("revision", "variant", "cache_dir") if getattr(run, name) is not None
+    }
+
+
+def load_teacher(path: str, **arguments: Any) -> Teacher:
     """Return the full-precision pipeline of a folder or repository, with a scheduler to record trajectories by.
 
-    Raises ValueError for one that cannot be loaded, one without a single denoiser, and a scheduler that has no such.
+    `arguments` are those of `loading_arguments`; a variant's weights are made float32. Raises ValueError for one that
+    cannot be loaded, one without a single denoiser, and a scheduler that has no such.
     """
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path)
+        pipeline = DiffusionPipeline.from_pretrained(path, **arguments)
     except (OSError, ValueError) as error:
         where = "cannot be loaded" if Path(path).is_dir() else "no such folder, and not to be had from the Hub"
         raise ValueError(f"pretrained_model_name_or_path: {path!r}: {where}. {error}") from error
+    if "variant" in arguments:
+        pipeline.to(torch.float32)
     denoiser_of(pipeline).eval()
     scheduler, line = deterministic_scheduler(pipeline.scheduler)
     if line is None:
@@ -177,7 +203,7 @@ def load_adapter_(pipeline: Any, run: CompressConfig) -> None:
     if Path(path).is_file() and Path(path).suffix != ".safetensors":
         raise ValueError(f"lora_weights: expected a safetensors file or a folder with one, got {path!r}.")
     try:
-        pipeline.load_lora_weights(path, adapter_name=ADAPTER, use_safetensors=True)
+        pipeline.load_lora_weights(path, adapter_name=ADAPTER, use_safetensors=True, cache_dir=run.cache_dir)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"lora_weights: {path!r} cannot be loaded into {type(pipeline).__name__}. {error}") from error
     models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
@@ -283,7 +309,7 @@ def prompts_of_dataset(run: CompressConfig) -> list[str]:
     """
     name, column = run.dataset_name or "", run.prompt_column
     try:
-        rows = load_dataset(name, run.dataset_config_name, split="train", streaming=True)
+        rows = load_dataset(name, run.dataset_config_name, split="train", streaming=True, cache_dir=run.cache_dir)
     except (OSError, ValueError) as error:
         raise ValueError(f"dataset_name: {name!r} cannot be loaded ({error}).") from error
     if column in (rows.column_names or []):
@@ -463,11 +489,14 @@ def measure(
     return report.to_dict()
 
 
-def sample_images(row: Row, run: CompressConfig, *, count: int) -> Tensor:
-    """Return the first `count` pictures of a row's pipeline, (count, C, H, W) uint8, as they were measured."""
+def sample_images(row: Row, run: CompressConfig, inputs: list[Any] | None, *, count: int) -> Tensor:
+    """Return the first `count` pictures of a row's pipeline for `inputs`, (count, C, H, W) uint8.
+
+    Those of the inputs that are measured are the pictures that are measured.
+    """
     images = generate_images(
         row.pipeline,
-        inputs_of_run(run).measured,
+        inputs,
         num_images=count,
         num_inference_steps=row.num_inference_steps,
         seed=run.seed,

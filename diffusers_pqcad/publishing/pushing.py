@@ -41,6 +41,7 @@ PUBLISHED_FILES = (
     "*/vocab.json",
     "*/vocab.txt",
 )
+UNPUBLISHED_FILES = ("state/*", "checkpoint-*/*")  # of a run, which have such names, too
 # What helps, by the status of an HTTP answer.
 ADVICE = {
     401: "The Hub does not know you: log in with `hf auth login`.",
@@ -70,7 +71,7 @@ def is_repo_id(name: str) -> bool:
 def published_files(folder: Path) -> dict[str, int]:
     """Return the bytes of each file that leaves `folder`, by its name."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    kept = filter_repo_objects(names, allow_patterns=list(PUBLISHED_FILES), ignore_patterns=["state/*"])
+    kept = filter_repo_objects(names, allow_patterns=list(PUBLISHED_FILES), ignore_patterns=list(UNPUBLISHED_FILES))
     return {name: (folder / name).stat().st_size for name in kept}
 
 

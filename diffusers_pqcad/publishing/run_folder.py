@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
-from diffusers_pqcad.compression.checkpoint import write_text
+from diffusers_pqcad.compression.checkpoint import room_for, write_text
 from diffusers_pqcad.compression.processes import on_main
 from diffusers_pqcad.evaluation.speed import environment
 from diffusers_pqcad.publishing.settings import Settings, flat, settings_of
@@ -16,6 +16,7 @@ from diffusers_pqcad.publishing.settings import Settings, flat, settings_of
 # What may change between two runs in a folder: the rows there stay as they are.
 NEUTRAL_SETTINGS = (
     "output_dir",
+    "cache_dir",
     "num_threads",
     "train_device",
     "push_to_hub",
@@ -25,15 +26,26 @@ NEUTRAL_SETTINGS = (
     "only_ablations",
     "float_steps",
     "measure_memory",
+    "validation_prompts",
+    "validation_steps",
+    "report_to",
+    "logging_dir",
+    "tracker_project_name",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
 )
 # Paths of one computer.
 LOCAL_SETTINGS = (
     "pretrained_model_name_or_path",
     "lora_weights",
     "output_dir",
+    "cache_dir",
     "extractor",
     "calibration_set",
     "clip_model",
+    "logging_dir",
+    "resume_from_checkpoint",
 )
 # Where a run's prompts come from: its copy of them is what counts, and what a recipe is repeated with.
 PROMPT_SETTINGS = ("prompts_file", "dataset_name", "dataset_config_name", "prompt_column")
@@ -117,9 +129,15 @@ def cached(path: Path, make: Callable[[], T], save: Callable[[Path, T], None], l
     """
     if not on_main(path.exists):
         made = make()
-        on_main(path.parent.mkdir, parents=True, exist_ok=True)
-        on_main(save, path, made)
+        on_main(save_in_place, path, made, save)
     return load(path)
+
+
+def save_in_place(path: Path, value: T, save: Callable[[Path, T], None]) -> None:
+    """Write `value` by `save`, in a folder of the run's; NotWrittenError where the folder around that is gone."""
+    with room_for(path.parent):
+        path.parent.mkdir(exist_ok=True)  # not its parents: a disk that is gone would come back empty
+    save(path, value)
 
 
 def save_json(path: Path, value: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -52,6 +52,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+TrackerName = Literal["tensorboard", "trackio", "wandb"]
+# What is at least 1 where it is given.
+COUNTS = (
+    "height",
+    "width",
+    "max_sequence_length",
+    "own_num_inference_steps",
+    "sampling_batch_size",
+    "validation_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+)
+
+
 @dataclass(frozen=True)
 class CompressConfig:
     """Settings of a run of `compress` beside those of its methods: what it takes, measures, writes and pushes."""
@@ -59,6 +73,18 @@ class CompressConfig:
     pretrained_model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "the pipeline: a folder, or a repository of the Hub; None: the bundled teacher"},
+    )
+    revision: str | None = field(
+        default=None,
+        metadata={"help": "branch, tag or commit of the pipeline's repository on the Hub; None: main"},
+    )
+    variant: str | None = field(
+        default=None,
+        metadata={"help": "variant of the pipeline's weight files, such as fp16; they are computed with in float32"},
+    )
+    cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "folder where what is downloaded is kept; None: that of huggingface_hub and of datasets"},
     )
     lora_weights: str | None = field(
         default=None,
@@ -141,6 +167,20 @@ class CompressConfig:
             "pixels, 4 where it decodes latents"
         },
     )
+    validation_prompts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "prompts of which a student's pictures are drawn beside the teacher's while it trains, in "
+            "output_dir/validation and for report_to; None: of what is measured, with validation_steps"
+        },
+    )
+    validation_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "updates of a student between two such grids, which are made on the CPU; None: 100 with "
+            "validation_prompts, else there are none"
+        },
+    )
     num_images: int = field(default=1_000, metadata={"help": "images that are measured for each row of the table"})
     num_latency_rounds: int = field(
         default=3, metadata={"help": "rounds of the time measurements, in turns with full precision"}
@@ -186,9 +226,44 @@ class CompressConfig:
         default="cpu",
         metadata={"help": "where PQ and CAD train, 'cpu' or as 'cuda'; the table is measured on the CPU in any case"},
     )
+    allow_tf32: bool = field(
+        default=False,
+        metadata={
+            "help": "let NVIDIA's tensor cores round the inputs of float32 products to 10 bits (TF32) in PQ and CAD: "
+            "faster, and other figures"
+        },
+    )
     # accelerate launch sets a single OpenMP thread
     num_threads: int = field(default=0, metadata={"help": "threads of torch; 0: all cores that this process may use"})
     seed: int = field(default=42, metadata={"help": "seed of all draws"})
+    report_to: TrackerName | None = field(
+        default=None,
+        metadata={
+            "help": "tracker that is told each update's losses and rates, and shown the grids; None: none, and "
+            "assets/curves.png in any case"
+        },
+    )
+    logging_dir: str = field(default="logs", metadata={"help": "folder of tensorboard's files, in output_dir"})
+    tracker_project_name: str = field(
+        default="pqcad-compress", metadata={"help": "project of the tracker; a folder is one of its runs"}
+    )
+    checkpointing_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "updates of a student between two checkpoints, output_dir/checkpoint-STEP, where STEP counts the "
+            "updates of all students; None: one that is replaced at each measurement, in output_dir/state"
+        },
+    )
+    checkpoints_total_limit: int | None = field(
+        default=None, metadata={"help": "checkpoints of those that are kept, the last ones; None: all"}
+    )
+    resume_from_checkpoint: str = field(
+        default="latest",
+        metadata={
+            "help": "what a run in its folder goes on from: latest, the last that the folder holds of any stage, or "
+            "checkpoint-STEP, to go back to it in a training that is not finished"
+        },
+    )
     push_to_hub: bool = field(default=False, metadata={"help": "publish the folder on the Hub at the end"})
     hub_model_id: str | None = field(default=None, metadata={"help": "repository to publish in: user/name"})
     hub_private_repo: bool = field(default=False, metadata={"help": "create that repository as a private one"})
@@ -197,8 +272,11 @@ class CompressConfig:
     def __post_init__(self) -> None:
         check_minimum(self, num_inference_steps=2, num_trajectories=4, num_images=2, num_latency_rounds=1)
         check_minimum(self, num_threads=0, seed=0, num_halvings=0)
-        sizes = ("height", "width", "max_sequence_length", "own_num_inference_steps", "sampling_batch_size")
-        check_minimum(self, **{name: 1 for name in sizes if getattr(self, name) is not None})
+        if self.report_to is not None and self.report_to not in get_args(TrackerName):
+            raise ValueError(f"report_to: expected one of {get_args(TrackerName)}, got {self.report_to!r}.")
+        if self.checkpoints_total_limit is not None and self.checkpointing_steps is None:
+            raise ValueError("checkpoints_total_limit: of which checkpoints? Give checkpointing_steps, too.")
+        check_minimum(self, **{name: 1 for name in COUNTS if getattr(self, name) is not None})
         if any(count < 1 for count in self.float_steps or ()):
             raise ValueError(f"float_steps: expected numbers of at least 1, got {self.float_steps}.")
         networks = get_args(LPIPSNetwork)

@@ -95,6 +95,7 @@ class Context:
         """Return what `make` makes, which is kept as `key`."""
         path = self.folder / f"{key}.safetensors"
         if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_checkpoint(path, {"latents": make()})
         return load_checkpoint(path)["latents"]
 

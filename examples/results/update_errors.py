@@ -64,6 +64,7 @@ FIXES = {
     "….…: the tensors of this layer": EDITED,
     "extractor: …": "see the row of what follows the colon",
     "calibration_set: …: …": "see the row of what follows the colon",
+    "validation_prompts: …": "see the row of what follows the colon",
     "evaluation: … is that of": "measure this pipeline, or give the folder of its own evaluation",
     "lora_weights: … holds an adapter of another": "give a LoRA",
     "prompts_file: there is no file": "give a file that is there",

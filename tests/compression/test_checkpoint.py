@@ -3,6 +3,10 @@
 import copy
 import json
 import os
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusers_pqcad.compression.checkpoint import (
+    NotWrittenError,
     check_request,
     clone_state,
     copy_state_,
@@ -101,7 +106,8 @@ def test_other_types_are_refused_by_name(tmp_path: Path, value: object) -> None:
 
 
 def test_a_kill_while_saving_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "new folder" / "state.safetensors"
+    path = tmp_path / "folder" / "state.safetensors"
+    path.parent.mkdir()
     save_checkpoint(path, {"step": 1, "weight": torch.ones(3)})
 
     def killed(*args: object) -> None:
@@ -114,6 +120,51 @@ def test_a_kill_while_saving_leaves_the_old_file(tmp_path: Path, monkeypatch: py
     monkeypatch.undo()
     save_checkpoint(path, {"step": 3})  # what the kill left behind is in nobody's way
     assert [file.name for file in path.parent.iterdir()] == ["state.safetensors"]
+
+
+@contextmanager
+def disk_of(num_bytes: int) -> Iterator[None]:
+    """Let no file be larger inside the block: the system refuses to write it, as it does on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_named_and_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path, text = tmp_path / "state.safetensors", tmp_path / "log.json"
+    save_checkpoint(path, {"step": 1})
+    write_text(text, "old")
+    with disk_of(4096):
+        with pytest.raises(NotWrittenError, match=r"state\.safetensors: .*the disk is full .*is as it was.*goes on"):
+            save_checkpoint(path, {"step": 2, "weight": torch.zeros(100_000)})
+        with pytest.raises(NotWrittenError, match=r"log\.json: .*the disk is full"):
+            write_text(text, "new" * 100_000)
+        with pytest.raises(NotWrittenError, match="There was none before"):
+            write_text(tmp_path / "other.json", "new" * 100_000)
+    assert load_checkpoint(path) == {"step": 1}
+    assert text.read_text() == "old"
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, text.name}
+
+
+def test_a_folder_that_is_gone_is_named_and_does_not_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "state.safetensors"
+    path.parent.mkdir()
+    save_checkpoint(path, {"step": 1})
+    shutil.rmtree(path.parent)
+    for save in (lambda: save_checkpoint(path, {"step": 2}), lambda: write_text(path, "text")):
+        with pytest.raises(NotWrittenError, match=r"the folder .*run is gone\. Bring it back"):
+            save()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_matter_of_room_is_raised_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_text(tmp_path / "folder", "text")
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
 
 
 def test_a_truncated_file_is_refused_by_name(tmp_path: Path) -> None:

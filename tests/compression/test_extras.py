@@ -127,7 +127,11 @@ def test_an_optional_package_is_imported_in_a_function_that_asks_for_it(path):
 @pytest.mark.parametrize(
     ("path", "name", "packages"),
     [
-        ("diffusers_pqcad/publishing/compress.py", "compress", {"matplotlib", "peft", "scipy", "torchmetrics"}),
+        (
+            "diffusers_pqcad/publishing/compress.py",
+            "compress",
+            {"matplotlib", "peft", "scipy", "torchmetrics", "trackio"},
+        ),
         ("examples/train_classifier.py", "main", {"torchmetrics"}),
         ("examples/train_text_to_image.py", "train", {"torchmetrics"}),
         ("diffusers_pqcad/evaluation/report.py", "evaluate", {"scipy", "torchmetrics"}),
@@ -180,7 +184,7 @@ def test_peers_that_are_not_installed_are_skipped_at_the_start(monkeypatch, caps
 
 @pytest.mark.parametrize(
     ("extras", "scripts"),
-    [(("eval", "lora"), LIBRARY), (("experiments", "demo"), LIBRARY + SCRIPTS)],
+    [(("eval", "lora", "track"), LIBRARY), (("experiments", "demo", "track"), LIBRARY + SCRIPTS)],
     ids=["library", "all"],
 )
 def test_an_extra_holds_what_is_imported(extras, scripts):

@@ -2,9 +2,11 @@
 
 import copy
 import math
+from typing import Any, get_args
 
 import pytest
 import torch
+from diffusers.optimization import get_scheduler
 from torch import nn
 
 from diffusers_pqcad import PQCADConfig
@@ -16,11 +18,13 @@ from diffusers_pqcad.compression.optimization import (
     MIN_RMS,
     AveragedAdam,
     BestState,
+    LrScheduler,
     adapter_groups,
     float_groups,
     moving_state,
     parameter_groups,
     rate_factor,
+    rate_schedule,
     rounding_step,
     scale_groups,
     trained_alone,
@@ -37,7 +41,7 @@ def model() -> nn.Module:
     return prepare_(network, PQCADConfig(activation_bits=None), {"0": 4, "2": 8})
 
 
-def adam_of(model: nn.Module, **settings: float) -> AveragedAdam:
+def adam_of(model: nn.Module, **settings: Any) -> AveragedAdam:
     groups = parameter_groups(model, 0.1, 1e-2)
     return AveragedAdam(groups, **{"num_steps": 10, "ema_decay": 0.9, "warmup_steps": 0} | settings)
 
@@ -203,6 +207,27 @@ def test_rates_rise_and_then_fall_linearly_to_zero(model: nn.Module) -> None:
         train(model, adam, range(step, step + 1))
         assert [group["lr"] for group in adam.optimizer.param_groups] == pytest.approx([p * factor for p in peaks])
         assert rate_factor(step, 10, 3) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("name", get_args(LrScheduler))
+def test_schedules_by_diffusers_names_are_diffusers_schedules(name: str) -> None:
+    """As its scripts take them: the rate of an update is what the steps before it have left in the optimizer."""
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=10)
+    factor_of = rate_schedule(name, 10, 3)
+    for step in range(10):
+        assert factor_of(step) == pytest.approx(optimizer.param_groups[0]["lr"]), step
+        optimizer.step()
+        schedule.step()
+
+
+def test_the_default_schedule_is_the_package_s_own(model: nn.Module) -> None:
+    factor_of = rate_schedule(None, 10, 3)
+    assert [factor_of(step) for step in range(10)] == [rate_factor(step, 10, 3) for step in range(10)]
+    adam = adam_of(model, lr_scheduler="constant", warmup_steps=3)
+    peaks = [group["lr"] for group in adam.optimizer.param_groups]
+    train(model, adam, range(1))
+    assert [group["lr"] for group in adam.optimizer.param_groups] == peaks
 
 
 def test_the_first_update_of_adam_is_the_rate_against_the_sign_of_the_gradient(model: nn.Module) -> None:

@@ -1,10 +1,12 @@
 """Specification of the whole job in Python: stages that are kept, in their order, on a tiny teacher."""
 
+import errno
 import importlib
 import json
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +19,10 @@ from safetensors.torch import load_file
 import diffusers_pqcad
 from diffusers_pqcad import DistillConfig, PQCADConfig
 from diffusers_pqcad.compression import distillation
-from diffusers_pqcad.compression.checkpoint import model_hash, save_checkpoint
+from diffusers_pqcad.compression.checkpoint import NotWrittenError, load_checkpoint, model_hash, save_checkpoint
 from diffusers_pqcad.compression.denoiser import StepPlan
 from diffusers_pqcad.compression.fake_quant import fake_quant_layers
+from diffusers_pqcad.compression.stopping import Stopped
 from diffusers_pqcad.publishing.compress import (
     arms_of,
     cad_teacher,
@@ -31,6 +34,7 @@ from diffusers_pqcad.publishing.compress import (
     stages_of,
     variants_of,
 )
+from diffusers_pqcad.publishing.run_folder import save_json
 from diffusers_pqcad.publishing.settings import ABLATIONS, PRESETS, CompressConfig, Settings, settings_of
 
 module = importlib.import_module("diffusers_pqcad.publishing.compress")
@@ -138,6 +142,9 @@ def test_all_is_trained_before_anything_is_measured(teacher, tmp_path, monkeypat
         ({"num_inference_steps": 6}, "divide"),
         ({"modules_to_not_convert": ["nowhere"]}, "modules_to_not_convert"),
         ({"train_device": "abacus"}, "train_device: expected 'cpu' or the kind .* got 'abacus'"),
+        ({"validation_prompts": ["red cat"]}, "^validation_prompts: prompt: DDIMPipeline does not take it"),
+        ({"resume_from_checkpoint": "checkpoint-2"}, r"^resume_from_checkpoint: expected 'latest' or .*\(none\)"),
+        ({"revision": "v2"}, "^revision: expected a repository of the Hub with it, got the folder"),
         ({"extractor": "nowhere"}, "^extractor: nowhere/config.json: not found"),
     ],
 )
@@ -145,6 +152,16 @@ def test_what_cannot_work_is_refused_before_anything_is_written(teacher, tmp_pat
     with pytest.raises(ValueError, match=message):
         compress(*settings_for(teacher, tmp_path / "out", **changes), progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_tf32_is_what_the_settings_say(monkeypatch):
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    for allowed in (True, False):
+        prepare_process(CompressConfig(allow_tf32=allowed))
+        assert [backend.allow_tf32 for backend in backends] == [allowed] * 2
+    for backend, value in zip(backends, before, strict=True):
+        backend.allow_tf32 = value
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
@@ -207,6 +224,95 @@ def test_each_halving_is_kept_and_a_killed_one_goes_on_to_the_same_bits(teacher,
     assert not torch.equal(weights["pq_cad_4"], weights["pq_cad"])
 
 
+def test_a_run_that_gets_sigterm_writes_a_checkpoint_and_goes_on_to_the_same_bits(
+    teacher, finished, tmp_path, monkeypatch
+):
+    settings = settings_for(teacher, tmp_path / "out", max_grad_norm=math.inf)
+    resume, steps = tmp_path / "out" / "state" / "pq_cad-resume.safetensors", []
+
+    def distill_and_send(*arguments: Any, **keywords: Any) -> Any:
+        for entry in distillation.distill(*arguments, **keywords):
+            yield entry
+            steps.append(entry.step)
+            if steps == [1]:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def stop(*arguments: Any, **keywords: Any) -> Any:
+        raise Killed
+
+    monkeypatch.setattr(module, "distill", distill_and_send)
+    with pytest.raises(Stopped) as stopped:
+        compress(*settings, progress=False)
+    assert stopped.value.exit_code == 143
+    assert load_checkpoint(resume)["step"] == 1
+    monkeypatch.setattr(module, "reference_samples", stop)
+    with pytest.raises(Killed):
+        compress(*settings, progress=False)
+    assert steps == [1, 2, 3, 4]
+    found, wanted = (load_file(folder / "state" / "pq_cad.safetensors") for folder in (tmp_path / "out", finished[0]))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_watched_stopped_and_gone_back_a_run_ends_with_the_same_bits(teacher, finished, tmp_path, monkeypatch):
+    folder, steps = tmp_path / "out", []
+    habits = {
+        "checkpointing_steps": 1,
+        "checkpoints_total_limit": 2,
+        "validation_steps": 2,
+        "report_to": "tensorboard",
+    }
+    changes = habits | {"report_to": "tensorboard", "max_grad_norm": math.inf}
+
+    def distill_until_killed(*arguments: Any, **keywords: Any) -> Any:
+        for entry in distillation.distill(*arguments, **keywords):
+            yield entry
+            steps.append(entry.step)
+            if steps == [1, 2, 3, 4]:
+                raise Killed
+
+    def stop(*arguments: Any, **keywords: Any) -> Any:
+        raise Killed
+
+    monkeypatch.setattr(module, "distill", distill_until_killed)
+    with pytest.raises(Killed):
+        compress(*settings_for(teacher, folder, **changes), progress=False)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*checkpoint-2, checkpoint-3.*'checkpoint-1'"):
+        compress(*settings_for(teacher, folder, resume_from_checkpoint="checkpoint-1", **changes), progress=False)
+    monkeypatch.setattr(module, "reference_samples", stop)
+    with pytest.raises(Killed):
+        compress(*settings_for(teacher, folder, resume_from_checkpoint="checkpoint-2", **changes), progress=False)
+    assert steps == [1, 2, 3, 4, 3, 4]
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    assert sorted(path.name for path in (folder / "validation").iterdir()) == [
+        "pq_cad-000002.png",
+        "pq_cad-000004.png",
+    ]
+    assert list((folder / "logs" / "pqcad-compress").glob("events*"))
+    found, wanted = (load_file(path / "state" / "pq_cad.safetensors") for path in (folder, finished[0]))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_full_disk_and_a_folder_that_is_gone_are_told_of(teacher, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+
+    def fill(*arguments: Any, **keywords: Any) -> Any:
+        raise OSError(errno.ENOSPC, "Error writing bytes to file")
+
+    def delete(*arguments: Any, **keywords: Any) -> Any:
+        shutil.rmtree(folder)
+        save_json(folder / "state" / "pq-training.json", {})
+
+    monkeypatch.setattr(module, "record", fill)
+    with pytest.raises(NotWrittenError, match=r"out/state: .*the disk is full .*goes on"):
+        compress(*settings_for(teacher, folder), progress=False)
+    monkeypatch.setattr(module, "record", delete)
+    with pytest.raises(NotWrittenError, match=r"the folder .*out/state is gone"):
+        compress(*settings_for(teacher, folder), progress=False)
+    assert not folder.exists()
+
+
 def test_the_stages_of_an_arm():
     arm = arms_of(DistillConfig(), ())[0]
 
@@ -237,14 +343,15 @@ def test_a_student_learns_from_the_student_before_it_or_from_the_full_precision_
 def test_each_student_begins_as_the_one_before_it(tiny_calibration_set, tmp_path, monkeypatch):
     seen = []
 
-    def trained(site: Any, key: str, lesson: Any, teacher: Any, before: Any) -> Any:
+    def trained(site: Any, key: str, lesson: Any, teacher: Any, before: Any, watcher: Any) -> Any:
         seen.append((key, lesson.stride, before))
         return module.Trained(f"student of {key}", [])
 
     monkeypatch.setattr(module, "distilled_student", trained)
     site, arm = module.Site(tmp_path, "cpu", False), arms_of(DistillConfig(), ())[0]
     run = CompressConfig(num_halvings=2)
-    found = module.distilled_students(site, arm, run, None, tiny_calibration_set, "PQ")
+    supervision = SimpleNamespace(of=lambda *place, folded: None)
+    found = module.distilled_students(site, arm, run, None, tiny_calibration_set, "PQ", supervision)
     assert list(found) == ["pq_cad_10", "pq_cad"]
     assert seen == [("pq_cad_10", 2, "PQ"), ("pq_cad", 2, "student of pq_cad_10")]
 
@@ -255,7 +362,7 @@ def test_a_student_of_an_older_version_is_refused_where_it_would_be_called_other
     plan = StepPlan(branches=(2,), weights=(-1.0, 2.0))
     lesson = module.Lesson(SimpleNamespace(plan=plan), 2, DistillConfig())
     with pytest.raises(ValueError, match=r"pq_cad\.safetensors: this student was trained with both branches"):
-        module.distilled_student(site, "pq_cad", lesson, None, None)
+        module.distilled_student(site, "pq_cad", lesson, None, None, module.Watcher())
 
 
 def test_ablations_change_one_part_of_the_whole_method_each():

@@ -22,6 +22,7 @@ from diffusers_pqcad.publishing.pipelines import (
     extractor_of,
     inputs_of_run,
     load_teacher,
+    loading_arguments,
     own_num_inference_steps,
     prompt_labels_of,
     prompts_from,
@@ -52,6 +53,24 @@ def test_a_teacher_that_fits_stays_as_it_is(tiny_pipeline, tmp_path, caplog):
     assert scheduler_settings(teacher.scheduler) == scheduler_settings(tiny_pipeline.scheduler)
     assert "scheduler" not in caplog.text
     assert not teacher.unet.training
+
+
+def test_what_a_pipeline_is_loaded_with_are_its_revision_variant_and_cache(tmp_path):
+    assert loading_arguments(CompressConfig()) == {}
+    run = CompressConfig("some/one", revision="v2", variant="fp16", cache_dir="here")
+    assert loading_arguments(run) == {"revision": "v2", "variant": "fp16", "cache_dir": "here"}
+    for path in (str(tmp_path), None):
+        with pytest.raises(ValueError, match="^revision: expected a repository of the Hub"):
+            loading_arguments(CompressConfig(path, revision="v2"))
+
+
+def test_a_variant_in_half_precision_is_computed_with_in_float32(tiny_pipeline, tmp_path):
+    tiny_pipeline.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(ValueError, match="pretrained_model_name_or_path: .*cannot be loaded"):
+        load_teacher(str(tmp_path))
+    arguments = loading_arguments(CompressConfig(str(tmp_path), variant="fp16"))
+    teacher, _ = load_teacher(str(tmp_path), **arguments)
+    assert {parameter.dtype for parameter in teacher.unet.parameters()} == {torch.float32}
 
 
 def test_a_source_is_a_folder_or_a_repository_or_the_bundled_one(tmp_path, monkeypatch):

@@ -112,6 +112,14 @@ def test_names_that_two_dataclasses_have_are_two_flags():
         (("--lora_rate", "0.5"), "distillation", "lora_rate", 0.5),
         (("--target_modules", "to_q", "conv1"), "distillation", "target_modules", ["to_q", "conv1"]),
         (("--lora_weights", "a/folder"), "run", "lora_weights", "a/folder"),
+        (("--revision", "v2"), "run", "revision", "v2"),
+        (("--allow_tf32",), "run", "allow_tf32", True),
+        (("--report_to", "tensorboard"), "run", "report_to", "tensorboard"),
+        (("--validation_prompts", "a cat", "a dog"), "run", "validation_prompts", ["a cat", "a dog"]),
+        (("--validation_steps", "7"), "run", "validation_steps", 7),
+        (("--resume_from_checkpoint", "latest"), "run", "resume_from_checkpoint", "latest"),
+        (("--lr_scheduler", "cosine_with_restarts"), "distillation", "lr_scheduler", "cosine_with_restarts"),
+        (("--lr_warmup_steps", "0"), "distillation", "lr_warmup_steps", 0),
     ],
 )
 def test_flags_of_every_type_are_parsed(arguments, part, name, value):
@@ -134,6 +142,10 @@ def test_flags_of_every_type_are_parsed(arguments, part, name, value):
         (("--own_num_inference_steps", "0"), "^own_num_inference_steps: expected at least 1, got 0"),
         (("--prompts_file", "x", "--dataset_name", "y"), "^dataset_name: prompts come from it or from prompts_file"),
         (("--dataset_config_name", "x"), "^dataset_config_name: of which data set"),
+        (("--validation_steps", "0"), "^validation_steps: expected at least 1, got 0"),
+        (("--checkpointing_steps", "0"), "^checkpointing_steps: expected at least 1, got 0"),
+        (("--checkpoints_total_limit", "2"), "^checkpoints_total_limit: .*Give checkpointing_steps, too"),
+        (("--lr_warmup_steps", "-1"), "^lr_warmup_steps: expected at least 0"),
         (("--float_steps", "4", "0"), "^float_steps: expected numbers of at least 1"),
         (("--dataset_name", "x", "--class_labels", "1"), "^class_labels: a pipeline takes prompts or classes"),
         (("--prompts_file", "x", "--class_labels", "1"), "^class_labels: a pipeline takes prompts or classes"),
@@ -166,6 +178,8 @@ def test_errors_name_the_flag(arguments, message):
     ("arguments", "message"),
     [
         (("--teacher", "somebody"), "argument --teacher: invalid choice: 'somebody'"),
+        (("--report_to", "somebody"), "argument --report_to/--report-to: invalid choice: 'somebody'"),
+        (("--lr_scheduler", "steep"), "argument --lr_scheduler/--lr-scheduler: invalid choice: 'steep'"),
         (("--num_images", "many"), "argument --num_images/--num-images: invalid int value: 'many'"),
         (("--weight_bit", "4"), "unrecognized arguments: --weight_bit 4"),
         (("--preset", "none"), "argument --preset: invalid choice: 'none'"),
@@ -245,3 +259,10 @@ def test_settings_of_unknown_names_are_refused():
 def test_a_config_that_no_recipe_could_repeat_is_refused(other):
     with pytest.raises(ValueError, match=next(iter(other))):
         complete(CompressConfig(), PQCADConfig(weight_bits=4, **other))
+
+
+def test_python_refuses_the_same_names():
+    with pytest.raises(ValueError, match="^report_to: expected one of .*'trackio'.*got 'somebody'"):
+        CompressConfig(report_to="somebody")
+    with pytest.raises(ValueError, match="^lr_scheduler: expected one of .*'cosine'.*got 'steep'"):
+        DistillConfig(lr_scheduler="steep")
