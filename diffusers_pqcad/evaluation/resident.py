@@ -53,7 +53,8 @@ def resident_while_sampling(sampling: Sampling) -> Resident:
     command = [sys.executable, "-m", __name__, json.dumps(asdict(sampling))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(next(iter(done.stderr.strip().splitlines()[-1:]), f"exit code {done.returncode}"))
+        said = next(iter(done.stderr.strip().splitlines()[-1:]), f"exit code {done.returncode}")
+        raise RuntimeError(f"{sampling.path}: no image was made of it in a process of its own: {said}")
     return Resident(**json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -65,6 +65,7 @@ FIXES = {
     "extractor: …": "see the row of what follows the colon",
     "calibration_set: …: …": "see the row of what follows the colon",
     "validation_prompts: …": "see the row of what follows the colon",
+    "…: no image was made of it": "what follows is why; leave memory out with --no_measure_memory",
     "evaluation: … is that of": "measure this pipeline, or give the folder of its own evaluation",
     "lora_weights: … holds an adapter of another": "give a LoRA",
     "prompts_file: there is no file": "give a file that is there",

@@ -849,7 +849,7 @@ def test_an_adapter_from_elsewhere_is_repaired_on_a_base_that_was_quantized_with
     with pytest.raises(ValueError, match="it was quantized from another model"):
         train(copy.deepcopy(tiny_quantized), None, recorded, teacher="none", trainable="lora")
     student = put_adapter_(tiny_quantized, take_adapter_(copy.deepcopy(model)))
-    config = dataclasses.replace(QUICK, teacher="fp", trainable="lora", max_train_steps=20)
+    config = dataclasses.replace(QUICK, teacher="fp", trainable="lora", max_train_steps=80)
     before = trajectory_error(student, recorded.split()[1], 2)
     stats = list(distill(student, model, recorded, config, stride=1))
     assert stats[-1].best_error < before

@@ -55,7 +55,7 @@ def test_a_process_that_fails_tells_why(folder, monkeypatch, capfd):
         return type("Done", (), {"returncode": 1, "stderr": "Traceback\nValueError: no such pipeline\n"})
 
     monkeypatch.setattr(resident.subprocess, "run", run)
-    with pytest.raises(RuntimeError, match=r"^ValueError: no such pipeline$"):
+    with pytest.raises(RuntimeError, match=r"no image was made of it .*: ValueError: no such pipeline$"):
         resident_while_sampling(sampling(folder))
 
 
