@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -70,6 +71,11 @@ def bounds() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
+def turns(unet_step: ModuleType) -> ModuleType:
+    return sys.modules["turns"]
+
+
+@pytest.fixture(scope="module")
 def scaling() -> Iterator[ModuleType]:
     yield from import_script("scaling")
 
@@ -119,7 +125,8 @@ class Operators(TorchDispatchMode):
 
 
 def tiny_settings(script: ModuleType, **changes: object) -> object:
-    return script.Settings(**{"model": "tiny", "batch_size": 1, "num_rounds": 2} | changes)
+    busy = {"max_waiting": 1e6} if hasattr(script.Settings, "max_waiting") else {}  # tests run beside each other
+    return script.Settings(**{"model": "tiny", "batch_size": 1, "num_rounds": 2} | busy | changes)
 
 
 def rows_of(result: dict) -> dict[str, dict]:
@@ -263,6 +270,101 @@ class TestUNetStep:
         output = torch.tensor([1.0, float("nan")])
         with pytest.raises(ValueError, match="a NaN or an infinity"):
             unet_step.relative_error(output, torch.ones(2))
+
+
+class TestTurns:
+    def settings(self, turns: ModuleType, **changes: object) -> Any:
+        return turns.TurnSettings(**{"num_rounds": 2, "warmup_rounds": 0, "extra_rounds": 2} | changes)
+
+    def candidates(self, turns: ModuleType, taken: list[str], waits: dict[str, list[float | None]]) -> Any:
+        """Candidates whose samples of one second waited for `waits`, in this order; `taken` is who had a turn."""
+
+        def take(name: str, values: Iterator[float | None]) -> Any:
+            taken.append(name)
+            return turns.Sample(1.0, next(values), len(taken))
+
+        return {name: partial(take, name, iter(values)) for name, values in waits.items()}
+
+    def test_samples_that_waited_are_counted_and_taken_again_in_a_later_round(self, turns):
+        taken: list[str] = []
+        waits = {"a": [0.5, 0.02, 0.0], "b": [0.021, 0.0, 0.3, 0.01], "c": [0.0, 0.0]}
+        kept = turns.take_turns(self.candidates(turns, taken, waits), self.settings(turns))
+        assert taken == [*"abc", *"abc", *"ab", "b"]
+        assert {name: each.num_waited for name, each in kept.items()} == {"a": 1, "b": 2, "c": 0}
+        assert [sample.waited_seconds for sample in kept["b"].samples] == [0.0, 0.01]
+        assert kept["a"].latency().rounds_ms == (1000.0, 1000.0)
+
+    def test_rounds_to_warm_up_are_not_counted(self, turns):
+        taken: list[str] = []
+        candidates = self.candidates(turns, taken, {"a": [0.0] * 4, "b": [0.9, 0.0, 0.0]})
+        kept = turns.take_turns(candidates, self.settings(turns, warmup_rounds=1))
+        assert taken == [*"ababab"]
+        assert kept["b"].num_waited == 0
+
+    def test_who_only_waited_is_skipped_and_without_stock_there_is_no_table(self, turns, unet_step):
+        waits = {"stock": [0.0, 0.0], "b": [0.5] * 4}
+        skipped: dict[str, str] = {}
+        kept = unet_step.harness.in_turns(self.candidates(turns, [], waits), self.settings(turns), skipped)
+        assert list(kept) == ["stock"]
+        assert skipped == {"b": "waited for a core in all of 4 samples"}
+        candidates = self.candidates(turns, [], {"stock": [0.5] * 4})
+        with pytest.raises(ValueError, match=r"stock: waited for a core in all of 4 .* idle cores .*--max_waiting"):
+            unet_step.harness.in_turns(candidates, self.settings(turns), {})
+
+    def test_where_waiting_is_unknown_all_samples_count_and_the_table_says_so(self, turns, unet_step):
+        kept = turns.take_turns(self.candidates(turns, [], {"a": [None, None]}), self.settings(turns))["a"]
+        assert len(kept.samples) == 2
+        rows = [unet_step.harness.kept_entries(kept)]
+        assert "is not known here" in turns.waited_line(rows, {"max_waiting": 0.02})[0]
+        rows = [{"num_waited": 2, "knows_waiting": True}, {"num_waited": 3, "knows_waiting": True}]
+        (line,) = turns.waited_line(rows, {"max_waiting": 0.02})
+        assert "for more than 2% of the time: 5 samples, at most 3 of a contestant." in line
+        assert turns.waited_line([{"name": "an older run"}], {}) == []
+
+    def test_nothing_to_measure_is_refused(self, turns):
+        with pytest.raises(ValueError, match="expected at least one name"):
+            turns.take_turns({}, self.settings(turns))
+        with pytest.raises(ValueError, match="num_rounds=0, .* expected at least 1"):
+            turns.take_turns({"a": lambda: None}, self.settings(turns, num_rounds=0))
+
+    def test_threads_that_began_in_between_are_counted(self, turns):
+        before, after = {"1": 10**9, "ended": 5}, {"1": 3 * 10**9, "2": 10**9}
+        assert turns.waited_seconds(before, after) == 3.0
+        assert turns.waited_seconds(None, after) is None
+
+    @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="nobody counts here how long threads wait")
+    def test_sharing_a_core_is_seen(self, turns):
+        allowed = os.sched_getaffinity(0)
+        core = {min(allowed)}
+        spin = f"import os; os.sched_setaffinity(0, {core}); print(flush=True)\nwhile True: pass"
+        with subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) as other:
+            try:
+                other.stdout.readline()  # it spins
+                os.sched_setaffinity(0, core)
+                taken = turns.sample(lambda: sum(range(10_000_000)))
+            finally:
+                os.sched_setaffinity(0, allowed)
+                other.kill()
+        assert taken.result == sum(range(10_000_000))
+        assert not turns.counts(taken, 0.02)
+
+
+class TestFootnotes:
+    def row(self, name: str) -> dict[str, Any]:
+        return {"name": name, "median_ms": 2.0, "min_ms": 1.0, "max_ms": 3.0, "ratio": 4.0, "relative_error": 0.5}
+
+    def test_the_default_preset_is_below_where_the_documented_one_was_measured(self, unet_step):
+        names = ["W8A8", "OpenVINO + NNCF int8, bf16"]
+        for beside, below in (([], []), (["OpenVINO int8, transformer preset"], names[1:])):
+            rows = [self.row(name) for name in [*names, *beside]]
+            above, under = unet_step.harness.with_footnotes(rows)
+            assert [row["name"] for row in under] == below
+            assert len(above) + len(under) == len(rows)
+            lines = unet_step.harness.footnote_lines(under)
+            assert all("OpenVINO + NNCF int8, bf16, 2.0 ms (1.0 to 3.0), 4.00 times faster" in line for line in lines)
+
+    def test_quanto_is_below_always(self, unet_step):
+        assert unet_step.harness.with_footnotes([self.row("quanto W8A8")]) == ([], [self.row("quanto W8A8")])
 
 
 class TestProfileStep:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -12,7 +14,8 @@ from typing import Any, NamedTuple
 
 import models
 import torch
-from contestants import CONTESTANTS, PACKAGES, QUICK, STOCK, Contestant
+import turns
+from contestants import CONTESTANTS, FOOTNOTES, PACKAGES, QUICK, STOCK, Contestant
 
 from diffusers_pqcad.compression.checkpoint import write_text
 from diffusers_pqcad.compression.extras import missing
@@ -49,12 +52,13 @@ class Field(NamedTuple):
     first_seconds: dict[str, float]
 
 
-def chosen(patterns: list[str]) -> list[str]:
+def chosen(patterns: list[str], known: Mapping[str, Any] | None = None) -> list[str]:
     """Return the names of the contestants that match `patterns`, and stock fp32; ValueError where one matches none."""
-    unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in CONTESTANTS)]
+    known = CONTESTANTS if known is None else known
+    unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in known)]
     if unknown:
-        raise ValueError(f"contestants: {unknown} match none of {list(CONTESTANTS)}.")
-    return [name for name in CONTESTANTS if name == STOCK or any(fnmatchcase(name, each) for each in patterns)]
+        raise ValueError(f"contestants: {unknown} match none of {list(known)}.")
+    return [name for name in known if name == STOCK or any(fnmatchcase(name, each) for each in patterns)]
 
 
 def without_packages(names: list[str]) -> dict[str, str]:
@@ -62,7 +66,7 @@ def without_packages(names: list[str]) -> dict[str, str]:
     skipped = {}
     for name in names:
         modules = [each for pattern, needed in PACKAGES.items() if fnmatchcase(name, pattern) for each in needed]
-        if absent := missing(*modules):
+        if absent := missing(*dict.fromkeys(modules)):
             skipped[name] = f"not installed: {', '.join(absent)}"
             print(f'skipped: {name}: {skipped[name]}; pip install -e ".[bench]"', flush=True)
     return skipped
@@ -106,6 +110,43 @@ def prepare(settings: FieldSettings, batch_size: int, sample_size: int | None = 
     return taking_part
 
 
+def in_turns(
+    candidates: Mapping[str, Callable[[], turns.Sample]], settings: turns.TurnSettings, skipped: dict[str, str]
+) -> dict[str, turns.Kept]:
+    """Return the samples of each candidate that has any; of others, `skipped` says why.
+
+    Raises ValueError where that is the first one, which the others are compared with.
+    """
+    taken = turns.take_turns(candidates, settings)
+    first = next(iter(taken))
+    for name in [name for name, kept in taken.items() if not kept.samples]:
+        reason = f"waited for a core in all of {taken[name].num_waited} samples"
+        if name == first:
+            raise ValueError(f"{name}: {reason}. Run on idle cores (taskset -c 1), or raise --max_waiting.")
+        skipped[name] = reason
+        print(f"skipped: {name}: {reason}", flush=True)
+    return {name: kept for name, kept in taken.items() if kept.samples}
+
+
+def kept_entries(kept: turns.Kept) -> dict[str, Any]:
+    """Return what a row says of the samples behind it."""
+    return {
+        "num_waited": kept.num_waited,
+        "knows_waiting": all(sample.waited_seconds is not None for sample in kept.samples),
+    }
+
+
+def in_a_process(script: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the last line of JSON that `script` prints in a fresh process with `flags`; RuntimeError if it fails."""
+    command = [sys.executable, script]
+    command += [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise RuntimeError(f"{reason}\n{' '.join(command[1:])}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def circumstances() -> dict[str, Any]:
     """Return what a time depends on beside the contestant; call it before anything is timed, for the load averages."""
     flags = os.environ.get(native.FLAGS_VARIABLE)
@@ -115,10 +156,15 @@ def circumstances() -> dict[str, Any]:
     }
 
 
+def settings_of(settings: Settings, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the settings that belong to a result: not its file, nor those named."""
+    return {key: value for key, value in asdict(settings).items() if key not in ("json", *without)}
+
+
 def result_of(settings: FieldSettings, taking_part: Field, machine: dict[str, Any], **measured: Any) -> dict[str, Any]:
     """Return everything about a run as JSON values."""
     return {
-        "settings": {key: value for key, value in asdict(settings).items() if key != "json"},
+        "settings": settings_of(settings),
         "environment": machine,
         "num_parameters": taking_part.unet.num_parameters(),
         **measured,
@@ -148,6 +194,33 @@ def machine_line(machine: dict[str, Any]) -> str:
 def caption(text: str, result: dict[str, Any]) -> list[str]:
     """Return what stands above a table: `text`, and the circumstances of the run."""
     return [text, "", machine_line(result["environment"]), ""]
+
+
+def with_footnotes(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the rows of a table, and those that are named below it only: `FOOTNOTES` says which, and beside whom."""
+    names = [row["name"] for row in rows]
+
+    def below(name: str) -> bool:
+        return any(
+            fnmatchcase(name, pattern) and (beside is None or any(fnmatchcase(each, beside) for each in names))
+            for pattern, (beside, _) in FOOTNOTES.items()
+        )
+
+    return [row for row in rows if not below(row["name"])], [row for row in rows if below(row["name"])]
+
+
+def footnote_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Return one line for each of the `rows` that stand below a table, with why."""
+    reasons = {
+        row["name"]: next(why for pattern, (_, why) in FOOTNOTES.items() if fnmatchcase(row["name"], pattern))
+        for row in rows
+    }
+    return [
+        f"\nNot in the table, {reasons[row['name']]}: {row['name']}, {row['median_ms']:.1f} ms "
+        f"({row['min_ms']:.1f} to {row['max_ms']:.1f}), {row['ratio']:.2f} times faster, relative error "
+        f"{row['relative_error']:.1e}."
+        for row in rows
+    ]
 
 
 def skipped_lines(result: dict[str, Any]) -> list[str]:

@@ -10,12 +10,8 @@ memory. The disk may have a cache of its own, as those of virtual machines do. N
 
 import json
 import os
-import re
-import resource
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -24,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import memory
 import models
 import psutil
 import torch
@@ -78,7 +75,7 @@ def load(settings: Settings, name: str, directory: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     result = {
         "seconds": seconds,
-        "peak_bytes": max(peak_bytes() - before, 1),
+        "peak_bytes": max(memory.peak_bytes() - before, 1),
         "footprint_bytes": model.get_memory_footprint(),
     }
     saved = directory / ("float" if name == PLAIN else name)
@@ -99,22 +96,10 @@ def drop_checksums_(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def peak_bytes() -> int:
-    """Return the peak resident memory of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the parent held when it forked
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024  # type: ignore[index]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def in_a_process(settings: Settings, name: str, directory: Path) -> dict[str, Any]:
     """Return `load` of one contestant, run in a fresh process."""
-    command = [sys.executable, __file__, "--contestant", name, "--directory", str(directory)]
-    command += ["--model", settings.model, "--num_threads", str(settings.num_threads), "--seed", str(settings.seed)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{name}: {result.stderr[-2000:]}")
-    return json.loads(result.stdout.splitlines()[-1])
+    flags = {key: getattr(settings, key) for key in ("model", "num_threads", "seed")}
+    return harness.in_a_process(__file__, flags | {"contestant": name, "directory": directory})
 
 
 def leave_memory(directory: Path) -> bool:

@@ -21,10 +21,10 @@ from string import ascii_lowercase
 from typing import Any
 
 import harness
+import memory
 import models
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-from load import peak_bytes
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, HfArgumentParser
 
@@ -64,7 +64,7 @@ def measured(rows: list[dict[str, Any]], name: str) -> Iterator[None]:
     CLEAR.write_text("5")  # the peak starts from now
     started = time.perf_counter()
     yield
-    rows.append({"name": name, "seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()})
+    rows.append({"name": name, "seconds": time.perf_counter() - started, "peak_bytes": memory.peak_bytes()})
 
 
 def pipeline_of(unet: Any, sample_size: int) -> StableDiffusionPipeline:

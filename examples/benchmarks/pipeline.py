@@ -13,20 +13,18 @@ from typing import Any
 
 import harness
 import torch
+import turns
 from contestants import STOCK
 from diffusers import DDIMPipeline, DDIMScheduler
 from transformers import HfArgumentParser
 
-from diffusers_pqcad.evaluation.speed import interleaved_latency
-
 
 @dataclass
-class Settings(harness.FieldSettings):
+class Settings(turns.TurnSettings, harness.FieldSettings):
     """Settings of one run; the model is an unconditional one."""
 
     batch_size: int = 2
     num_inference_steps: int = 20  # of stock fp32; the others take half
-    num_rounds: int = 3  # after one to warm up
 
 
 def timed(unet: Any, settings: Settings, num_inference_steps: int) -> Callable[[], Any]:
@@ -62,11 +60,17 @@ def benchmark(settings: Settings) -> dict[str, Any]:
         if harness.try_out(name, candidate, field.skipped) is not None:
             candidates[row_name(name, steps // 2)] = candidate
     machine = harness.circumstances()
-    latencies = interleaved_latency(candidates, num_rounds=settings.num_rounds)
-    stock_ms = latencies[row_name(STOCK, steps)].median_ms
+    samples = {name: partial(turns.sample, candidate) for name, candidate in candidates.items()}
+    taken = harness.in_turns(samples, settings, field.skipped)
+    stock_ms = taken[row_name(STOCK, steps)].latency().median_ms
     rows = [
-        {"name": name, **latency.scaled(1 / settings.batch_size)._asdict(), "ratio": stock_ms / latency.median_ms}
-        for name, latency in latencies.items()
+        {
+            "name": name,
+            **kept.latency().scaled(1 / settings.batch_size)._asdict(),
+            **harness.kept_entries(kept),
+            "ratio": stock_ms / kept.latency().median_ms,
+        }
+        for name, kept in taken.items()
     ]
     return harness.result_of(settings, field, machine, contestants=rows)
 
@@ -88,6 +92,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {row['name']} | {row['median_ms']:.1f} | {row['min_ms']:.1f} to {row['max_ms']:.1f} "
             f"| {row['ratio']:.2f} |"
         )
+    lines += turns.waited_line(result["contestants"], settings)
     return "\n".join(lines + harness.skipped_lines(result))
 
 

@@ -2,13 +2,14 @@
 
     python examples/benchmarks/unet_step.py --num_threads 1 --json outputs/unet_step.json
     python examples/benchmarks/unet_step.py --contestants "*"      # beside the peers of `pip install -e ".[bench]"`
+    python examples/benchmarks/unet_step.py --batch_size 1         # a step without guidance
     python examples/benchmarks/unet_step.py --model sd15 --sample_size 32 --contestants "W*" "OpenVINO*"
 
 All contestants take turns in one process (A B C A B C), stock fp32 first; name those that fit the memory together. One
 that is not installed, or fails, is skipped by name. The error column guards against a contestant that is fast because
 it is wrong; weights are random, so it is no measure of quality. First s: from the float model to a first output, with
 all that is converted, calibrated and compiled. Only runs on idle, pinned cores count (`taskset -c 0`): load slows fp32
-more than int8.
+more than int8. Steps that waited for a core are thrown away and counted (`turns.py`).
 """
 
 from dataclasses import dataclass
@@ -17,16 +18,17 @@ from typing import Any
 
 import harness
 import torch
+import turns
 from contestants import STOCK
 from torch import Tensor
 from transformers import HfArgumentParser
 
-from diffusers_pqcad.evaluation.speed import interleaved_latency, tensor_bytes
+from diffusers_pqcad.evaluation.speed import tensor_bytes
 from diffusers_pqcad.layers.find import kernel_cache_bytes
 
 
 @dataclass
-class Settings(harness.FieldSettings):
+class Settings(turns.TurnSettings, harness.FieldSettings):
     """Settings of one run; the defaults are the model and the batch of the README's table."""
 
     batch_size: int = 2
@@ -51,11 +53,14 @@ def benchmark(settings: Settings) -> dict[str, Any]:
     # The outputs are checked before the clock starts; this also builds the kernels' copies of the weights.
     errors = {name: relative_error(step(), reference) for name, step in steps.items()}
     machine = harness.circumstances()
-    latencies = interleaved_latency(steps, num_rounds=settings.num_rounds, warmup_rounds=settings.warmup_rounds)
+    samples = {name: partial(turns.sample, step) for name, step in steps.items()}
+    taken = harness.in_turns(samples, settings, field.skipped)
+    latencies = {name: kept.latency() for name, kept in taken.items()}
     rows = [
         {
             "name": name,
             **latencies[name]._asdict(),
+            **harness.kept_entries(taken[name]),
             "ratio": latencies[STOCK].median_ms / latencies[name].median_ms,
             "relative_error": errors[name],
             "first_seconds": field.first_seconds[name],
@@ -63,6 +68,7 @@ def benchmark(settings: Settings) -> dict[str, Any]:
             "kernel_cache_bytes": None if contestant.unet is None else kernel_cache_bytes(contestant.unet),
         }
         for name, contestant in field.contestants.items()
+        if name in taken
     ]
     size = list(field.inputs[0].shape[2:])
     return harness.result_of(settings, field, machine, sample_size=size, contestants=rows)
@@ -80,12 +86,14 @@ def markdown(result: dict[str, Any]) -> str:
         "| contestant | ms | min to max | times faster | relative error | first s | weights MB | int8 copies MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in result["contestants"]:
+    rows, below = harness.with_footnotes(result["contestants"])
+    for row in rows:
         lines.append(
             f"| {row['name']} | {row['median_ms']:.1f} | {row['min_ms']:.1f} to {row['max_ms']:.1f} "
             f"| {row['ratio']:.2f} | {row['relative_error']:.1e} | {row['first_seconds']:.1f} "
             f"| {megabytes(row['weight_bytes'])} | {megabytes(row['kernel_cache_bytes'])} |"
         )
+    lines += harness.footnote_lines(below) + turns.waited_line(result["contestants"], settings)
     return "\n".join(lines + harness.skipped_lines(result))
 
 
