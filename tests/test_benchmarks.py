@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -68,6 +69,11 @@ def profile_step() -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def bounds() -> Iterator[ModuleType]:
     yield from import_script("bounds")
+
+
+@pytest.fixture(scope="module")
+def image() -> Iterator[ModuleType]:
+    yield from import_script("image")
 
 
 @pytest.fixture(scope="module")
@@ -349,6 +355,28 @@ class TestTurns:
         assert not turns.counts(taken, 0.02)
 
 
+class TestMemory:
+    def test_own_pages_and_mapped_files_are_told_apart(self, image, tmp_path):
+        if image.memory.resident() is None:
+            pytest.skip("no smaps_rollup here")
+        size = 32 * 2**20
+        path = tmp_path / "file"
+        path.write_bytes(bytes(size))
+        before = image.memory.resident()
+        own = np.ones(size, np.uint8)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            total = int(np.frombuffer(mapped, np.uint8).sum())
+            after = image.memory.resident()
+        assert (total, own[-1]) == (0, 1)
+        assert after.own_bytes - before.own_bytes == pytest.approx(size, rel=0.1)
+        assert after.mapped_bytes - before.mapped_bytes == pytest.approx(size, rel=0.1)
+
+    def test_what_is_not_known_is_none(self, image):
+        assert image.memory.resident(pid=2**31 - 1) is None
+        assert image.memory.larger(None, None) is None
+        assert image.memory.larger(None, image.memory.Resident(1, 5)) == (1, 5)
+
+
 class TestFootnotes:
     def row(self, name: str) -> dict[str, Any]:
         return {"name": name, "median_ms": 2.0, "min_ms": 1.0, "max_ms": 3.0, "ratio": 4.0, "relative_error": 0.5}
@@ -499,6 +527,169 @@ class TestPipeline:
     def test_an_odd_number_of_steps_is_refused(self, pipeline):
         with pytest.raises(ValueError, match="expected an even number, got 5"):
             pipeline.benchmark(tiny_settings(pipeline, num_inference_steps=5))
+
+
+class TestImage:
+    """From prompt to picture, at tiny size."""
+
+    def case(self, image: ModuleType, folder: Path, model: str = "tiny", **changes: Any) -> tuple[Any, Any]:
+        chosen = {"model": model, "size": 64, "num_inference_steps": 2, "num_rounds": 2, "max_waiting": 1e6} | changes
+        settings = image.Settings(**chosen)
+        case = image.case_of(settings, folder)
+        image.text_to_image.save(model, case.folder)
+        return settings, case
+
+    @pytest.mark.parametrize(("model", "num_parameters"), [("sd15", 859_520_964), ("sdxl", 2_567_463_684)])
+    def test_shapes_are_those_of_the_pipelines_they_are_named_after(self, image, model, num_parameters):
+        with torch.device("meta"):
+            pipeline = image.text_to_image.build(model)
+        assert pipeline.unet.num_parameters() == num_parameters
+        assert pipeline.text_encoder.num_parameters() == 123_060_480
+        assert pipeline.vae.num_parameters() == 83_653_863
+        if model == "sdxl":
+            assert pipeline.text_encoder_2.num_parameters() == 694_659_840
+        ids = pipeline.tokenizer(image.text_to_image.PROMPT, padding="max_length").input_ids
+        assert len(ids) == 77
+        assert len(set(ids)) == 9  # seven words, and the two special ones
+
+    @pytest.mark.parametrize(("model", "vae", "guidance"), [("tiny", "tiny", 7.5), ("tiny-xl", "kl", 1.0)])
+    @torch.no_grad()
+    def test_parts_that_others_compute_make_the_same_image(self, image, tmp_path, model, vae, guidance):
+        _, case = self.case(image, tmp_path, model, vae=vae, guidance_scale=guidance)
+        parts = image.image_contestants
+        stock = parts.load_floats(case, torch.float32)
+        calls = parts.record_calls(stock, case)
+        assert len(calls.denoiser) == 2 * parts.NUM_CALIBRATION_IMAGES
+        assert [len(each[0]) for each in calls.denoiser] == [2 if guidance > 1 else 1] * len(calls.denoiser)
+        assert len(calls.denoiser[0]) == (5 if model == "tiny-xl" else 3)
+        hidden = model == "tiny-xl"
+
+        def encoded(name: str) -> Any:
+            encode = parts.Encode(getattr(stock, name), hidden=hidden)
+            outputs = lambda inputs: encode(*inputs) if hidden else [encode(*inputs)]  # noqa: E731
+            return parts.TextEncoder(outputs, getattr(stock, name).config)
+
+        decode = parts.Decoder(lambda inputs: parts.Decode(stock.vae)(*inputs), parts.vae_config(case))
+        texts = {name: encoded(name) for name in calls.texts}
+        unet = parts.Plain(stock.unet)
+        pipeline = parts.assembled(case, lambda inputs: unet(*inputs), decode, texts)
+        wanted = parts.call(stock, case, seed=0)
+        assert wanted.shape == (64, 64, 3)
+        np.testing.assert_allclose(parts.call(pipeline, case, seed=0), wanted, atol=1e-5)
+
+    def test_tables_hold_every_contestant_with_its_parts_and_its_memory(self, image, tmp_path, monkeypatch, capsys):
+        started = []
+
+        def in_this_process(script: str, flags: dict[str, Any]) -> Any:
+            started.append((flags["contestant"], flags.get("prepare", False)))
+            row = json.loads(json.dumps(image.main(image.Settings(**flags))))
+            assert not row or sum(row["parts"].values()) == pytest.approx(row["image_seconds"])
+            return row
+
+        monkeypatch.setattr(image.harness, "in_a_process", in_this_process)
+        names = ["stock diffusers, fp32", "stock diffusers, bf16", "W8A8 UNet, VAE, text"]
+        file = tmp_path / "image.json"
+        settings, _ = self.case(
+            image, tmp_path, contestants=names[1:], directory=str(tmp_path), json=str(file), num_rounds=2
+        )
+        result = image.main(settings)
+        assert json.loads(file.read_text()) == json.loads(json.dumps(result))
+        assert str(tmp_path) not in file.read_text()
+        assert started == [(name, prepare) for name in names for prepare in (True, False)] + 2 * [
+            (name, False) for name in names
+        ]
+        rows = rows_of(result)
+        assert list(rows) == names
+        table = capsys.readouterr().out
+        for name, row in rows.items():
+            assert f"| {name} | {row['median_ms'] / 1000:.2f} |" in table
+            assert row["num_waited"] == 0
+            assert all(row["parts"][part] > 0 for part in image.PARTS)
+            assert row["load_seconds"] > 0
+            assert row["first_seconds"] > 0
+            assert row["peak_bytes"] > 1e8
+        assert rows["stock diffusers, fp32"]["relative_error"] == 0
+        assert 0 < rows["stock diffusers, bf16"]["relative_error"] < 0.1
+        assert 0 < rows["W8A8 UNet, VAE, text"]["relative_error"] < 0.1
+        if image.memory.resident() is not None:
+            assert all(min(held) > 0 for row in rows.values() for held in row["memory"].values())
+        assert "From prompt to picture, tiny, AutoencoderKL, 64x64, 2 steps, no guidance" in table
+        assert "| resident MB, own + mapped from files |" in table
+
+    def test_who_is_absent_or_fails_is_named(self, image, tmp_path, monkeypatch, capsys):
+        def in_a_process(script: str, flags: dict[str, Any]) -> Any:
+            raise RuntimeError("ImportError: No module named 'nonsense'\nand where")
+
+        monkeypatch.setattr(image.harness, "in_a_process", in_a_process)
+        monkeypatch.setenv("PATH", "")
+        settings, _ = self.case(image, tmp_path)
+        skipped = image.absent(list(image.OTHERS))
+        assert skipped == dict.fromkeys(image.OTHERS, "not installed: sd-cli")
+        image.make_files(settings, tmp_path, ["W8A8 UNet", *image.OTHERS], skipped)
+        assert skipped["W8A8 UNet"] == "RuntimeError: ImportError: No module named 'nonsense'"
+        assert "skipped: stable-diffusion.cpp, f16: not installed: sd-cli" in capsys.readouterr().out
+
+    def test_a_child_gets_the_settings(self, image, tmp_path):
+        settings = image.Settings(guidance_scale=7.5, vae="tiny", num_inference_steps=8)
+        flags = image.flags_of(settings, tmp_path, "W8A8 UNet, VAE") | {"prepare": True}
+        command = [f"--{name}={value}" for name, value in flags.items()]
+        (parsed,) = image.HfArgumentParser(image.Settings).parse_args_into_dataclasses(command)
+        assert parsed.prepare
+        assert (parsed.contestant, parsed.directory) == ("W8A8 UNet, VAE", str(tmp_path))
+        assert image.case_of(parsed, tmp_path) == image.case_of(settings, tmp_path)
+
+    def test_what_no_pipeline_makes_is_refused(self, image, tmp_path):
+        with pytest.raises(ValueError, match="vae: expected one of .*'tiny'.*, got 'small'"):
+            image.case_of(image.Settings(vae="small"), tmp_path)
+        with pytest.raises(ValueError, match="size: expected a multiple of 8, got 100"):
+            image.case_of(image.Settings(size=100), tmp_path)
+        with pytest.raises(ValueError, match="model: expected one of .*'sdxl'.*, got 'sd16'"):
+            image.text_to_image.shape_of("sd16")
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["OpenVINO int8, transformer preset", "PT2E X86 Inductor int8, bf16"])
+    def test_other_runtimes_make_almost_the_same_image(self, image, tmp_path, name):
+        pytest.importorskip("torchao" if name.startswith("PT2E") else "nncf")
+        settings, case = self.case(image, tmp_path)
+        image.measure(settings, "stock diffusers, fp32", case)
+        image.CONTESTANTS[name].prepare(case)
+        image.measure(settings, name, case)
+        assert image.relative_error(case, name) < 0.1
+
+
+class TestStableDiffusionCpp:
+    LOG = (
+        "[INFO ] model.cpp:999  - loading tensors completed, taking 1.39s (process: 0.23s, read: 0.49s)\n"
+        "[INFO ] stable-diffusion.cpp:1147 - get_learned_condition completed, taking 250 ms\n"
+        "[INFO ] stable-diffusion.cpp:3432 - sampling completed, taking 2.50s\n"
+        "[INFO ] stable-diffusion.cpp:2 - decode_first_stage completed, taking 1.00s\n"
+        "[INFO ] stable-diffusion.cpp:3615 - generate_image completed in 4.00s\n"
+    )
+
+    def test_its_own_times_are_read(self, image):
+        seconds = image.stable_diffusion_cpp.seconds_in(self.LOG)
+        assert seconds == {"load": 1.39, "text": 0.25, "denoiser": 2.5, "vae": 1.0, "image": 4.0}
+        row = image.stable_diffusion_cpp.row_of(seconds, 6.0, {})
+        assert row["load_seconds"] == 2.0
+        assert row["parts"] == {"text": 0.25, "denoiser": 2.5, "vae": 1.0, "rest": 0.25}
+        with pytest.raises(RuntimeError, match="made no image: .*no such file"):
+            image.stable_diffusion_cpp.seconds_in("no such file")
+
+    @pytest.mark.skipif(os.name == "nt", reason="a shell script stands for the program")
+    def test_a_run_is_watched(self, image, tmp_path, monkeypatch):
+        program = tmp_path / "sd-cli"
+        program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\nsleep 0.3\ncat <<END\n{self.LOG}END\n')
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        assert image.stable_diffusion_cpp.is_installed()
+        case = image.case_of(image.Settings(size=64, vae="tiny"), tmp_path)
+        taken = image.stable_diffusion_cpp.sample(case, "q8_0", seed=3)
+        called = (tmp_path / "called").read_text()
+        for words in ("--type q8_0", "-W 64", "--steps 4", "--cfg-scale 1.0", "-s 3", "--taesd", f"-m {case.folder}"):
+            assert words in called
+        assert taken.seconds > 0.3
+        assert taken.result["image_seconds"] == 4.0
+        assert (taken.result["memory"]["load"] is None) == (image.memory.resident() is None)
 
 
 class TestScaling:
