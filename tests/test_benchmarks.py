@@ -896,3 +896,52 @@ class TestReduction:
         cad, units = (result["rows"][index]["teraflop"] * 1e12 for index in (0, 3))
         assert cad == pytest.approx(10 * 32 * result["forward_flops"])
         assert units == pytest.approx(3 * 16 * result["forward_flops"] / 8)
+
+
+@pytest.fixture(scope="module")
+def training_memory() -> Iterator[ModuleType]:
+    yield from import_script("training_memory")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory peaks are those of Linux")
+class TestTrainingMemory:
+    TINY: dict[str, Any] = {
+        "model": "tiny-conditional",
+        "sample_size": 8,
+        "block": "mid_block.resnets.0",
+        "price_layers": 1,
+    }
+
+    def test_every_stage_is_measured_with_all_its_levers(self, training_memory, tmp_path):
+        settings = training_memory.Settings(**self.TINY)
+        for stage, (_, levers) in training_memory.STAGES.items():
+            row = training_memory.measure(settings, stage, list(levers)[-1], tmp_path)
+            assert row["seconds"] > 0
+            assert row["peak_bytes"] > 1e8
+
+    @pytest.mark.slow
+    def test_a_run_has_a_row_of_each_process(self, training_memory, tmp_path, capsys):
+        settings = training_memory.Settings(
+            **self.TINY, stages=["prices"], levers=["none"], json=str(tmp_path / "memory.json")
+        )
+        result = training_memory.main(settings)
+        assert json.loads((tmp_path / "memory.json").read_text()) == result
+        assert [(row["stage"], row["lever"]) for row in result["rows"]] == [("recording", "none"), ("prices", "none")]
+        assert "| prices | none |" in capsys.readouterr().out
+
+    def test_a_row_is_counted_in_weights(self, training_memory):
+        row = {"stage": "prices", "lever": "none", "seconds": 2.0, "peak_bytes": 88e9, "libraries_bytes": 4e8}
+        machine = sys.modules["harness"].circumstances()
+        result = {
+            "settings": vars(training_memory.Settings()),
+            "environment": machine,
+            "num_parameters": 10**10,
+            "rows": [row],
+        }
+        assert "| prices | none | 88.0 | 2.2 | 2.0 |" in training_memory.markdown(result)
+
+    def test_what_is_no_stage_is_refused(self, training_memory):
+        with pytest.raises(ValueError, match=r"stages: expected some of .* got \['price'\]"):
+            training_memory.benchmark(training_memory.Settings(stages=["price"]))
+        with pytest.raises(ValueError, match="num_updates=2: expected at least 3"):
+            training_memory.benchmark(training_memory.Settings(num_updates=2))

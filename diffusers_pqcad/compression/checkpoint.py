@@ -24,7 +24,7 @@ def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Return `value` as JSON, with every tensor moved to `tensors` and replaced by its name there."""
     if isinstance(value, Tensor):
         name = f"{len(tensors)}{path}"  # numbered: {"a/b": x, "a": {"b": y}} are two tensors
-        tensors[name] = value.detach().clone().contiguous()
+        tensors[name] = value.detach()
         return {TENSOR_KEY: name}
     if isinstance(value, dict):
         return {"keys": [[key, _split(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
@@ -35,6 +35,18 @@ def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(
         f"{path}: a checkpoint holds tensors, numbers, strings, lists and dictionaries; got {type(value)}."
     )
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `tensors` as a file takes them: contiguous, and each with memory of its own; only others are copied."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        is_whole = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.element_size()
+        apart[name] = tensor if is_whole and storage.data_ptr() not in seen else tensor.clone().contiguous()
+        seen.add(storage.data_ptr())
+    return apart
 
 
 def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -109,6 +121,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_split(state, "", tensors))
+    tensors = _apart(tensors)
     metadata = {STRUCTURE_KEY: structure, DIGEST_KEY: tensors_hash(tensors, structure)}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)

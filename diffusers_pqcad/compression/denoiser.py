@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from diffusers_pqcad.compression.grid import Grid
 
@@ -152,9 +153,17 @@ def _filled(node: Any, condition: Condition, like: Tensor) -> Any:
     return node.to(like.device) if isinstance(node, Tensor) else node
 
 
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """Return the dtype of the parameters of `model`; None where it has none."""
+    return getattr(next(model.parameters(), None), "dtype", None)
+
+
 @dataclass(frozen=True)
 class Denoiser:
-    """A model, and how a step calls it; called with states, timesteps and conditions, it returns guided outputs."""
+    """A model, and how a step calls it; called with states, timesteps and conditions, it returns guided outputs.
+
+    A model in bf16 gets its arguments so; outputs have the dtype of the states.
+    """
 
     model: nn.Module
     plan: StepPlan = StepPlan()
@@ -162,10 +171,13 @@ class Denoiser:
     def call(self, index: int, state: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Return the output of call `index` of a step, (branches * n, *S'), for `state` (n, *S), `timestep` (n,)."""
         plan, copies = self.plan, self.plan.branches[index]
-        state, timestep, n = torch.cat([state] * copies), torch.cat([timestep] * copies), state
-        return self.model(
-            **{plan.state_name: state, "timestep": timestep}, **_filled(plan.arguments[index], condition, n)
-        )[0]
+        arguments = {plan.state_name: torch.cat([state] * copies)} | _filled(plan.arguments[index], condition, state)
+        timestep = torch.cat([timestep] * copies)
+        if dtype_of(self.model) != torch.bfloat16:
+            return self.model(**arguments, timestep=timestep)[0].to(state.dtype)
+        # As pipelines call a model in half precision. Not the timestep, of which bf16 has few.
+        arguments = tree_map_only(Tensor, lambda x: x.bfloat16() if x.is_floating_point() else x, arguments)
+        return self.model(**arguments, timestep=timestep)[0].to(state.dtype)
 
     def __call__(self, state: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Return the weighted sum of the branches' outputs, (n, *S).

@@ -6,12 +6,12 @@ guidance scale). A quantized teacher's landing points are biased, and more data 
 trajectories are not. Inspired by the abstract of PQCAD-DM (arXiv:2506.16776): both terms together.
 """
 
-import copy
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -41,6 +41,7 @@ from diffusers_pqcad.compression.fake_quant import (
     timestep_boundaries,
 )
 from diffusers_pqcad.compression.grid import Grid
+from diffusers_pqcad.compression.offload import Store, release_, store_in, waiting_copy
 from diffusers_pqcad.compression.optimization import (
     WARMUP_STEPS,
     AveragedAdam,
@@ -51,6 +52,8 @@ from diffusers_pqcad.compression.optimization import (
     trained_alone,
     trained_groups,
 )
+from diffusers_pqcad.compression.optimizers import OptimizerName, check_installed, check_optimizer
+from diffusers_pqcad.compression.precision import DTYPES, MixedPrecision, check_mixed_precision, computed_in
 from diffusers_pqcad.compression.processes import (
     Place,
     accelerator_on,
@@ -111,6 +114,30 @@ class DistillConfig:
         },
     )
     train_batch_size: int = field(default=32, metadata={"help": "images of an update of CAD, per term and process"})
+    gradient_accumulation_steps: int = field(
+        default=1,
+        metadata={
+            "help": "batches of train_batch_size in an update of CAD, one after the other: as many times the images, "
+            "in the memory of one batch"
+        },
+    )
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={
+            "help": "whether CAD computes the student's blocks again in the backward pass, instead of keeping what "
+            "they computed: less memory, the same numbers"
+        },
+    )
+    optimizer: OptimizerName = field(
+        default="adam",
+        metadata={
+            "help": "CAD's optimizer; its state for a weight: of adam two more, of adafactor a row and a column"
+        },
+    )
+    use_8bit_adam: bool = field(
+        default=False, metadata={"help": "whether Adam keeps its state in 8 bits (needs bitsandbytes)"}
+    )
+    mixed_precision: MixedPrecision = "no"
     step_rate: float = field(default=1e-3, metadata={"help": "rate of CAD, in rounding steps of each layer; Adam"})
     float_rate: float = field(
         default=1e-3,
@@ -150,9 +177,12 @@ class DistillConfig:
             raise ValueError(f"teacher: expected 'quantized', 'fp' or 'none', got {self.teacher!r}.")
         if self.trainable not in ("all", "scales", "lora"):
             raise ValueError(f"trainable: expected 'all', 'scales' or 'lora', got {self.trainable!r}.")
+        check_optimizer(self.optimizer, use_8bit_adam=self.use_8bit_adam)
+        check_mixed_precision(self.mixed_precision)
         if self.lr_scheduler is not None and self.lr_scheduler not in get_args(LrScheduler):
             raise ValueError(f"lr_scheduler: expected one of {get_args(LrScheduler)}, got {self.lr_scheduler!r}.")
         check_minimum(self, max_train_steps=1, train_batch_size=1, evaluation_steps=1, rank=1, lr_warmup_steps=0)
+        check_minimum(self, gradient_accumulation_steps=1)
         check_minimum(self, step_rate=0, float_rate=0, lora_rate=0, calibration_weight=0)
         check_minimum(self, **({} if self.lora_alpha is None else {"lora_alpha": 1}))
         if not self.max_grad_norm > 0:
@@ -320,16 +350,18 @@ class Distillation:
         calibrate_activations_(self.student, ((t, partial(run, index)) for index, t in enumerate(timesteps)))
 
     def losses(self, model: nn.Module, step: int, rank: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of one update and its terms, of the images of process `rank`.
+        """Return the loss of one update and its terms, of the images of part `rank`.
 
-        The draws are a function of (seed, step, image): as many processes with smaller batches draw the same.
+        An update has as many parts as there are processes, times the batches that each of them accumulates. The draws
+        are a function of (seed, step, image): as many parts with smaller batches draw the same.
         """
         self.place = self.place._replace(process_index=rank)
         generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) * 8191 % 2**63)
         drawn = {name: term.draw(self, generator) for name, term in self.terms.items()}
         # One call for all terms: a larger batch costs less than two, and the weights are rounded once.
         trajectory, jump, state, target, weight = map(torch.cat, zip(*drawn.values(), strict=True))
-        output = self.outputs(model, jump, state, self.train_set.condition(trajectory, self.stride * jump))
+        with computed_in(self.config.mixed_precision, state.device):
+            output = self.outputs(model, jump, state, self.train_set.condition(trajectory, self.stride * jump))
         sizes = [len(draw.jump) for draw in drawn.values()]
         errors = map(weighted_error, output.split(sizes), target.split(sizes), weight.split(sizes))
         terms = dict(zip(drawn, errors, strict=True))
@@ -375,7 +407,16 @@ class Term(NamedTuple):
 
 
 # Not in files of older versions.
-LATER_SETTINGS = ("lr_scheduler", "lr_warmup_steps")
+LATER_SETTINGS = (
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "optimizer",
+    "use_8bit_adam",
+    "mixed_precision",
+)
+
 
 TERMS = {
     "teacher": Term(lambda config: float(config.teacher != "none"), teacher_draw),
@@ -409,7 +450,8 @@ def request_of(
         "stride": stride,
         "teacher_branches": calibration.plan.branches,
         "folds": config.folds(calibration.plan),
-        "config": plain_settings(config, later=LATER_SETTINGS),
+        # What a student learns is the same with checkpointing.
+        "config": plain_settings(replace(config, gradient_checkpointing=False), later=LATER_SETTINGS),
         "calibration": calibration.identity(),
         "num_inference_steps": calibration.num_inference_steps,
         "bits": bits_by_module(student),
@@ -430,6 +472,7 @@ def distill(
     accelerator: Accelerator | None = None,
     checkpoint: str | Path | None = None,
     watch: Watch | None = None,
+    offload_folder: str | Path | None = None,
 ) -> Iterator[StepStats]:
     """Train `student` in place to sample in half the steps of `calibration`, yielding each update's statistics.
 
@@ -440,16 +483,21 @@ def distill(
     calibration trajectories. When the generator is exhausted or closed, the student is in its best state by held-out
     trajectory error in its steps; the undistilled start competes (`best_step` 0 means that it won). `checkpoint`
     names a resume file; inside `stopping_at_checkpoints` it is also written, and Stopped raised, when the process is
-    asked to stop. `watch` says what else happens in between, and when that file is written. `accelerator` defaults to
-    fp32 on the student's device. Several processes draw as many images each, and all have the same student throughout.
+    asked to stop. `watch` says what else happens in between, and when that file is written. `offload_folder` is where
+    unnamed files take what would otherwise be in memory: the averaged weights and the best state, and on a CPU a copy
+    of the teacher and what is not trained of the student; results are the same to the last bit. `accelerator` defaults
+    to fp32 on the student's device. Several processes draw as many images each, and all have the same student
+    throughout.
 
     With `trainable="scales"` no weight moves, with "lora" nothing but an adapter: that of the student, else a new one,
     which the student has from then on. It may be one in full precision then, and learns fewer steps alone.
 
     Raises ValueError for an N that `stride` does not divide, guidance that cannot be folded, a calibration set of
-    another model, switches that leave nothing to learn from, or a resume file that was begun with other settings.
+    another model, switches that leave nothing to learn from, an optimizer that is not installed, a model that cannot
+    checkpoint gradients, or a resume file that was begun with other settings.
     """
     config = config or DistillConfig()
+    check_installed(use_8bit_adam=config.use_8bit_adam)
     device = next(student.parameters()).device
     run = Distillation(student, teacher, calibration.to(device), config, data, stride=stride)
     adapted_(student, config)
@@ -462,26 +510,64 @@ def distill(
     )
     accelerator = accelerator or accelerator_on(device.type)
     check_whole(accelerator)
-    run.place = Place(accelerator.process_index, accelerator.num_processes)
+    run.place = Place(0, accelerator.num_processes * config.gradient_accumulation_steps)  # see `losses`
     run.watch = watch or Watch()
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
         on_main(path.parent.mkdir, parents=True, exist_ok=True)
     state = None if path is None else read_together(partial(load_checkpoint, path), path.exists)
     request = request_of(student, teacher, calibration, config, data, stride)
-    if run.place.num_processes > 1:  # as many times the images
-        request["num_processes"] = run.place.num_processes
+    if accelerator.num_processes > 1:  # as many times the images
+        request["num_processes"] = accelerator.num_processes
     if path is not None and state is not None:
         check_request(path, state, request)
-    with trained_alone(student, groups):
-        yield from updates(run, groups, accelerator, path, request, state)
+    store = store_in(offload_folder)
+    if teacher is not None and (store is not None or config.mixed_precision != "no"):
+        run.teacher = teacher = waiting_copy(teacher, store, DTYPES[config.mixed_precision])
+    with checkpointed(student, enabled=config.gradient_checkpointing), trained_alone(student, groups, store):
+        yield from updates(run, groups, accelerator, path, request, state, store)
 
 
-def reported(loss: Tensor, terms: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
-    """Return the means over processes of an update's loss and of its terms."""
-    found = everywhere((loss.item(), {name: term.item() for name, term in terms.items()}))
-    means = {name: statistics.fmean(losses[name] for _, losses in found) for name in terms}
-    return statistics.fmean(total for total, _ in found), means
+@contextmanager
+def checkpointed(model: Any, *, enabled: bool) -> Iterator[None]:
+    """Let the blocks of `model` be computed again in backward passes of the block, if `enabled`.
+
+    Raises ValueError for a model that cannot, as diffusers says it.
+    """
+    if not enabled or model.is_gradient_checkpointing:
+        yield
+        return
+    model.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        model.disable_gradient_checkpointing()
+
+
+class Losses(NamedTuple):
+    """The loss of a batch, and its terms by name."""
+
+    total: float
+    terms: dict[str, float]
+
+
+def backward(run: Distillation, model: nn.Module, step: int, accelerator: Accelerator) -> list[Losses]:
+    """Add the gradients of an update to the parameters of `model`, and return the losses of its batches, in order."""
+    count, found = run.config.gradient_accumulation_steps, []
+    for index in range(count):
+        is_last = index + 1 == count  # which brings the gradients of all processes together
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            loss, terms = run.losses(model, step, accelerator.process_index * count + index)
+            accelerator.backward(loss / count)
+        found.append(Losses(loss.item(), {name: term.item() for name, term in terms.items()}))
+    return found
+
+
+def reported(losses: list[Losses]) -> Losses:
+    """Return the means over batches and processes of an update's losses."""
+    found = [one for process in everywhere(losses) for one in process]
+    means = {name: statistics.fmean(one.terms[name] for one in found) for name in losses[0].terms}
+    return Losses(statistics.fmean(one.total for one in found), means)
 
 
 def updates(
@@ -491,10 +577,12 @@ def updates(
     path: Path | None,
     request: dict[str, Any],
     state: dict[str, Any] | None,
+    store: Store | None = None,
 ) -> Iterator[StepStats]:
     """Train Adam's `groups` of the student of `run`, yielding each update's statistics; see `distill`.
 
-    `path` is that of a resume file for `request`, or None; `state` is what an earlier call left there, or None.
+    `path` is that of a resume file for `request`, or None; `state` is what an earlier call left there, or None, and
+    is emptied. What waits lies in the `store`, if there is one.
     """
     config, student = run.config, run.student
     run.calibrate_activations()
@@ -505,21 +593,24 @@ def updates(
         max_grad_norm=config.max_grad_norm,
         lr_scheduler=config.lr_scheduler,
         warmup_steps=config.lr_warmup_steps,
+        optimizer=config.optimizer,
+        use_8bit_adam=config.use_8bit_adam,
+        store=store,
     )
-    best, first = BestState(student, run.trajectory_error()), 0
+    best, first = BestState(student, run.trajectory_error(), store), 0
     if state is not None:
         load_fake_quant_state_(student, state["model"])
         adam.load_state_dict(state["adam"])
         best.load_state_dict(state["best"])
         first = state["step"]
+        state.clear()  # several times as large as the model
     model, adam.optimizer = prepared(accelerator, student, adam.optimizer)
-    images_per_update = config.train_batch_size * accelerator.num_processes
+    images_per_update = config.train_batch_size * run.place.num_processes
 
     try:
         for step in range(first, config.max_train_steps):
             started = time.perf_counter()
-            loss, terms = run.losses(model, step, accelerator.process_index)
-            accelerator.backward(loss)
+            parts = backward(run, model, step, accelerator)
             adam.update(step)
 
             done, error = step + 1, None
@@ -527,7 +618,7 @@ def updates(
                 with adam.averaged():
                     error = run.trajectory_error()
                     best.offer(student, done, error)
-            total, losses = reported(loss, terms)
+            total, losses = reported(parts)
             yield StepStats(
                 step=done,
                 loss=total,
@@ -553,6 +644,7 @@ def updates(
                     "request": json.dumps(request),
                 }
                 on_main(save_checkpoint, path, state)
+                release_([list(student.parameters()), adam.average.shadow_params, best.state])
                 run.watch.kept(done)
             if stops:
                 stop_where_asked()
@@ -562,7 +654,7 @@ def updates(
     best.restore_(student)
     if run.keeps_ranges:
         return
-    before, error = copy.deepcopy(fake_quant_state(student)), run.image_error()
+    before, error = fake_quant_state(student), run.image_error()  # of ranges, new ones take the place: no copies
     run.calibrate_activations()
     if not run.image_error() < error:  # new ranges may help on the way, and not the images
         load_fake_quant_state_(student, before)

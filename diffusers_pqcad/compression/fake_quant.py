@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from diffusers_pqcad.compression.offload import Store, offload_
 from diffusers_pqcad.compression.processes import each
 from diffusers_pqcad.kernels.operation import qparams_of_group
 from diffusers_pqcad.layers.find import layer_name
@@ -356,10 +357,14 @@ def unparametrize_(layer: nn.Module, weight: Tensor) -> None:
 
 
 @torch.no_grad()
-def freeze_(model: nn.Module) -> nn.Module:
-    """Replace the weight parametrizations by their rounded result, in place: a faster model that only infers."""
+def freeze_(model: nn.Module, store: Store | None = None) -> nn.Module:
+    """Replace the weight parametrizations by their rounded result, in place: a faster model that only infers.
+
+    With a `store` the rounded weights lie there, each from when it is made (`offload_`).
+    """
     for layer in fake_quant_layers(model).values():
         unparametrize_(layer, layer.weight)
+        offload_(layer, store)
     return model.requires_grad_(False).eval()
 
 

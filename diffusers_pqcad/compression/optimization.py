@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from diffusers_pqcad.compression.checkpoint import copy_state_
 from diffusers_pqcad.compression.fake_quant import fake_quant_layers, latent_weight, weight_quantizer, weights_at_rest
+from diffusers_pqcad.compression.offload import Store, offloaded, release_
+from diffusers_pqcad.compression.optimizers import OptimizerName, optimizer_of
 from diffusers_pqcad.layers.find import is_of_adapter
 from diffusers_pqcad.loading.coverage import float_weights
 
@@ -78,14 +80,19 @@ def trained_groups(
 
 
 @contextmanager
-def trained_alone(module: nn.Module, groups: list[dict[str, Any]]) -> Iterator[None]:
-    """Let only the parameters in Adam's `groups` have gradients inside the block; weights at rest are rounded once."""
+def trained_alone(module: nn.Module, groups: list[dict[str, Any]], store: Store | None = None) -> Iterator[None]:
+    """Let only the parameters in Adam's `groups` have gradients inside the block; weights at rest are rounded once.
+
+    With a `store`, the other parameters lie there inside the block.
+    """
     before = {parameter: parameter.requires_grad for parameter in module.parameters()}
     trained = {id(parameter) for group in groups for parameter in group["params"]}
     for parameter in before:
         parameter.requires_grad_(id(parameter) in trained)
+    still = [parameter for parameter in before if not parameter.requires_grad]
     try:
-        with weights_at_rest(module):
+        with offloaded(module, store, still), weights_at_rest(module):
+            release_(still)
             yield
     finally:
         for parameter, required in before.items():
@@ -135,7 +142,8 @@ class AveragedAdam:
     """Adam with a schedule of its rates, and a moving average of the weights it passes through.
 
     `groups` are Adam's, with the rates that the warm-up leads to; `lr_scheduler` is as in `rate_schedule`. Short
-    trainings at rates high enough to move quantized weights end in noise; the average takes it out.
+    trainings at rates high enough to move quantized weights end in noise; the average takes it out. `optimizer` names
+    one with less state in Adam's place. With a `store`, the average lies there.
     """
 
     def __init__(
@@ -147,14 +155,24 @@ class AveragedAdam:
         warmup_steps: int = WARMUP_STEPS,
         max_grad_norm: float = 1.0,
         lr_scheduler: LrScheduler | None = None,
+        optimizer: OptimizerName = "adam",
+        use_8bit_adam: bool = False,
+        store: Store | None = None,
         **adam: Any,
     ) -> None:
-        self.optimizer = torch.optim.Adam(groups, **adam)
+        self.optimizer = optimizer_of(groups, optimizer, use_8bit_adam=use_8bit_adam, **adam)
+        self.store = store
         self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.rates = [group["lr"] for group in groups]
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.max_grad_norm = max_grad_norm
         self.rate_factor = rate_schedule(lr_scheduler, num_steps, warmup_steps)
-        self.average = EMAModel(self.parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
+        # Without parameters: it would copy all of them before one lies elsewhere.
+        self.average = EMAModel([], decay=ema_decay, use_ema_warmup=True, power=0.75)
+        self.average.shadow_params = [self._kept(parameter) for parameter in self.parameters]
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        """Return a copy of a parameter, or of its average, where the average lies."""
+        return tensor.detach().clone() if self.store is None else self.store.put(tensor)
 
     def update(self, step: int) -> None:
         """Clip the gradients, apply them at the rates of `step`, clear them, and take the weights into the average."""
@@ -164,13 +182,21 @@ class AveragedAdam:
         torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.average.step(self.parameters)
+        if self.store is None:
+            self.average.step(self.parameters)
+            return
+        self.average.step([parameter.to("cpu") for parameter in self.parameters])
+        release_(self.average.shadow_params)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the averaged weights into the model inside the block."""
-        self.average.store(self.parameters)
+        if self.store is None:
+            self.average.store(self.parameters)
+        else:  # as `store` does, but for the place
+            self.average.temp_stored_params = self.store.put_tree(self.parameters)
         self.average.copy_to(self.parameters)
+        release_(self.average.shadow_params)
         try:
             yield
         finally:
@@ -190,29 +216,39 @@ class AveragedAdam:
         self.optimizer.load_state_dict(state["optimizer"])
         self.rates = state["rates"]
         self.average.load_state_dict(state["average"])
-        self.average.to(self.parameters[0].device)
+        if self.store is None:
+            self.average.to(self.parameters[0].device)
+        else:
+            self.average.shadow_params = self.store.put_tree(self.average.shadow_params)
 
 
-def moving_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of what a training may change in `model`: parameters with gradients, and all buffers."""
+def moving_state(model: nn.Module, store: Store | None = None) -> dict[str, Tensor]:
+    """Return a copy of what a training may change in `model`: parameters with gradients, and all buffers.
+
+    It lies in the `store`, if there is one.
+    """
     still = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if name not in still}
+    moving = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in still}
+    return {name: tensor.clone() if store is None else store.put(tensor) for name, tensor in moving.items()}
 
 
 class BestState:
-    """The state with the smallest error so far, of what moves; the start competes."""
+    """The state with the smallest error so far, of what moves; the start competes. With a `store`, it lies there."""
 
-    def __init__(self, model: nn.Module, error: float) -> None:
-        self.step, self.error, self.state = 0, error, moving_state(model)
+    def __init__(self, model: nn.Module, error: float, store: Store | None = None) -> None:
+        self.store = store
+        self.step, self.error, self.state = 0, error, moving_state(model, store)
 
     def offer(self, model: nn.Module, step: int, error: float) -> None:
         """Keep the state of `model` if `error` is smaller than any before."""
         if error < self.error:
-            self.step, self.error, self.state = step, error, moving_state(model)
+            self.state = {}  # before there is another: two would be in memory
+            self.step, self.error, self.state = step, error, moving_state(model, self.store)
 
     def restore_(self, model: nn.Module) -> None:
         """Copy the best state into `model`."""
         copy_state_(model, model.state_dict() | self.state)
+        release_(self.state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything, for a resume file."""
@@ -220,4 +256,5 @@ class BestState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
-        self.step, self.error, self.state = state["step"], state["error"], state["state"]
+        self.step, self.error = state["step"], state["error"]
+        self.state = state["state"] if self.store is None else self.store.put_tree(state["state"])

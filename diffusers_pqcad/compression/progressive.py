@@ -5,7 +5,6 @@ transition does to the model's output (price), let the controller choose the che
 block reconstruction.
 """
 
-import copy
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,9 +22,8 @@ from tqdm.auto import tqdm
 from diffusers_pqcad.compression.calibration import CalibrationSet, Calls, check_float32
 from diffusers_pqcad.compression.checkpoint import (
     check_request,
-    clone_state,
-    copy_state_,
     load_checkpoint,
+    plain_settings,
     save_checkpoint,
     write_text,
 )
@@ -43,7 +41,16 @@ from diffusers_pqcad.compression.fake_quant import (
     prepare_,
     set_bits_,
 )
+from diffusers_pqcad.compression.offload import (
+    Store,
+    offloaded,
+    release_,
+    sharing_copy,
+    store_in,
+    waiting_copy,
+)
 from diffusers_pqcad.compression.optimization import check_minimum
+from diffusers_pqcad.compression.precision import DTYPES, MixedPrecision, check_mixed_precision
 from diffusers_pqcad.compression.processes import agreed, copy_from_main_, divided, each, on_main, read_together
 from diffusers_pqcad.compression.reconstruction import (
     Pass,
@@ -128,6 +135,7 @@ class ProgressiveConfig:
         default=0.25,
         metadata={"help": "share of a reconstruction's iterations and samples where the bits will change again"},
     )
+    mixed_precision: MixedPrecision = "no"
     seed: int = field(default=42, metadata={"help": "seed of all draws"})
 
     def __post_init__(self) -> None:
@@ -135,6 +143,7 @@ class ProgressiveConfig:
             raise ValueError(f"signal: expected 'output' or 'weight', got {self.signal!r}.")
         if not 0 <= self.beta < 1:
             raise ValueError(f"beta: expected 0 (no momentum) to below 1, got {self.beta}.")
+        check_mixed_precision(self.mixed_precision)
         check_minimum(self, trust=0, perturbation_floor=0)
         check_minimum(self, rounds_per_stage=1, price_batch_size=1)
         check_minimum(self, reconstruction_samples=MIN_RECONSTRUCTION_SAMPLES)
@@ -289,10 +298,18 @@ def passes_of(denoiser: Denoiser, calls: Calls) -> list[Pass]:
 
 
 class ProgressiveQuantizer:
-    """The run of one PQ: the model under quantization, its full-precision reference, the controller, the history."""
+    """The run of one PQ: the model under quantization, its full-precision reference, the controller, the history.
+
+    With a `store`, the reference, the copy that prices are measured with and the captured inputs lie there.
+    """
 
     def __init__(
-        self, model: nn.Module, calibration: CalibrationSet, config: PQCADConfig, settings: ProgressiveConfig
+        self,
+        model: nn.Module,
+        calibration: CalibrationSet,
+        config: PQCADConfig,
+        settings: ProgressiveConfig,
+        store: Store | None = None,
     ) -> None:
         check_float32(model)
         calibration.check(model)
@@ -311,9 +328,9 @@ class ProgressiveQuantizer:
             beta=settings.beta,
         )
         self.controller.check_budget(config.weight_bits)
-        self.model, self.config, self.settings = model, config, settings
+        self.model, self.config, self.settings, self.store = model, config, settings, store
         # A copy, because the latents move away from the original weights, which the targets need.
-        self.reference = copy.deepcopy(model).eval().requires_grad_(False)
+        self.reference = waiting_copy(model, store, DTYPES[settings.mixed_precision])
         device = next(model.parameters()).device
         self.calibration = calibration.to(device)
         self.train_set, self.held_out = self.calibration.split()
@@ -372,7 +389,7 @@ class ProgressiveQuantizer:
         if self.settings.signal == "weight":
             self.perturbations = weight_prices(self.reference, self.controller, self.config.group_size)
         else:
-            frozen = self.calibration.denoiser(freeze_(copy.deepcopy(self.model)))
+            frozen = self.calibration.denoiser(self.frozen())
             calls = self.train_set.draw(self.settings.price_batch_size, self.seed(Stream.PRICES, stage, round_index))
             layers = self.priced_layers(stage, round_index)
 
@@ -384,6 +401,12 @@ class ProgressiveQuantizer:
         self.controller.observe(self.perturbations)
         saved = {name: self.controller.saved_bits(name) for name in self.perturbations}
         self.prices = {name: perturbation / saved[name] for name, perturbation in self.perturbations.items()}
+
+    def frozen(self) -> nn.Module:
+        """Return a copy of the model with rounded weights; all else of it is in the model's memory."""
+        frozen = freeze_(sharing_copy(self.model), self.store)
+        release_(list(self.model.parameters()))
+        return frozen
 
     def bar(self, names: list[str], description: str, unit: str) -> tqdm:
         """Return `names`, with a progress bar that goes when they end: each takes a pass of the model, or many."""
@@ -433,9 +456,10 @@ class ProgressiveQuantizer:
             for move in by_unit[name]:
                 set_bits_(layers[move.layer], move.to_bits)
             if settings.iterations:
-                io = capture_io(self.model, self.reference, name, passes, samples.weight)
+                io = capture_io(self.model, self.reference, name, passes, samples.weight, store=self.store)
                 seed = self.seed(Stream.RECONSTRUCTION, stage, round_index)
-                result = reconstruct(unit, io, settings, name=name, seed=seed)
+                precision = self.settings.mixed_precision
+                result = reconstruct(unit, io, settings, name=name, seed=seed, mixed_precision=precision)
                 bar.set_postfix(loss=f"{result.loss_before:.1e} to {result.loss_after:.1e}")
                 self.history.units.append(asdict(result) | {"stage": stage, "round": round_index})
             done.append(name)
@@ -528,14 +552,16 @@ class ProgressiveQuantizer:
         layers = fake_quant_layers(self.model)
         calls = self.train_set.draw(self.num_check_samples, self.seed(Stream.BIASES, stage))
         held_out = self.held_out_calls(stage)
-        before, error = clone_state(self.model), output_error(self.denoiser, held_out)
+        biases = [layer.get_parameter("bias") for layer in layers.values() if layer.bias is not None]
+        before, error = [bias.detach().clone() for bias in biases], output_error(self.denoiser, held_out)
         first = passes_of(self.denoiser, calls)[0]  # a step's other calls, where there are any, differ by the prompt
         rows = torch.arange(len(calls.step))
         order = self.execution_order(layers)
         correct_biases_(self.model, self.reference, order, lambda model: first.run(model, rows))
         after = output_error(self.denoiser, held_out)
         if not after < error:
-            copy_state_(self.model, before)
+            for bias, value in zip(biases, before, strict=True):
+                bias.data.copy_(value)
         self.history.units.append(
             asdict(UnitResult("bias correction", error, after, after < error))
             | {"stage": stage, "round": END_OF_STAGE}
@@ -568,6 +594,7 @@ class ProgressiveQuantizer:
                 "request": json.dumps(self.request),
             }
             on_main(save_checkpoint, path, state)
+            release_(list(self.model.parameters()))
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from the contents of a resume file."""
@@ -621,6 +648,7 @@ def progressive_quantize(
     progressive: ProgressiveConfig | None = None,
     *,
     checkpoint: str | Path | None = None,
+    offload_folder: str | Path | None = None,
     progress: bool = True,
 ) -> History:
     """Quantize the full-precision `model` in place and return the history.
@@ -628,7 +656,9 @@ def progressive_quantize(
     `config` defaults to an average of WEIGHT_BITS bits: fewer than loading without data takes.
     Leaves the fake-quantized model with its latent weights: `distill` trains them, `convert_` turns a copy into packed
     layers. `checkpoint` names a resume file: the same call after a kill goes on from it. It is written after each
-    round, and inside `stopping_at_checkpoints` after a unit, before Stopped is raised. Deterministic under
+    round, and inside `stopping_at_checkpoints` after a unit, before Stopped is raised. `offload_folder` is
+    where unnamed files take what would otherwise be in memory, on a CPU also the model itself: in memory are the unit
+    under reconstruction and what a pass needs, and the results are the same to the last bit. Deterministic under
     `progressive.seed`; several processes share the work, and all end with the same model.
 
     Raises ValueError, with the model unchanged, for a calibration set of another model, a budget that cannot be met,
@@ -644,26 +674,40 @@ def progressive_quantize(
     config = config or PQCADConfig(weight_bits=WEIGHT_BITS)
     request = {
         "config": with_model_exemptions(model, config).to_dict(),  # older versions searched other layers
-        "settings": asdict(settings),
+        "settings": plain_settings(settings, later=("mixed_precision",)),
         "controller": SensitivityController.__name__,  # older versions kept a momentum of prices
         "calibration": calibration.identity(),
         "num_inference_steps": calibration.num_inference_steps,
     }
     if path is not None and state is not None:
         check_request(path, state, request)
-    run = ProgressiveQuantizer(model, calibration, config, settings)
+    store = store_in(offload_folder)
+    run = ProgressiveQuantizer(model, calibration, config, settings, store)
     run.request = request
     if state is not None:
         run.load(state)
-    history = run.run(path, progress=progress)
-    originals = {name: layer_of(run.reference, name).get_parameter("weight") for name in fake_quant_layers(model)}
-    history.summary = {
-        "average_bits": run.controller.average_bits(),
-        "bits": dict(run.controller.bits),
-        "trajectory_error": trajectory_error(model, run.held_out, calibration.num_inference_steps),
-        "latent_shift": {
-            name: ((latent_weight(layer) - originals[name]).norm() / originals[name].norm()).item()
-            for name, layer in fake_quant_layers(model).items()
-        },
-    }
+        state.clear()  # as large as the model
+    with offloaded(model, store):
+        history = run.run(path, progress=progress)
+        history.summary = {
+            "average_bits": run.controller.average_bits(),
+            "bits": dict(run.controller.bits),
+            "trajectory_error": trajectory_error(model, run.held_out, calibration.num_inference_steps),
+            "latent_shift": {
+                name: latent_shift(layer, layer_of(run.reference, name))
+                for name, layer in fake_quant_layers(model).items()
+            },
+        }
     return history
+
+
+@torch.no_grad()
+def latent_shift(layer: nn.Module, original: nn.Module) -> float:
+    """Return ||W - W_fp|| / ||W_fp|| of the latent weights of a layer and those of the `original` one.
+
+    Against the reference's weights, which are rounded with `mixed_precision`.
+    """
+    latent, weight = latent_weight(layer), original.get_parameter("weight")
+    shift = ((latent - weight).norm() / weight.norm()).item()
+    release_([latent, weight])
+    return shift

@@ -10,14 +10,18 @@ weights in the place of AdaRound: latents carry over when the bits change, which
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from operator import getitem
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from diffusers_pqcad.compression.fake_quant import fake_quant_layers
+from diffusers_pqcad.compression.offload import Store, release_
 from diffusers_pqcad.compression.optimization import check_minimum, parameter_groups
+from diffusers_pqcad.compression.precision import MixedPrecision, computed_in
 from diffusers_pqcad.compression.processes import add_gradients_, each, on_main, place, rows_of
 from diffusers_pqcad.layers.find import layer_of
 
@@ -185,7 +189,11 @@ def _labels(arguments: tuple[Any, ...], keywords: tuple[str, ...]) -> list[str]:
 
 
 def _join_arguments(
-    calls: list[tuple[Any, ...]], sizes: list[int], keywords: tuple[str, ...], num_batches: int
+    calls: list[tuple[Any, ...]],
+    sizes: list[int],
+    keywords: tuple[str, ...],
+    num_batches: int,
+    cat: Callable[..., Tensor],
 ) -> tuple[tuple[Any, ...], frozenset[int]]:
     """Return the first `num_batches` of the `calls` as one, and the positions of the leaves without a batch axis.
 
@@ -202,7 +210,7 @@ def _join_arguments(
     shared = set()
     for index, values in enumerate(zip(*(tree_leaves(call) for call in calls), strict=True)):
         if all(map(_is_batched, values, sizes)):
-            leaves.append(torch.cat(values[:num_batches]))
+            leaves.append(cat(values[:num_batches]))
             continue
         if not all(_is_same(values[0], value) for value in values):
             raise ValueError(f"{names[index]} has no batch axis, and differs from one call to another.")
@@ -211,15 +219,13 @@ def _join_arguments(
     return tree_unflatten(leaves, tree_flatten(calls[0])[1]), frozenset(shared)
 
 
-def _join_outputs(outputs: list[Any], sizes: list[int], num_batches: int) -> Any:
+def _join_outputs(outputs: list[Any], sizes: list[int], num_batches: int, cat: Callable[..., Tensor]) -> Any:
     """Return the first `num_batches` of the `outputs` as one, with None in the place of what is not compared.
 
     Compared are floating-point tensors with a batch axis, (n, ...).
     """
     leaves = [
-        torch.cat(values[:num_batches])
-        if all(map(_is_batched, values, sizes)) and values[0].is_floating_point()
-        else None
+        cat(values[:num_batches]) if all(map(_is_batched, values, sizes)) and values[0].is_floating_point() else None
         for values in zip(*map(tree_leaves, outputs), strict=True)
     ]
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
@@ -229,13 +235,21 @@ def _join_outputs(outputs: list[Any], sizes: list[int], num_batches: int) -> Any
 
 @torch.no_grad()
 def capture_io(
-    model: nn.Module, reference: nn.Module, name: str, passes: Sequence[Pass], weight: Tensor, *, batch_size: int = 64
+    model: nn.Module,
+    reference: nn.Module,
+    name: str,
+    passes: Sequence[Pass],
+    weight: Tensor,
+    *,
+    batch_size: int = 64,
+    store: Store | None = None,
 ) -> UnitIO:
     """Return what the unit `name` sees and should give, for as many samples as `weight` (n,) has.
 
     `passes` are the calls of a model in one step; all of them are captured, and the rows of a sample (its branches)
-    stay together. Raises ValueError, with the unit's name, for an argument that is neither cut along the batch nor the
-    same in all calls, and for a unit that returns nothing to compare.
+    stay together. With a `store` it lies there, on the CPU, and no more than one pass of it is ever in memory. Raises
+    ValueError, with the unit's name, for an argument that is neither cut along the batch nor the same in all calls,
+    and for a unit that returns nothing to compare.
     """
     batches, probe = _batches(len(weight), batch_size)
     calls = [(rows, one) for rows in (*batches, *probe) for one in passes]
@@ -247,11 +261,13 @@ def capture_io(
         record: dict[str, Any] = {}
         with recording(network.get_submodule(name), record), suppress(_Captured):
             one.run(network, rows)
-        return {key: record[key] for key in kept}
+        found = {key: record[key] for key in kept}
+        return found if store is None else store.put_tree(found)
 
     networks = (model, ("args", "kwargs")), (reference, ("args", "kwargs", "output"))
     runs = ((*network, rows, one) for rows, one in calls for network in networks)
-    records = each(runs, captured, weight.device)
+    records = each(runs, captured, weight.device if store is None else "cpu")
+    cat: Callable[..., Tensor] = torch.cat if store is None else store.cat
     own, full = records[::2], records[1::2]
     keywords = tuple(own[0]["kwargs"])
 
@@ -259,16 +275,17 @@ def capture_io(
         return [(*record["args"], *(record["kwargs"][key] for key in keywords)) for record in records]
 
     try:
-        inputs, shared = _join_arguments(arguments_of(own), sizes, keywords, num_kept)
-        float_inputs, _ = _join_arguments(arguments_of(full), sizes, keywords, num_kept)
-        target = _join_outputs([record["output"] for record in full], sizes, num_kept)
+        inputs, shared = _join_arguments(arguments_of(own), sizes, keywords, num_kept, cat)
+        float_inputs, _ = _join_arguments(arguments_of(full), sizes, keywords, num_kept, cat)
+        target = _join_outputs([record["output"] for record in full], sizes, num_kept, cat)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     samples = torch.cat([rows.repeat(one.branches) for rows, one in calls[:num_kept]])
     order = samples.argsort(stable=True)  # branches of a sample side by side: none is held out without the others
     if not torch.equal(order, torch.arange(len(order))):
-        inputs, float_inputs = (take_rows(values, order, shared) for values in (inputs, float_inputs))
-        target = take_rows(target, order)
+        take = None if store is None else store.rows
+        inputs, float_inputs = (take_rows(values, order, shared, take) for values in (inputs, float_inputs))
+        target = take_rows(target, order, (), take)
     return UnitIO(inputs, float_inputs, keywords, target, weight[samples[order].to(weight.device)], shared)
 
 
@@ -285,12 +302,21 @@ def random_mask(shape: torch.Size, share: float, generator: torch.Generator) -> 
     return (draws[: shape.numel()] < threshold).view(shape)
 
 
-def take_rows(tree: Any, rows: Any, shared: Collection[int] = ()) -> Any:
-    """Return `tree` with the tensors (n, ...) cut to `rows`; the leaves at the positions `shared` stay whole."""
+def take_rows(
+    tree: Any,
+    rows: Any,
+    shared: Collection[int] = (),
+    take: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Any:
+    """Return `tree` with the tensors (n, ...) cut to `rows`; the leaves at the positions `shared` stay whole.
+
+    `take(tensor, rows)` gives `tensor[rows]` in another way.
+    """
     leaves, spec = tree_flatten(tree)
+    take = take or getitem
     return tree_unflatten(
         [
-            leaf[rows] if isinstance(leaf, Tensor) and index not in shared else leaf
+            take(leaf, rows) if isinstance(leaf, Tensor) and index not in shared else leaf
             for index, leaf in enumerate(leaves)
         ],
         spec,
@@ -332,20 +358,34 @@ def unit_loss(
 
 
 def reconstruct(
-    unit: nn.Module, io: UnitIO, config: ReconstructionConfig, *, name: str = "", seed: int = 0
+    unit: nn.Module,
+    io: UnitIO,
+    config: ReconstructionConfig,
+    *,
+    name: str = "",
+    seed: int = 0,
+    mixed_precision: MixedPrecision = "no",
 ) -> UnitResult:
     """Train `unit` (a block or a single layer) in place on `io`; kept only if the held-out loss improves.
 
-    Of each update's images, processes take consecutive ones, and the gradients are added up.
+    `mixed_precision` is that of the updates; losses that decide are in fp32. Of each update's images, processes take
+    consecutive ones, and the gradients are added up.
     """
     num_samples = len(io.weight)
     num_train = num_samples - max(1, int(num_samples * config.held_out_fraction))
+    device = io.weight.device
+
+    def used(tree: Any) -> Any:
+        """Return `tree`, cut from what was captured, on the unit's device, as the unit computes."""
+        return send_to_device(tree, device)
 
     @torch.no_grad()
     def held_out_loss() -> float:
         rows = slice(num_train, None)
-        inputs, target = take_rows(io.inputs, rows, io.shared), take_rows(io.target, rows)
-        return unit_loss(unit, inputs, io.keywords, target, io.weight[rows]).item()
+        inputs, target = used(take_rows(io.inputs, rows, io.shared)), used(take_rows(io.target, rows))
+        loss = unit_loss(unit, inputs, io.keywords, target, io.weight[rows]).item()
+        release_([io.inputs, io.target])
+        return loss
 
     loss_before = on_main(held_out_loss)
     before = {key: value.clone() for key, value in unit.state_dict().items()}
@@ -359,10 +399,14 @@ def reconstruct(
         rows = torch.randint(0, num_train, (config.batch_size,), generator=generator)
         inputs, float_inputs = (take_rows(values, rows, io.shared) for values in (io.inputs, io.float_inputs))
         mixed = mix_inputs(inputs, float_inputs, config.input_mix, generator, io.shared)
-        rows, mixed = rows[mine], take_rows(mixed, mine, io.shared)
+        rows, mixed = rows[mine], used(take_rows(mixed, mine, io.shared))
+        target = used(take_rows(io.target, rows))
+        release_([io.inputs, io.float_inputs, io.target])
         optimizer.zero_grad()
         if weight:  # fewer images than processes leave some without
-            unit_loss(unit, mixed, io.keywords, take_rows(io.target, rows), io.weight[rows]).backward()
+            with computed_in(mixed_precision, device):
+                loss = unit_loss(unit, mixed, io.keywords, target, io.weight[rows])
+            loss.backward()
         add_gradients_(parameters, weight)
         optimizer.step()
         schedule.step()

@@ -29,6 +29,8 @@ from diffusers_pqcad.compression.denoiser import denoiser_name, pipeline_with
 from diffusers_pqcad.compression.distillation import DistillConfig, adapted_, distill
 from diffusers_pqcad.compression.extras import require
 from diffusers_pqcad.compression.fake_quant import convert_, fake_quant_state, freeze_, load_fake_quant_state_
+from diffusers_pqcad.compression.offload import Store, offloaded, sharing_copy, store_in
+from diffusers_pqcad.compression.optimizers import check_installed
 from diffusers_pqcad.compression.processes import accelerator_on, is_main, on_main, place, together
 from diffusers_pqcad.compression.progressive import History, ProgressiveConfig, progressive_quantize
 from diffusers_pqcad.compression.stopping import stopping_at_checkpoints, stopping_at_once
@@ -182,6 +184,7 @@ def compress(
     if run.report_to == "trackio":  # imported here; the others are by Accelerate alone
         require("track", "trackio")
     check_tracker(run)
+    check_installed(use_8bit_adam=settings.distillation.use_8bit_adam)
     prepare_process(run)
 
     folder = Path(run.output_dir)
@@ -199,7 +202,8 @@ def compress(
         if checkpoint is not None:
             on_main(go_back_, folder, checkpoint)
         check_is_shared(folder)
-    site = Site(folder / "state", run.train_device, progress and is_main(), place().num_processes)
+    offload_folder = folder / "state" / "offload" if run.offload_to_disk else None
+    site = Site(folder / "state", run.train_device, progress and is_main(), place().num_processes, offload_folder)
     with stopping_at_once(), room_for(site.state):
         loaded = Teacher(teacher, as_you_run_it)
         given = Given(source, bundled, loaded, prompts, extractor, judges, calibration)
@@ -343,9 +347,15 @@ def quantized_model(
     begun = on_main(time_of, path)
     if begun is None:
         on_main(note_training, site, key)
-    with stopping_at_checkpoints():
+    with stopping_at_checkpoints(), offloaded(denoiser_of(teacher), store_in(site.offload_folder)):
         history = progressive_quantize(
-            model, calibration, quantization, progressive, checkpoint=path, progress=site.progress
+            model,
+            calibration,
+            quantization,
+            progressive,
+            checkpoint=path,
+            offload_folder=site.offload_folder,
+            progress=site.progress,
         )
     if on_main(time_of, path) != begun:  # it was not finished before
         on_main(note_training, site, key)
@@ -474,16 +484,32 @@ def trained_student(
     """Return the state of a student after its training, `student`, and what the training said of itself, `stats`."""
     calibration, stride, config = lesson
     student = copy.deepcopy(before).to(site.device)
-    speaker = cad_teacher(config, teacher, before)
+    store = store_in(site.offload_folder)
+    speaker = cad_teacher(config, teacher, before, store)
     if speaker is not None:
         speaker = speaker.to(site.device)
     on_main(note_training, site, key)
     log = site.state / f"{key}-log.json"
     entries = {entry["step"]: entry for entry in on_main(entries_of, log)}
     resume, watch = resume_file(site.state, key), watcher.watch(student)
+    entries_of_training = distill(
+        student,
+        speaker,
+        calibration,
+        config,
+        stride=stride,
+        checkpoint=resume,
+        watch=watch,
+        offload_folder=site.offload_folder,
+    )
+    del speaker  # of which the training may have made a smaller copy
     description = f"CAD to {calibration.num_inference_steps // stride} steps"
-    with tqdm(total=config.max_train_steps, desc=description, unit="update", disable=not site.progress) as bar:
-        for entry in distill(student, speaker, calibration, config, stride=stride, checkpoint=resume, watch=watch):
+    with (
+        offloaded(denoiser_of(teacher), store),
+        offloaded(before, store),
+        tqdm(total=config.max_train_steps, desc=description, unit="update", disable=not site.progress) as bar,
+    ):
+        for entry in entries_of_training:
             watcher.tell(entry)
             bar.update(entry.step - bar.n)
             if entry.held_out_error is not None:
@@ -500,13 +526,18 @@ def entries_of(log: Path) -> list[dict[str, Any]]:
     return load_json(log) if log.exists() else []
 
 
-def cad_teacher(config: DistillConfig, teacher: Any, quantized: nn.Module) -> nn.Module | None:
-    """Return the model whose landing points a student learns, a copy: the table measures the teacher on the CPU."""
+def cad_teacher(
+    config: DistillConfig, teacher: Any, quantized: nn.Module, store: Store | None = None
+) -> nn.Module | None:
+    """Return the model whose landing points a student learns, a copy: the table measures the teacher on the CPU.
+
+    Rounded weights lie in the `store`, if there is one.
+    """
     if config.teacher == "none":
         return None
     if config.teacher == "fp":
         return copy.deepcopy(denoiser_of(teacher))
-    return freeze_(copy.deepcopy(quantized))
+    return freeze_(sharing_copy(quantized), store)
 
 
 # The table

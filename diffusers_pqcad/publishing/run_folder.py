@@ -19,6 +19,8 @@ NEUTRAL_SETTINGS = (
     "cache_dir",
     "num_threads",
     "train_device",
+    "gradient_checkpointing",
+    "offload_to_disk",
     "push_to_hub",
     "hub_model_id",
     "hub_private_repo",
@@ -60,13 +62,15 @@ T = TypeVar("T")
 class Site(NamedTuple):
     """Where a run works: the folder of what its stages leave, the device that trains, whether it tells how it goes.
 
-    And how many processes there are: as many times `train_batch_size` are CAD's images.
+    And how many processes there are: as many times `train_batch_size` are CAD's images. `offload_folder` is where
+    trainings keep what waits; None: in memory.
     """
 
     state: Path
     device: str
     progress: bool
     num_processes: int = 1
+    offload_folder: Path | None = None
 
     def say(self, text: str) -> None:
         """Print a heading between the progress bars."""

@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 
 from diffusers_pqcad.compression.distillation import DistillConfig
 from diffusers_pqcad.compression.optimization import check_minimum
+from diffusers_pqcad.compression.precision import MixedPrecision, check_mixed_precision
 from diffusers_pqcad.compression.progressive import WEIGHT_BITS, ProgressiveConfig
 from diffusers_pqcad.compression.reconstruction import ReconstructionConfig
 from diffusers_pqcad.evaluation.perceptual import LPIPSNetwork
@@ -233,6 +234,20 @@ class CompressConfig:
             "faster, and other figures"
         },
     )
+    mixed_precision: MixedPrecision = field(
+        default="no",
+        metadata={
+            "help": "bf16: the reference of PQ and the teacher of CAD hold bf16 numbers, and what trains computes in "
+            "bf16; its weights, and what is packed, are those of fp32"
+        },
+    )
+    offload_to_disk: bool = field(
+        default=False,
+        metadata={
+            "help": "keep what waits in unnamed files of output_dir: averages, the best state, captured inputs, and "
+            "on a CPU the reference, the teacher and what is not trained; less memory, the same numbers"
+        },
+    )
     # accelerate launch sets a single OpenMP thread
     num_threads: int = field(default=0, metadata={"help": "threads of torch; 0: all cores that this process may use"})
     seed: int = field(default=42, metadata={"help": "seed of all draws"})
@@ -277,6 +292,7 @@ class CompressConfig:
         if self.checkpoints_total_limit is not None and self.checkpointing_steps is None:
             raise ValueError("checkpoints_total_limit: of which checkpoints? Give checkpointing_steps, too.")
         check_minimum(self, **{name: 1 for name in COUNTS if getattr(self, name) is not None})
+        check_mixed_precision(self.mixed_precision)
         if any(count < 1 for count in self.float_steps or ()):
             raise ValueError(f"float_steps: expected numbers of at least 1, got {self.float_steps}.")
         networks = get_args(LPIPSNetwork)
@@ -337,7 +353,7 @@ def _names(kind: type, *, without: Sequence[str] = ()) -> tuple[str, ...]:
     return tuple(item.name for item in dataclasses.fields(kind) if item.name not in without)
 
 
-# The run's seed is that of all parts: one flag.
+OF_THE_RUN = ("seed", "mixed_precision")  # one flag, for all parts
 RUN = Part("run", CompressConfig, _names(CompressConfig))
 QUANTIZATION = Part(
     "quantized layers",
@@ -348,10 +364,10 @@ QUANTIZATION = Part(
 PROGRESSIVE = Part(
     "PQ, progressive quantization",
     ProgressiveConfig,
-    _names(ProgressiveConfig, without=("reconstruction", "seed")),
+    _names(ProgressiveConfig, without=("reconstruction", *OF_THE_RUN)),
 )
 RECONSTRUCTION = Part("PQ's reconstruction", ReconstructionConfig, _names(ReconstructionConfig), "reconstruction_")
-DISTILLATION = Part("CAD, distillation", DistillConfig, _names(DistillConfig, without=("seed",)))
+DISTILLATION = Part("CAD, distillation", DistillConfig, _names(DistillConfig, without=OF_THE_RUN))
 PARTS = (RUN, QUANTIZATION, PROGRESSIVE, RECONSTRUCTION, DISTILLATION)
 
 
@@ -361,7 +377,7 @@ def complete(
     progressive: ProgressiveConfig | None = None,
     distillation: DistillConfig | None = None,
 ) -> Settings:
-    """Return the settings of a run, with defaults for what is missing, and the run's seed in all parts.
+    """Return the settings of a run, with defaults for what is missing; all parts have the run's seed and precision.
 
     Raises ValueError for a `quantization` that says more than its flags do: a recipe would not repeat the run.
     """
@@ -370,11 +386,12 @@ def complete(
     if others:
         raise ValueError(f"quantization: expected settings of {QUANTIZATION.names} alone, got {others}, too.")
     progressive, distillation = progressive or ProgressiveConfig(), distillation or DistillConfig()
+    shared: dict[str, Any] = {name: getattr(run, name) for name in OF_THE_RUN}
     return Settings(
         run,
         quantization,
-        dataclasses.replace(progressive, seed=run.seed),
-        dataclasses.replace(distillation, seed=run.seed),
+        dataclasses.replace(progressive, **shared),
+        dataclasses.replace(distillation, **shared),
     )
 
 

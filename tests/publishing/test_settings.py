@@ -24,7 +24,11 @@ from diffusers_pqcad.publishing.settings import (
 
 pytestmark = pytest.mark.fast
 
-NO_FLAGS = {"seed": (ProgressiveConfig, DistillConfig), "reconstruction": (ProgressiveConfig,)}
+NO_FLAGS = {
+    "seed": (ProgressiveConfig, DistillConfig),
+    "mixed_precision": (ProgressiveConfig, DistillConfig),
+    "reconstruction": (ProgressiveConfig,),
+}
 
 
 def test_every_field_is_a_flag_with_the_default_of_its_dataclass():
@@ -77,6 +81,13 @@ def test_the_seed_is_that_of_all_parts():
     assert (settings.run.seed, settings.progressive.seed, settings.distillation.seed) == (7, 7, 7)
     settings = complete(CompressConfig(seed=8), None, ProgressiveConfig(seed=9, beta=0.5))
     assert (settings.progressive.seed, settings.progressive.beta, settings.distillation.seed) == (8, 0.5, 8)
+
+
+def test_the_precision_is_that_of_all_parts():
+    settings = parse_settings(["--mixed_precision", "bf16"])
+    assert {part.mixed_precision for part in (settings.run, settings.progressive, settings.distillation)} == {"bf16"}
+    with pytest.raises(ValueError, match=r"mixed_precision: expected 'no' or 'bf16'"):
+        CompressConfig(mixed_precision="fp16")
 
 
 def test_names_that_two_dataclasses_have_are_two_flags():
