@@ -15,7 +15,7 @@ from pathlib import Path
 
 from subjects import ROOT
 
-KEPT = ("metrics.json", "history.json", "assets/samples.png", "assets/curves.png")
+KEPT = ("metrics.json", "history.json", "assets/samples.png", "assets/curves.png", "assets/bits.png")
 MODELS = ROOT / "examples" / "models"
 FLAGS_OF_WIDTH = {"w4a8": (), "w3a8": ("--weight_bits", "3")}
 # The ablations take several times as long: once for each kind of text-to-image model. What the parts are worth on the
