@@ -1,5 +1,6 @@
 """Optimizers by name: Adam, and two whose state takes less memory than the weights it is for."""
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -33,9 +34,8 @@ def optimizer_of(
     """Return the optimizer `name` of Adam's `groups`, whose rates are lengths of an update; `settings` are its own."""
     if use_8bit_adam:
         check_installed(use_8bit_adam=True)
-        from bitsandbytes.optim import Adam8bit
-
-        return Adam8bit(groups, **settings)
+        # Of no extra: where it is installed, peft and accelerate import it, too, and take other ways.
+        return import_module("bitsandbytes.optim").Adam8bit(groups, **settings)
     return (MatrixAdafactor if name == "adafactor" else torch.optim.Adam)(groups, **settings)
 
 

@@ -25,7 +25,7 @@ import harness
 import models
 import psutil
 import torch
-from load import peak_bytes
+from memory import peak_bytes
 from method_cost import CLEAR, PROMPTS, pipeline_of, spread
 from transformers import HfArgumentParser
 

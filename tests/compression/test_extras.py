@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,13 +148,21 @@ def test_the_packages_of_each_peer_are_those_that_it_imports(monkeypatch):
     import contestants
 
     named, imported = {}, {}
+    recipes = dict(functions([ROOT / "examples" / "benchmarks" / "openvino_recipes.py"]))
+
+    def imports_of(builder: Any, node: ast.AST) -> set[str]:
+        calls = {ast.unparse(each).partition("openvino_recipes.")[2] for each in ast.walk(node)}
+        calls |= {getattr(value, "__name__", "") for value in getattr(builder, "keywords", {}).values()}
+        return optional_imports(node).union(*(optional_imports(recipes[name]) for name in calls & recipes.keys()))
+
     for name, builder in contestants.CONTESTANTS.items():
         function_name = getattr(builder, "func", builder).__name__
         patterns = [pattern for pattern in contestants.PACKAGES if fnmatchcase(name, pattern)]
         packages = {each.partition(".")[0] for pattern in patterns for each in contestants.PACKAGES[pattern]}
         named[function_name] = named.get(function_name, set()) | packages
         nodes = dict(functions([ROOT / "examples" / "benchmarks" / "contestants.py"]))
-        imported[function_name] = optional_imports(nodes[function_name]) if function_name in nodes else set()
+        found = imports_of(builder, nodes[function_name]) if function_name in nodes else set()
+        imported[function_name] = imported.get(function_name, set()) | found
     imported["onnxruntime_int8"] |= {"onnx", "onnxscript"}  # by torch.onnx.export
     assert named == imported
     assert set().union(*named.values()) == {

@@ -137,8 +137,9 @@ def test_an_offloaded_model_is_resident_in_its_parts_calls_alone(store: Store) -
         layer.register_forward_pre_hook(lambda *_: seen.append(resident_bytes(store.folder)))
     with torch.no_grad():
         model(torch.ones(1, 512))
-    assert seen == [0, 0, 0, 0]
-    assert resident_bytes(store.folder) == 0
+    # A layer has 1 MiB. The kernel maps up to 16 pages around one that is read, those of the next layer among them.
+    assert max(seen) < 2**16
+    assert resident_bytes(store.folder) < 2**16
 
 
 def test_a_copy_of_an_offloaded_model_is_in_memory(tiny_unet: UNet2DModel, store: Store) -> None:
