@@ -120,9 +120,9 @@ def install_fused_(model: nn.Module, kinds: Iterable[type[FusedBlock]]) -> None:
             continue  # a pipeline is saved with the class of this model
         kind = by_class.get(type(block))
         layer: Any = None if kind is None else kind.first_layer(block)
-        if kind is None or not is_packed(layer) or not kind.can_take(block):
+        if kind is None or not is_packed(layer) or kind.name not in kernels.KERNELS[layer.kernel_name()].FUSES:
             continue
-        if kind.name in kernels.KERNELS[layer.kernel_name()].FUSES:
+        if kind.can_take(block):
             block.__class__ = kind  # type: ignore[assignment]
             block.handle = graph_ops.register(block)
 
@@ -242,6 +242,12 @@ def plan_call(
     own = layer.packed_for(x86.NAME) if packed is None else packed  # once: another thread may pack the layer anew
     call = call_of(layer.operation(layer.input_group()), own, size, is_doubled=is_doubled)
     return call._replace(keeps=(call.keeps, own if packed is None else None))
+
+
+def empty_image(x: Tensor, channels: int, *, factor: int = 1) -> Tensor:
+    """Return an empty image (B, channels, factor H, factor W), channels_last, for `x` (B, C, H, W)."""
+    shape = (x.shape[0], channels, factor * x.shape[2], factor * x.shape[3])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def addend_of(x: Tensor, *, adds_input: bool) -> Addend:

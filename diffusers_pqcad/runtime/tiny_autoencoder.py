@@ -40,8 +40,7 @@ def run_tiny_block(plan: TinyPlan, x: Tensor) -> Tensor:
 
 def tiny_output(x: Tensor, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
     """Return an empty output (B, out_channels, H, W), channels_last."""
-    shape = (x.shape[0], out_channels, *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return fusion.empty_image(x, out_channels)
 
 
 @graph_ops.operator(fake=tiny_output)

@@ -14,8 +14,7 @@ from diffusers_pqcad.runtime import fusion
 
 def upsampled(x: Tensor, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
     """Return an empty output (B, out_channels, 2 H, 2 W), channels_last, for `x` (B, C, H, W)."""
-    shape = (x.shape[0], out_channels, 2 * x.shape[2], 2 * x.shape[3])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return fusion.empty_image(x, out_channels, factor=2)
 
 
 @graph_ops.operator(fake=upsampled)

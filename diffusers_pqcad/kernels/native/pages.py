@@ -1,8 +1,8 @@
 """Memory of large tensors in large pages.
 
 The system hands out memory by the page when it is first touched, and glibc maps what is larger than `MAPPED_BYTES`
-anew for each tensor: 8192 faults of two microseconds for an output of 32 MiB, as a VAE has them by the dozen. Pages of
-2 MiB take a tenth of that. Where the system gives none (other systems, or `never` in
+anew for each tensor: 8192 faults for an output of 32 MiB, as a VAE has them by the dozen, which can take longer than
+what is computed there. Pages of 2 MiB are 512 times fewer. Where the system gives none (other systems, or `never` in
 /sys/kernel/mm/transparent_hugepage/enabled), all stays as it is.
 """
 
