@@ -11,6 +11,7 @@ from diffusers import DDIMPipeline
 from pipelines import PIPELINES, PROMPTS
 
 from diffusers_pqcad.compression.reconstruction import ReconstructionConfig
+from diffusers_pqcad.publishing.settings import ABLATIONS
 
 ROOT = Path(__file__).parents[1]
 
@@ -265,7 +266,9 @@ def test_sensitivity_and_the_tables_of_all(scripts, tmp_path):
 def test_end_to_end_keeps_what_a_run_came_to(scripts, tiny_pipeline, tmp_path, monkeypatch):
     import end_to_end
 
-    assert "--ablations" in end_to_end.command("emoji-w4a8", tmp_path)
+    pieces = [end_to_end.command(f"emoji{piece}-w4a8", tmp_path) for piece in ("", "-widths")]
+    asked = [command[command.index("--only_ablations") + 1 :] for command in pieces]
+    assert sorted(name for names in asked for name in names) == sorted(ABLATIONS)  # each in one piece, none twice
     command = end_to_end.command("fashion-mnist-w3a8", tmp_path, ("--num_threads", "1"))
     assert command[-4:] == ["--weight_bits", "3", "--num_threads", "1"]
     assert Path(command[3]) == ROOT / "examples" / "models" / "fashion-mnist"

@@ -18,16 +18,23 @@ from subjects import ROOT
 KEPT = ("metrics.json", "history.json", "assets/samples.png", "assets/curves.png", "assets/bits.png")
 MODELS = ROOT / "examples" / "models"
 FLAGS_OF_WIDTH = {"w4a8": (), "w3a8": ("--weight_bits", "3")}
-# The ablations take several times as long: once for each kind of text-to-image model. What the parts are worth on the
+# The ablations take several times as long: once for each kind of text-to-image model. Those of the distillation come
+# with the rows of the defaults, those of what is before it in a run of their own. What the parts are worth on the
 # others is in parts.py and rates.py, on three seeds.
+OF_DISTILLATION = ("--ablations", "--only_ablations", "teacher", "float_teacher", "calibration", "load_time")
+OF_THE_REST = ("--ablations", "--only_ablations", "momentum", "width", "guidance")
 FLAGS_OF_RUN: dict[str, tuple[str, ...]] = {
-    "emoji-w4a8": ("--ablations",),
-    "fashion-flow-w4a8": ("--ablations",),
+    "emoji-w4a8": OF_DISTILLATION,
+    "fashion-flow-w4a8": OF_DISTILLATION,
+    "emoji-widths-w4a8": OF_THE_REST,
+    "fashion-flow-widths-w4a8": OF_THE_REST,
     "emoji-8-steps-w4a8": ("--num_inference_steps", "8"),
     "fashion-flow-16-steps-w4a8": ("--num_inference_steps", "16"),
 }
 TEACHERS = ("fashion-mnist", "fashion-mnist-epsilon", "emoji", "fashion-flow")
 RUNS = {f"{teacher}-{width}": teacher for teacher in TEACHERS for width in FLAGS_OF_WIDTH} | {
+    "emoji-widths-w4a8": "emoji",
+    "fashion-flow-widths-w4a8": "fashion-flow",
     "emoji-8-steps-w4a8": "emoji",
     "fashion-flow-16-steps-w4a8": "fashion-flow",
 }

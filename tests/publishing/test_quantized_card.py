@@ -137,13 +137,17 @@ def evaluation_of(folder: Path, place: Path, size_bytes: int) -> Path:
 
 def test_what_was_measured_is_in_the_card_and_its_model_index(folder: Path, tmp_path: Path) -> None:
     size = sum(file.stat().st_size for file in (folder / "unet").iterdir())
-    take_evaluation(folder, evaluation_of(folder, tmp_path / "evaluation", size))
+    evaluation = evaluation_of(folder, tmp_path / "evaluation", size)
+    row = json.loads((evaluation / "metrics.json").read_text())["rows"][-1]
+    take_evaluation(folder, evaluation)
     card = quantized_card(folder, repo="me/small")
     assert "n = 1000 images, seed 42" in card
-    assert "11.61 [11.35, 11.88]" in card
+    low, high = row["sqnr_interval_db"]
+    assert f"{row['sqnr_db']:.2f} [{low:.2f}, {high:.2f}]" in card
     (index,) = front_matter(card)["model-index"]
     found = {metric["type"]: metric["value"] for metric in index["results"][0]["metrics"]}
-    assert (found["psnr"], found["ssim"]) == (23.3924, 0.884966)
+    assert found["psnr"] == pytest.approx(row["image_psnr_db"], rel=1e-5)  # six digits are shown
+    assert found["ssim"] == pytest.approx(row["image_ssim"], rel=1e-5)
     assert "were measured." not in card
 
 
