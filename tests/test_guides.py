@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from diffusers_pqcad.compression.reconstruction import ReconstructionConfig
+from diffusers_pqcad.loading.coverage import average_bits
 
 ROOT = Path(__file__).parents[1]
 GUIDES = {path.stem: path.read_text() for path in sorted((ROOT / "examples" / "guides").glob("*.md"))}
@@ -21,6 +22,7 @@ SMALL = {
     "num_trajectories=128": "num_trajectories=4",
     "num_inference_steps=20": "num_inference_steps=4",
     "num_inference_steps=10": "num_inference_steps=2",
+    "num_images=100": "num_images=4, num_latency_rounds=1",
     "ProgressiveConfig())": "ProgressiveConfig(rounds_per_stage=1, price_batch_size=2, price_share=0.2, "
     "reconstruction=ReconstructionConfig(iterations=0)))",
     "DistillConfig())": "DistillConfig(max_train_steps=2, train_batch_size=4, evaluation_steps=1))",
@@ -32,17 +34,7 @@ def blocks(text: str, language: str) -> list[str]:
     return [code for name, code in FENCE.findall(text) if name == language]
 
 
-SLOW = ("compress",)  # it trains; the README's code, which the fast tests run, has the same steps
-
-
-@pytest.mark.parametrize(
-    "guide",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
-        for name, text in GUIDES.items()
-        if blocks(text, "python")
-    ],
-)
+@pytest.mark.parametrize("guide", [name for name, text in GUIDES.items() if blocks(text, "python")])
 def test_the_snippets_of_a_guide_run_one_after_another(guide, monkeypatch, tmp_path):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
@@ -51,6 +43,10 @@ def test_the_snippets_of_a_guide_run_one_after_another(guide, monkeypatch, tmp_p
         for setting, small in SMALL.items():
             code = code.replace(setting, small)
         exec(compile(code, f"{guide}.md, snippet {index + 1}", "exec"), names)
+    if guide == "compress":
+        student = names["DiffusionPipeline"].from_pretrained("student")
+        assert average_bits(names["packed"])[0] <= 4
+        assert student.unet.config.quantization_config.num_inference_steps == 2
 
 
 def test_a_block_has_a_language_that_a_test_knows_or_says_why_it_is_skipped():
@@ -62,11 +58,15 @@ def test_a_block_has_a_language_that_a_test_knows_or_says_why_it_is_skipped():
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
-    """Each command line of the guides, as words, with the guide's name."""
-    for guide, text in GUIDES.items():
+    """Each command line of the guides and the README, as words, with the page's name."""
+    for guide, text in (GUIDES | {"README": (ROOT / "README.md").read_text()}).items():
         for block in blocks(text, ""):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
+                while words and words[0] in ("accelerate", "launch", "taskset", "-c", "1"):
+                    words = words[1:]  # what a script is started by
+                if words and words[0].startswith("examples/"):
+                    words = ["python", *words]
                 if words and words[0] in ("pqcad", "python"):
                     yield guide, words
 
@@ -94,6 +94,10 @@ def test_a_command_takes_its_flags(guide, words, monkeypatch, tmp_path):
         from transformers import HfArgumentParser
 
         HfArgumentParser(demo.Settings).parse_args_into_dataclasses(words[2:])
+    elif words[1].split("/")[1] in ("benchmarks", "experiments", "results"):
+        assert (ROOT / words[1]).is_file()
+        script = (ROOT / words[1]).read_text()
+        assert all(f'"{word}"' in script for word in words[2:]), words  # a flag, or a choice of one
     else:
         pytest.fail(f"{guide}: no test knows {words}")
 
