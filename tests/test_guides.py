@@ -63,10 +63,9 @@ def commands() -> Iterator[tuple[str, list[str]]]:
         for block in blocks(text, ""):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
-                while words and words[0] in ("accelerate", "launch", "taskset", "-c", "1"):
-                    words = words[1:]  # what a script is started by
-                if words and words[0].startswith("examples/"):
-                    words = ["python", *words]
+                script = next((at for at, word in enumerate(words) if re.fullmatch(r"examples/.*\.py", word)), None)
+                if script is not None:
+                    words = ["python", *words[script:]]  # whatever starts it
                 if words and words[0] in ("pqcad", "python"):
                     yield guide, words
 

@@ -331,6 +331,16 @@ def test_accelerate_reads_each_configuration_and_the_guide_says_whether_it_was_r
     assert ("Not run" in path.read_text()) == (f"{path.name}) | not run" in GUIDE)
 
 
+def test_with_the_configuration_of_one_process_the_launcher_adds_nothing(tmp_path) -> None:
+    """It lists the values that it was not given, else."""
+    script = tmp_path / "script.py"
+    script.write_text("print('hello')")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "one_process.yaml")]
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, check=True)
+    assert done.stdout == "hello\n"
+    assert "accelerate launch" not in done.stderr
+
+
 def test_the_commands_of_the_guide_are_those_of_the_script() -> None:
     commands = [line.split("#")[0] for line in GUIDE.replace("\\\n", " ").splitlines() if "distill.py" in line]
     commands = [line for line in commands if line.startswith(("accelerate launch", "python examples/distill.py"))]
