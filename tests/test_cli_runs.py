@@ -19,6 +19,7 @@ from diffusers_pqcad.publishing import pushing
 from diffusers_pqcad.publishing.given_set import differences
 from diffusers_pqcad.publishing.hub import END, START
 from diffusers_pqcad.publishing.settings import CompressConfig
+from diffusers_pqcad.publishing.sizes import in_memory
 
 SMALL = ("--num_threads", "1", "--sampling_batch_size", "4")
 SMOKE = ("--preset", "smoke", "--num_threads", "1", "--num_images", "3", "--max_train_steps", "2")
@@ -210,6 +211,7 @@ def test_compress_is_the_librarys_with_the_scripts_settings(capsys, folder, tmp_
 def check_evaluate_and_push(capsys: pytest.CaptureFixture[str], teacher: Path, student: Path) -> None:
     """The student's folder is measured in its own steps, and published with its card."""
     flags = ("--reference", teacher, "--num_images", "2", "--num_inference_steps", "4", "--num_latency_rounds", "1")
+    flags = (*flags, "--no_measure_memory")
     rows = answer(capsys, "evaluate", student, *flags, *SMALL, "--json").document["rows"]
     assert [row["num_inference_steps"] for row in rows] == [4, 2]
     found = answer(capsys, "push", student, "me/student", "--dry_run", "--json").document
@@ -246,7 +248,7 @@ def test_evaluate_measures_a_row_of_each_and_goes_on_where_it_was(capsys, folder
     monkeypatch.setattr(module, "row_of", stop_at_second)
     output = tmp_path / "out"
     flags = ("evaluate", folder / "small", "--reference", folder / "float", "--num_images", "3", "-o", output)
-    flags = (*flags, "--num_inference_steps", "2", "--num_latency_rounds", "1", *SMALL)
+    flags = (*flags, "--num_inference_steps", "2", "--num_latency_rounds", "1", "--no_measure_memory", *SMALL)
     found = answer(capsys, *flags)
     assert found.code == 130
     assert f"Rows that were finished are in {output}. To go on:" in found.reason
@@ -262,6 +264,7 @@ def test_evaluate_measures_a_row_of_each_and_goes_on_where_it_was(capsys, folder
     text = answer(capsys, *flags).out
     assert "| small | " in text
     assert "- n = 3 images, seed 42." in text
+    assert "Memory while sampling was not measured." in text
     other = answer(capsys, *flags, "--seed", "1")
     assert other.code == 1
     assert "holds another evaluation" in other.reason
@@ -345,6 +348,9 @@ def test_push_puts_what_was_measured_into_the_card(capsys, folder, tmp_path, mon
         assert {"README.md", "quantization.json"} <= set(found.document["files"])
         card = (tmp_path / "small" / "README.md").read_text()
         assert "- n = 2 images, seed 42." in card
+        for row in json.loads((tmp_path / "figures" / "metrics.json").read_text())["memory"]:
+            assert f"| {row['name']} | {row['size_bytes'] / 1e6:.2f} | {in_memory(row)} |" in card
+            assert row["peak_bytes"] > row["before_bytes"] > 0
         assert card.count("My own words.") == 1
         assert "model-index:" in card
     wrong = answer(capsys, "push", tmp_path / "small", "me/small", "--evaluation", tmp_path)

@@ -1,10 +1,13 @@
-"""`pqcad evaluate`: the table of a pipeline beside its reference: fidelity, distance, bytes, milliseconds."""
+"""`pqcad evaluate`: the table of a pipeline beside its reference: fidelity, distance, bytes, milliseconds, memory."""
 
 import json
+import tempfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from diffusers_pqcad.cli.calling import (
     CALLS,
@@ -20,20 +23,24 @@ from diffusers_pqcad.cli.sides import names_of, side_of
 from diffusers_pqcad.evaluation import evaluate
 from diffusers_pqcad.evaluation.comparison import Side
 from diffusers_pqcad.evaluation.perceptual import Judges, load_judges
+from diffusers_pqcad.evaluation.resident import Sampling
+from diffusers_pqcad.layers.find import packed_layers
 from diffusers_pqcad.publishing.compress import set_threads
 from diffusers_pqcad.publishing.hub import results_table, table_notes
 from diffusers_pqcad.publishing.pipelines import (
     TeacherSource,
     call_arguments,
+    denoiser_of,
     extractor_of,
     prompt_labels_of,
     sampling_batch_size,
 )
 from diffusers_pqcad.publishing.run_folder import cached, load_json, save_json
 from diffusers_pqcad.publishing.settings import CompressConfig, Part, config_of
+from diffusers_pqcad.publishing.sizes import memory_rows, memory_table
 
 LATENCY_BATCH_SIZE = 8
-NEUTRAL = ("num_threads", "output_dir")
+NEUTRAL = ("num_threads", "output_dir", "measure_memory")
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,16 @@ class Settings(NamedTuple):
 EVALUATION = Part("evaluation", EvaluateConfig, ("reference", "steps", "output_dir"))
 RUN = run_part(
     "calls",
-    ("pretrained_model_name_or_path", "num_images", "num_latency_rounds", "extractor", "lpips", "clip_model", *CALLS),
+    (
+        "pretrained_model_name_or_path",
+        "num_images",
+        "num_latency_rounds",
+        "measure_memory",
+        "extractor",
+        "lpips",
+        "clip_model",
+        *CALLS,
+    ),
     {"num_images": 100},
 )
 
@@ -81,7 +97,7 @@ def settings_of(values: dict[str, Any]) -> Settings:
 
 
 def run(settings: Settings) -> Outcome:
-    """Return the rows of the reference and of the pipeline, which metrics.json in the output folder holds, too."""
+    """Return the rows of the reference and of the pipeline, and their memory; metrics.json holds both, too."""
     path, reference_path = str(settings.run.pretrained_model_name_or_path), str(settings.evaluation.reference)
     run = with_prompts(settings.run, reference_path)
     inputs = inputs_of(run)
@@ -98,10 +114,15 @@ def run(settings: Settings) -> Outcome:
     for key, side in (("reference", a), ("pipeline", b)):
         make = partial(row_of, key, side, a, run, inputs, judges)
         rows.append(make() if folder is None else cached(folder / "rows" / f"{key}.json", make, save_json, load_json))
-    metrics = {"rows": rows}
+    metrics: dict[str, Any] = {"rows": rows, "memory": None}
+    if run.measure_memory and not packed_layers(denoiser_of(a.pipeline)):  # the table is against full precision
+        measure = partial(memory_of, (reference_path, path), (a, b), rows, run, inputs)
+        keep = (save_json, load_json)
+        metrics["memory"] = measure() if folder is None else cached(folder / "memory.json", measure, *keep)
     if folder is not None:
         save_json(folder / "metrics.json", metrics)
-    return Outcome(metrics, f"{results_table(metrics)}\n\n{table_notes(metrics)}")
+    text = f"{results_table(metrics)}\n\n{table_notes(metrics)}\n\n{memory_table(metrics['memory'])}"
+    return Outcome(metrics, text)
 
 
 def claim(folder: Path, settings: Settings, inputs: Any) -> None:
@@ -142,6 +163,25 @@ def row_of(key: str, side: Side, reference: Side, run: CompressConfig, inputs: A
         **call_arguments(run),
     )
     return {"key": key, "name": side.name} | report.to_dict()
+
+
+def memory_of(
+    paths: tuple[str, str], sides: tuple[Side, Side], rows: list[dict[str, Any]], run: CompressConfig, inputs: Any
+) -> list[dict[str, Any]]:
+    """Return what the reference and the pipeline take while they sample, in as many steps; see `memory_rows`."""
+    samplings = [
+        Sampling(
+            path,
+            num_inference_steps=sides[1].num_inference_steps,
+            inputs=None if inputs is None else inputs[:1],
+            arguments=call_arguments(run) | dict(side.arguments),
+            num_threads=torch.get_num_threads(),
+        )
+        for path, side in zip(paths, sides, strict=True)
+    ]
+    sizes = rows[0]["size_bytes"], rows[1]["size_bytes"]
+    with tempfile.TemporaryDirectory() as place:
+        return memory_rows(samplings[0], samplings[1], denoiser_of(sides[0].pipeline), sizes, Path(place))
 
 
 def planned(settings: Settings, inputs: Any) -> Outcome:

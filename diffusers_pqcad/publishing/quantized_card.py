@@ -1,7 +1,7 @@
 """The card of a quantized pipeline without a run of `compress`: what its files say, and what was measured of it.
 
 Bits, layers and bytes are those of the files' headers. `quantization.json` beside them says what they do not: which
-pipeline was quantized, and the rows of `pqcad evaluate`.
+pipeline was quantized, and what `pqcad evaluate` measured.
 """
 
 import inspect
@@ -24,6 +24,7 @@ from diffusers_pqcad.loading.saved import INDEX_FILE, SavedModel, saved_models, 
 from diffusers_pqcad.publishing.front_matter import Facts, base_model_of, front_matter, license_of, task_of
 from diffusers_pqcad.publishing.hub import float_layers, plain, results_table, table_notes
 from diffusers_pqcad.publishing.run_folder import load_json, save_json
+from diffusers_pqcad.publishing.sizes import memory_table
 
 SOURCE_FILE = "quantization.json"
 
@@ -57,7 +58,8 @@ def note_source(folder: Path, source: str, *, is_file: bool = False, made_by: st
 
 def source_of_folder(folder: Path) -> dict[str, Any]:
     """Return what `note_source` wrote to `folder`; of one without, that nothing is known."""
-    nothing: dict[str, Any] = {"source": None, "source_from": None, "made_by": None, "base_license": {}, "rows": None}
+    names = ("source", "source_from", "made_by", "rows", "memory")
+    nothing: dict[str, Any] = {"base_license": {}} | dict.fromkeys(names)
     path = folder / SOURCE_FILE
     return nothing | (load_json(path) if path.is_file() else {})
 
@@ -106,7 +108,7 @@ def quantized_card(folder: Path, *, repo: str, license_id: str | None = None) ->
         summary=summary(source, parts, sorted(set(saved_models(folder)) - set(parts))),
         table=parts_table(parts),
         notes="\n".join(f"- {note}" for note in parts_notes(parts)),
-        quality=quality(rows),
+        quality=quality(rows, source["memory"]),
         repo=repo,
         imports="".join(f"{line}\n" for line in call.imports),
         call=call.text,
@@ -178,12 +180,12 @@ def parts_notes(parts: Mapping[str, QuantizedPart]) -> list[str]:
     return notes
 
 
-def quality(rows: list[dict[str, Any]] | None) -> str:
-    """Return the table of `pqcad evaluate` with its notes, or that nothing was measured."""
+def quality(rows: list[dict[str, Any]] | None, memory: list[dict[str, Any]] | None) -> str:
+    """Return the tables of `pqcad evaluate` with their notes, or that nothing was measured."""
     if rows is None:
         return "Neither its images nor its times and its memory were measured."
     metrics = {"rows": rows}
-    return f"{results_table(metrics)}\n\n{table_notes(metrics)}"
+    return f"{results_table(metrics)}\n\n{table_notes(metrics)}\n\n{memory_table(memory)}"
 
 
 class Call(NamedTuple):
@@ -223,14 +225,15 @@ def components_of(kind: type | None) -> set[str]:
 
 
 def take_evaluation(folder: Path, evaluation: Path) -> None:
-    """Keep the rows that `pqcad evaluate` wrote to the folder `evaluation` beside the pipeline in `folder`.
+    """Keep what `pqcad evaluate` wrote to the folder `evaluation` beside the pipeline in `folder`.
 
     Raises ValueError for a folder without them, and where they are those of another pipeline, or of other files.
     """
     if not all((evaluation / name).is_file() for name in ("settings.json", "metrics.json")):
         raise ValueError(f"evaluation: expected the output folder of a finished `pqcad evaluate`, got {evaluation}.")
     measured = Path(load_json(evaluation / "settings.json")["pretrained_model_name_or_path"])
-    rows = load_json(evaluation / "metrics.json")["rows"]
+    metrics = load_json(evaluation / "metrics.json")
+    rows = metrics["rows"]
     if measured.resolve() != folder.resolve():
         raise ValueError(f"evaluation: {evaluation} is that of {measured}, not of {folder}.")
     sizes = {name: sum(file.stat().st_size for file in (folder / name).iterdir()) for name in quantized_parts(folder)}
@@ -239,4 +242,4 @@ def take_evaluation(folder: Path, evaluation: Path) -> None:
             f"evaluation: {evaluation} was made when the denoiser had {rows[-1]['size_bytes']} bytes, and now it has "
             f"{plain(', '.join(map(str, sizes.values())))}. Measure it again."
         )
-    save_json(folder / SOURCE_FILE, source_of_folder(folder) | {"rows": rows})
+    save_json(folder / SOURCE_FILE, source_of_folder(folder) | {"rows": rows, "memory": metrics.get("memory")})
