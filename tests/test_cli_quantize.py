@@ -72,6 +72,15 @@ def test_the_text_says_sizes_the_call_that_loads_it_and_what_comes_next(capsys, 
     assert saved_models(tmp_path / "x")["vae"].quantization is not None
 
 
+def test_all_components_get_their_widths(capsys, source, tmp_path):
+    arguments = ("quantize", source, "-o", tmp_path / "x", "--weight_bits", "4", "--components", "all")
+    planned = answer(capsys, *arguments, "--dry_run", "--json").document["components"]
+    found = answer(capsys, *arguments, "--json").document["components"]
+    assert found.keys() == planned.keys() == {"unet", "vae", "text_encoder"}
+    assert found["unet"]["average_bits"] <= 4
+    assert found["vae"]["average_bits"] == found["text_encoder"]["average_bits"] == 8
+
+
 def test_the_folder_has_a_card_of_what_was_done(capsys, source, tmp_path):
     assert answer(capsys, "quantize", source, "-o", tmp_path / "x", "--weight_bits", "4").code == 0
     card = (tmp_path / "x" / "README.md").read_text()

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from diffusers_pqcad.cli.command import Command, Outcome
-from diffusers_pqcad.cli.quantization import AT_LOAD_TIME, chosen, quantization_of
+from diffusers_pqcad.cli.quantization import AT_LOAD_TIME, chosen, config_for, quantization_of
 from diffusers_pqcad.cli.saved_source import models_of
 from diffusers_pqcad.loading.config import PQCADConfig
 from diffusers_pqcad.loading.inspection import Inspection
@@ -52,7 +52,8 @@ def run(settings: Settings) -> Outcome:
     components = {}
     text = []
     for name, layers in found.items():
-        config = quantized[name].quantization if quantized else settings.quantization
+        asked = settings.quantization.for_component(name) or settings.quantization  # a model alone has any name
+        config = quantized[name].quantization if quantized else asked
         components[name] = described(layers) | {"quantization_config": (config or PQCADConfig()).to_diff_dict()}
         text += [f"{name}: {title(models[name])}", str(layers), ""]
     others = sorted(set(models) - set(found))
@@ -71,8 +72,10 @@ def plans_of(
 
     `dtype` is that of what stays in floating point.
     """
-    names = list(models) if len(models) == 1 and config.components is None else chosen(list(models), config)
-    return {name: plan(skeleton(models[name]), config, dtype) for name in names}
+    if len(models) == 1 and config.components is None:
+        return {name: plan(skeleton(model), config, dtype) for name, model in models.items()}
+    names = chosen(list(models), config)
+    return {name: plan(skeleton(models[name]), config_for(name, config), dtype) for name in names}
 
 
 def title(model: SavedModel) -> str:

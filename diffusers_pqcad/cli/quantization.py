@@ -36,12 +36,18 @@ def chosen(names: list[str], config: PQCADConfig) -> list[str]:
 
     Raises ValueError for a component that the pipeline does not have, and where there is none to quantize.
     """
-    wanted = config.components or DENOISER_COMPONENTS
-    missing = sorted(set(config.components or ()) - set(names))
-    found = [name for name in names if name in wanted]
+    missing = sorted(set(config.components_to_quantize or ()) - set(names))
+    found = [name for name in names if config.for_component(name) is not None]
     if missing or not found:
         raise ValueError(
             f"components: expected some of this pipeline's models, {names}, got "
             f"{missing or 'none of its own choice, as it has no ' + ' or '.join(DENOISER_COMPONENTS)}."
         )
+    return found
+
+
+def config_for(name: str, config: PQCADConfig) -> PQCADConfig:
+    """Return what `config` says of the model `name`, which `chosen` named."""
+    found = config.for_component(name)
+    assert found is not None  # chosen
     return found

@@ -10,10 +10,10 @@ from diffusers import DiffusionPipeline
 
 from diffusers_pqcad.cli.command import TRIAL, Command, Outcome, Trial
 from diffusers_pqcad.cli.inspect import described, plans_of
-from diffusers_pqcad.cli.quantization import AT_LOAD_TIME, chosen, quantization_of
+from diffusers_pqcad.cli.quantization import AT_LOAD_TIME, chosen, config_for, quantization_of
 from diffusers_pqcad.cli.saved_source import models_of
 from diffusers_pqcad.evaluation.speed import directory_size_bytes
-from diffusers_pqcad.loading.config import PQCADConfig
+from diffusers_pqcad.loading.config import DENOISER_COMPONENTS, PQCADConfig
 from diffusers_pqcad.loading.convert import quantize_
 from diffusers_pqcad.loading.coverage import coverage, percent
 from diffusers_pqcad.loading.plan import Plan, plan
@@ -118,7 +118,7 @@ def load(settings: Settings) -> Any:
     if is_single_file(path):
         pipeline = load_single_file(path, settings.run.pipeline, **options)
         for name in names_of(pipeline, settings.quantization):
-            quantize_(getattr(pipeline, name), settings.quantization)
+            quantize_(getattr(pipeline, name), config_for(name, settings.quantization))
         return pipeline
     if Path(path).exists() and not (Path(path) / INDEX_FILE).is_file():
         raise ValueError(f"{path}: expected the folder of a pipeline, with {INDEX_FILE}, got one without.")
@@ -184,10 +184,11 @@ def plan_of_file(settings: Settings) -> dict[str, Plan]:
     if settings.run.pipeline is None or not Path(settings.run.pipeline).is_dir():
         raise ValueError("dry_run: of a single file, it needs --pipeline FOLDER, which says what the tensors are.")
     beside = saved_models(settings.run.pipeline)
-    (name,) = chosen(list(beside), settings.quantization)[:1]
+    names = chosen(list(beside), settings.quantization)
+    name = next((name for name in names if name in DENOISER_COMPONENTS), names[0])
     tensors = headers_of(Path(str(settings.run.pretrained_model_name_or_path)))
     model = SavedModel(name, beside[name].config, tensors)
-    return {name: plan(skeleton(model), settings.quantization, getattr(torch, settings.run.torch_dtype))}
+    return {name: plan(skeleton(model), config_for(name, settings.quantization), getattr(torch, settings.run.torch_dtype))}
 
 
 COMMAND = Command(

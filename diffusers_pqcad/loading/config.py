@@ -20,6 +20,9 @@ FORMAT_VERSION = 2
 # activations (examples/results/method.md); two of them predict epsilon, as SD-1.5 and SDXL do.
 DEFAULT_WEIGHT_BITS: dict[str, float] = {"progressive": 5.0, "fixed": 8}
 DENOISER_COMPONENTS = ("unet", "transformer", "transformer_2", "prior")
+AUTOENCODER_COMPONENTS = ("vae", "vqvae", "movq")
+TEXT_ENCODERS = "text_encoder"  # what their names begin with
+ALL = "all"  # in the place of components: the denoiser, the text encoders and the autoencoder
 # Modules kept in floating point by default: few weights, and in an epsilon model conv_out at 8 bits alone costs 16 dB,
 # because the last layer's error is the step's error. Each kind of model has its own names for them.
 EXEMPT_MODULES = (
@@ -103,6 +106,23 @@ def list_of_names(setting: str, value: Any) -> list[str]:
     return list(value)
 
 
+def list_of_components(value: Any) -> list[str]:
+    """Return `value` as a list, ["all"] for "all"; raise ValueError for others than "all" or a list of names."""
+    if isinstance(value, str) and value != ALL:
+        raise ValueError(
+            f"components: expected {ALL!r} or a list of names, got the string {value!r}. One component is a list of "
+            f"one: [{value!r}]."
+        )
+    names = [ALL] if value == ALL else list_of_names("components", value)
+    if ALL in names and names != [ALL]:
+        others = [name for name in names if name != ALL]
+        raise ValueError(
+            f"components: expected {ALL!r} or names of components, got both: {names}. {ALL!r} stands alone, and names "
+            f"the denoiser, the text encoders and the VAE; leave it or {others} out."
+        )
+    return names
+
+
 def is_width(value: Any) -> bool:
     """Return whether `value` is one of WEIGHT_BITS; whole floats are."""
     return isinstance(value, Real) and not isinstance(value, bool) and value in WEIGHT_BITS
@@ -144,7 +164,10 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
             default exemptions.
         search_all_modules: also quantize what is exempt by default (first and last convolution, time embedding, the
             shortcuts in a UNet's last up block).
-        components: the pipeline components to quantize, text encoders included; `None`: the denoiser.
+        components: the names of the pipeline components to quantize, text encoders included, each by these settings;
+            or "all", which is kept as ["all"]: the denoiser by these settings, and its text encoders and VAE at one
+            width for all their layers, the largest of `bit_choices`, 8 bits unless that says otherwise, by
+            `activation_bits` and `search_all_modules` alone (see `for_component`). `None`: the denoiser.
         weight_bits_by_module: bits of every quantized layer, as PQ decided; filled on quantization.
         timestep_boundaries: boundaries of the static activation ranges' timestep groups, increasing numbers: integers,
             or floats for models that are called with t / 1000; `None`: dynamic ranges.
@@ -185,7 +208,10 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
     )
     components: list[str] | None = field(
         default=None,
-        metadata={"help": "parts of the pipeline to quantize, text encoders among them; None: its denoiser"},
+        metadata={
+            "help": "parts of the pipeline to quantize, text encoders among them; all: its denoiser, and its text "
+            "encoders and VAE at 8 bits; None: its denoiser"
+        },
     )
     weight_bits_by_module: dict[str, int] = field(default_factory=dict)
     timestep_boundaries: list[int | float] | None = None
@@ -219,7 +245,7 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         self.num_inference_steps = positive_integer("num_inference_steps", self.num_inference_steps)
         skipped, bits = self.modules_to_not_convert, self.weight_bits_by_module
         self.modules_to_not_convert = [] if skipped is None else list_of_names("modules_to_not_convert", skipped)
-        self.components = None if self.components is None else list_of_names("components", self.components)
+        self.components = None if self.components is None else list_of_components(self.components)
         self.weight_bits_by_module = {} if bits is None else bits_by_name(bits)
         other = {name: width for name, width in self.weight_bits_by_module.items() if width != self.weight_bits}
         if self.method == "fixed" and other:
@@ -256,7 +282,27 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
     @property
     def components_to_quantize(self) -> list[str] | None:
         """The components named by the user: diffusers warns about those that the pipeline lacks."""
-        return self.components
+        return None if self.components == [ALL] else self.components
+
+    def for_component(self, name: str) -> "PQCADConfig | None":
+        """Return the config of the pipeline component `name`, a new one; `None` for one that stays as it is.
+
+        With `components="all"`, the denoiser's names no components, as others have configs of their own: text encoders
+        and VAE, which run once an image, are small beside it, and lose more at fewer bits, get the largest width.
+        """
+        if self.components != [ALL]:
+            chosen = DENOISER_COMPONENTS if self.components is None else self.components
+            return copy.deepcopy(self) if name in chosen else None
+        if name in DENOISER_COMPONENTS:
+            return PQCADConfig(**self.to_dict() | {"components": None})
+        if name not in AUTOENCODER_COMPONENTS and not name.startswith(TEXT_ENCODERS):
+            return None
+        return PQCADConfig(
+            method="fixed",
+            weight_bits=max(self.bit_choices),
+            activation_bits=self.activation_bits,
+            search_all_modules=self.search_all_modules,
+        )
 
     def is_exempt(self, name: str) -> bool:
         """Return whether the module `name` stays in floating point."""
@@ -314,7 +360,5 @@ class PQCADConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         return f"{type(self).__name__}({json.dumps(self.to_diff_dict(), sort_keys=True)})"
 
     def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None) -> Any:
-        """Answer diffusers' pipeline loader: a copy of this config for a chosen component, `None` for the others."""
-        if module_name not in (DENOISER_COMPONENTS if self.components is None else self.components):
-            return None
-        return copy.deepcopy(self)
+        """Answer diffusers' pipeline loader: `for_component`."""
+        return None if module_name is None else self.for_component(module_name)

@@ -162,7 +162,7 @@ BAD_VALUES = [
     ({"bit_choices": (8, 5)}, "bit_choices: expected some of"),
     ({"bit_choices": (8, 4.7)}, "bit_choices: expected some of"),
     ({"modules_to_not_convert": "to_q"}, "modules_to_not_convert: expected a list of names, got the string 'to_q'"),
-    ({"components": "unet"}, "components: expected a list of names, got the string 'unet'"),
+    ({"components": "unet"}, "components: expected 'all' or a list of names, got the string 'unet'. One component"),
     ({"bit_choices": ()}, "bit_choices: expected some of"),
     ({"weight_bits": "4"}, "weight_bits: expected a number, got '4'"),
     ({"weight_bits": 9}, "weight_bits: an average of 9 cannot be met"),
@@ -190,6 +190,8 @@ BAD_VALUES = [
     ({"search_all_modules": 1}, "search_all_modules: expected True or False, got 1"),
     ({"bit_choices": 8}, "bit_choices: expected some of .*, got 8"),
     ({"bit_choices": [[8]]}, r"bit_choices: expected some of .*, got \[\[8\]\]"),
+    ({"components": "ALL"}, "components: expected 'all' or a list of names, got the string 'ALL'"),
+    ({"components": ["unet", "all"]}, r"components: expected 'all' or names .*both: \['unet', 'all'\].*\['unet'\] out"),
     ({"components": [1]}, r"components: expected a list of names, got \[1\]"),
     ({"components": {"unet": 1}}, "components: expected a list of names, got {'unet': 1}"),
     ({"modules_to_not_convert": 3}, "modules_to_not_convert: expected a list of names, got 3"),
@@ -354,6 +356,31 @@ def test_components_replace_the_default_choice():
     assert config._resolve_quant_config(module_name="vae") == config
     assert config._resolve_quant_config(module_name="unet") is None
     assert PQCADConfig().components_to_quantize is None  # else diffusers warns about every component that is absent
+
+
+@pytest.mark.parametrize("components", ["all", ["all"]], ids=["the word", "a list"])
+def test_all_components_are_the_denoiser_the_text_encoders_and_the_vae(components):
+    settings = {"activation_bits": 7, "search_all_modules": True}
+    config = PQCADConfig(weight_bits=3.5, components=components, modules_to_not_convert=["to_q"], **settings)
+    others = PQCADConfig(method="fixed", weight_bits=8, **settings)
+    denoiser = PQCADConfig(weight_bits=3.5, modules_to_not_convert=["to_q"], **settings)
+    assert config.components_to_quantize is None  # else diffusers warns that there is no component of this name
+    assert PQCADConfig.from_dict(config.to_dict()) == config
+    for name, expected in {
+        **dict.fromkeys(("unet", "transformer", "transformer_2", "prior"), denoiser),
+        **dict.fromkeys(("vae", "vqvae", "movq", "text_encoder", "text_encoder_2", "text_encoder_3"), others),
+        **dict.fromkeys(("safety_checker", "image_encoder", "controlnet"), None),
+    }.items():
+        assert config._resolve_quant_config(is_diffusers=True, module_name=name) == expected, name
+
+
+def test_beside_the_denoiser_the_largest_allowed_width_is_taken():
+    config = PQCADConfig(weight_bits=3, bit_choices=(6, 4, 3), group_size=4, components="all")
+    assert config.for_component("unet") == PQCADConfig(weight_bits=3, bit_choices=(6, 4, 3), group_size=4)
+    assert config.for_component("vae") == PQCADConfig(method="fixed", weight_bits=6)
+    fixed = PQCADConfig(method="fixed", weight_bits=4, components="all")
+    assert fixed.for_component("unet") == PQCADConfig(method="fixed", weight_bits=4)
+    assert fixed.for_component("text_encoder") == PQCADConfig(method="fixed", weight_bits=8)
 
 
 def test_a_transformers_component_is_quantized_only_by_name():
