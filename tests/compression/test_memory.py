@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ from diffusers_pqcad.compression.denoiser import Denoiser
 from diffusers_pqcad.compression.distillation import Distillation, StepStats, request_of
 from diffusers_pqcad.compression.fake_quant import convert_, fake_quant_layers, freeze_, latent_weight
 from diffusers_pqcad.compression.offload import Store, release_, waiting_copy
+from diffusers_pqcad.compression.optimization import AveragedAdam
 from diffusers_pqcad.compression.optimizers import MatrixAdafactor, optimizer_of
 from diffusers_pqcad.compression.progressive import History, ProgressiveQuantizer
 from diffusers_pqcad.compression.reconstruction import UnitIO, UnitResult, reconstruct
@@ -110,16 +113,28 @@ def test_the_copy_for_prices_has_rounded_weights_of_its_own_and_shares_the_rest(
 
 @pytest.mark.parametrize("trainable", ["all", "scales", "lora"])
 def test_cad_from_disk_ends_in_the_same_bits(
-    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet, tmp_path: Path, trainable: str
-) -> None:
+    tiny_quantized: UNet2DModel, tiny_calibration_set: CalibrationSet, tmp_path: Path, trainable: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     plain, stats, peak = train(tiny_quantized, tiny_calibration_set, trainable=trainable, rank=2)
+    averaged, waiting = AveragedAdam.averaged, []
+
+    @contextmanager
+    def watched(adam: AveragedAdam) -> Iterator[None]:
+        with averaged(adam):
+            waiting.append(all("pages" in vars(tensor) for tensor in adam.average.temp_stored_params))
+            yield
+
+    monkeypatch.setattr(AveragedAdam, "averaged", watched)
     found, other_stats, other_peak = train(
         tiny_quantized, tiny_calibration_set, tmp_path / "offload", trainable=trainable, rank=2
     )
     assert same(found, plain)
     assert [(entry.loss, entry.best_error) for entry in other_stats] == [(e.loss, e.best_error) for e in stats]
     assert not list((tmp_path / "offload").iterdir())
-    if trainable == "all":  # the average, what waits while it is measured, and the best state
+    # The weights that wait while their average is measured: the peak is in the backward pass, and does not show them.
+    assert waiting == [True, True]
+    if trainable == "all":  # the average and the best state
         assert other_peak < peak - 1.9 * weights_bytes(tiny_quantized)
 
 
