@@ -1,4 +1,4 @@
-"""Loading and saving through diffusers. Test names carry the numbers of the traps in docs/diffusers-integration.md."""
+"""Loading and saving through diffusers. Test names carry the numbers of the traps in CONTRIBUTING.md."""
 
 import copy
 import gc
