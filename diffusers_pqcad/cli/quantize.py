@@ -188,7 +188,9 @@ def plan_of_file(settings: Settings) -> dict[str, Plan]:
     name = next((name for name in names if name in DENOISER_COMPONENTS), names[0])
     tensors = headers_of(Path(str(settings.run.pretrained_model_name_or_path)))
     model = SavedModel(name, beside[name].config, tensors)
-    return {name: plan(skeleton(model), config_for(name, settings.quantization), getattr(torch, settings.run.torch_dtype))}
+    return {
+        name: plan(skeleton(model), config_for(name, settings.quantization), getattr(torch, settings.run.torch_dtype))
+    }
 
 
 COMMAND = Command(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffusers_pqcad.kernels import cpu, measured, onednn, reference, x86
+from diffusers_pqcad.kernels.memory import Memory, checked, wanted
 from diffusers_pqcad.kernels.operation import Operation
 from diffusers_pqcad.kernels.refusal import Refusal
 
@@ -56,6 +57,7 @@ class Kernel(Protocol):
 
 KERNELS: dict[str, Kernel] = {kernel.NAME: kernel for kernel in (x86, onednn, reference)}
 _forced: str | None = None
+_memory: Memory | None = None
 
 
 def _checked(name: str) -> str:
@@ -65,17 +67,30 @@ def _checked(name: str) -> str:
 
 
 @contextmanager
-def use(name: str) -> Iterator[None]:
-    """Force the kernel `name` for every quantized layer called inside the block.
+def use(name: str | None = None, *, memory: Memory | None = None) -> Iterator[None]:
+    """Force the kernel `name`, and how it takes memory, for every quantized layer called inside the block.
 
-    A layer that the kernel cannot run raises ValueError when it is called, with the layer's reason.
+    With `memory="low"`, no int8 copies of the weights are kept: each call unpacks them, with the same results, in more
+    time. With "normal" they are kept, however little memory there is. `None` leaves either as it is outside. A layer
+    that the kernel cannot run raises ValueError when it is called, with the layer's reason; so does another word here.
     """
-    global _forced
-    before, _forced = _forced, _checked(name)
+    global _forced, _memory
+    before = _forced, _memory
+    chosen = _forced if name is None else _checked(name), _memory if memory is None else checked(memory, "memory")
+    _forced, _memory = chosen
     try:
         yield
     finally:
-        _forced = before
+        _forced, _memory = before
+
+
+def keeps_copies(is_short: bool) -> bool:
+    """Return whether kernels may keep int8 copies of the weights now, where memory `is_short` or not.
+
+    What `use` forces comes first, then the environment variable PQCAD_MEMORY.
+    """
+    asked = wanted() if _memory is None else _memory
+    return not is_short if asked is None else asked == "normal"
 
 
 def forced() -> str | None:
@@ -166,6 +181,8 @@ def summary(operations: list[Operation]) -> str:
     parts = [f"{chosen[name]} of {len(operations)} layers: {name}" for name in KERNELS if chosen[name]]
     parts += [f"{count} on {reference.NAME}: {refusal.reason}" for refusal, count in refusals.items()]
     if any(operation.qweight.is_cpu for operation in operations):
+        if not all(operation.keeps_copies for operation in operations):
+            parts.append("no int8 copies of the weights are kept, as memory is short or was asked to be saved")
         missing = {name: kernel.absence() for name, kernel in KERNELS.items()}
         parts += [f"{name} would be faster here, but {reason}" for name, reason in missing.items() if reason]
         if cpu.has_amx():

@@ -18,6 +18,7 @@ OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
 # Without VNNI two neighbouring products are added in 16 bits, which hold 2 * 255 * 31 and 2 * 127 * 127 at most.
 MAX_WEIGHT_BITS_WITHOUT_VNNI = {8: 6, 7: 8}  # by activation bits
 NO_OPERATORS = "this PyTorch has no oneDNN int8 operators"
+KEEPS_COPIES = "memory is short, or was asked to be saved, and oneDNN's operators keep an int8 copy of the weights"
 NO_VNNI = "this CPU has no VNNI, where products of 8 bits saturate silently; activation_bits=7 avoids it"
 
 
@@ -86,6 +87,9 @@ def refusal(operation: Operation) -> Refusal | None:
         return refused
     if not available():
         return Refusal(NO_OPERATORS, is_of_computer=True)
+    is_grouped = operation.geometry is not None and operation.geometry.groups > 1  # no other kernel's; few weights
+    if not operation.keeps_copies and not is_grouped:
+        return Refusal(KEEPS_COPIES, is_of_computer=True)
     assert operation.activation_bits is not None  # refused
     if operation.channel_bits() > MAX_WEIGHT_BITS_WITHOUT_VNNI[operation.activation_bits] and saturates():
         return Refusal(NO_VNNI, is_of_computer=True)

@@ -42,7 +42,8 @@ class Operation(NamedTuple):
     fp32 (C_out, G) stand for it on the grid `spec`. `bias` is (C_out,) or `None`. Inputs are rounded to
     `activation_bits`, or stay in floating point. Their ranges are static where there are `input_scale` fp32 and
     `input_zero_point` int32, both (T,), of T timestep groups. `group` is that of the call: an int, (B,) int64 for a
-    batch of several, or `None` for dynamic ranges and outside of a call. `name` is for messages.
+    batch of several, or `None` for dynamic ranges and outside of a call. `name` is for messages. `keeps_copies`:
+    whether a kernel may keep a copy of the weights, in int8, for the next call.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Operation(NamedTuple):
     input_scale: Tensor | None
     input_zero_point: Tensor | None
     group: int | Tensor | None = None
+    keeps_copies: bool = True
 
     def levels(self) -> Tensor:
         """Return the int8 levels, in the shape of the float weight."""

@@ -32,6 +32,7 @@ class QuantizedLayer(StoredState):
     """
 
     perturbation: float | None = None  # ||Q(W) - W||^2 / ||W||^2 when it was packed; not saved
+    is_memory_short: bool = False  # for int8 copies of the model's weights, as found when it was packed or loaded
     _cache: tuple[tuple[Any, ...], Any] | None = None  # what it is for, and what a kernel has packed
     handle: Tensor  # names this layer in a graph
     bias: nn.Parameter | None
@@ -89,6 +90,7 @@ class QuantizedLayer(StoredState):
             buffers["input_scale"],
             buffers["input_zero_point"],
             group,
+            kernels.keeps_copies(self.is_memory_short),
         )
 
     def levels(self) -> Tensor:
@@ -198,7 +200,8 @@ class QuantizedLayer(StoredState):
     def packed_as(self, operation: Operation, name: str) -> Any:
         """Return what the kernel `name` keeps of this layer, which is `operation` in this call."""
         cache = self._cache  # read once: another thread may move the layer
-        key = (name, operation.activation_bits, operation.geometry)  # which may be set on this layer
+        # What may be set on this layer, and what the caller of the model may ask for.
+        key = (name, operation.keeps_copies, operation.activation_bits, operation.geometry)
         if cache is None or cache[0] != key:
             cache = self._cache = (key, kernels.KERNELS[name].pack(operation))
         return cache[1]

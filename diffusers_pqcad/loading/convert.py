@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from diffusers_pqcad import kernels
+from diffusers_pqcad.kernels import memory
 from diffusers_pqcad.kernels.native import weights
 from diffusers_pqcad.layers.derived import is_quantizable, quantized_type
 from diffusers_pqcad.layers.find import is_of_adapter, layer_name, packed_layers
@@ -296,6 +297,9 @@ def finish_(model: nn.Module, config: PQCADConfig) -> None:
     config.packed_share = round(coverage.share(coverage.packed), 6)
     install_(model)
     if layers:
+        is_short = memory.is_short(layer.operation() for layer in layers.values())
+        for layer in layers.values():
+            layer.is_memory_short = is_short
         found = [layer.operation() for layer in layers.values()]
         summary = f"{coverage}; {kernels.summary(found)}"
         log_once(type(model).__name__, summary, slow=kernels.lacks_fast_kernel(found))

@@ -88,7 +88,8 @@ class FusedBlock:
         modules = list(parts_of(cast(nn.Module, self)))
         guards = [guards_of(module, self.guarded) for module in modules]
         cache = owner._cache  # read once: another thread may move the layer
-        packed: PackedLayer | None = None if cache is None or cache[0][0] != x86.NAME else cache[1]
+        is_current = cache is not None and cache[0][:2] == (x86.NAME, kernels.keeps_copies(owner.is_memory_short))
+        packed: PackedLayer | None = cache[1] if is_current else None
         known = None if packed is None else packed.plans.get(key)
         if packed is None or known is None or known.guards != guards:
             if owner.kernel_name() != x86.NAME:

@@ -77,7 +77,7 @@ def test_two_rows_of_levels_and_three_elements_are_in_blocks(seed: int, bits: in
     largest = WeightSpec(bits).level_max
     levels = generator.integers(-largest, largest + 1, (outputs, channels, 3, 3))
     scale = generator.random(outputs, dtype=np.float32)
-    weight, level_sum, scales = pack_filters(
+    weight, level_sum, scales, _ = pack_filters(
         torch.from_numpy(levels).to(torch.int8), torch.from_numpy(scale), is_winograd=True, is_doubled=True
     )
     padded = -(-channels // 4) * 4

@@ -21,7 +21,7 @@ def check_addend(fields: list[tuple[str, type]]) -> None:
     """Compare `fields` with those of Addend in C, and all else with itself."""
     others = tuple(struct for struct in structs.STRUCTS if struct is not structs.Addend)
     known = layout_in_c(library.compiled())
-    constants = {name: known[name] for name in ("DEPTH", "TILE_SIZE", "MIN_SCALE")}
+    constants = {name: known[name] for name in ("DEPTH", "TILE_SIZE", "UNPACKED_WIDTHS", "MIN_SCALE")}
     check_layout(library.compiled(), (*others, struct_of("Addend", fields)), constants)
 
 
@@ -54,6 +54,7 @@ def test_a_wrong_field_is_an_error(fields: list[tuple[str, type]], message: str)
         (library, "DEPTH", 8),
         (library, "TILE_SIZE", 6),
         (library, "MIN_SCALE", 1e-13),
+        (library, "WEIGHT_BITS", (2, 3, 4, 8)),
         (attention, "Shape", struct_of("Shape", [("batch", ctypes.c_int64)])),
         (weights, "WEIGHT_BITS", (2, 3, 4, 8)),
         (weights, "MIN_SCALE", 1e-13),

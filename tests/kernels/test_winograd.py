@@ -40,7 +40,7 @@ def filters_of(levels: np.ndarray, scale: np.ndarray, *, is_winograd: bool) -> t
     There are 1 or 4 elements. What fills up a block, or four channels, is zero, and the sums of levels are those.
     """
     outputs, height, width, channels = levels.shape
-    weight, level_sum, scales = pack_filters(
+    weight, level_sum, scales, _ = pack_filters(
         torch.from_numpy(levels).to(torch.int8).permute(0, 3, 1, 2),
         torch.from_numpy(scale).float(),
         is_winograd=is_winograd,

@@ -81,7 +81,7 @@ static void find_steps(const Filters *filters, int64_t o, int64_t phase, float *
    scales. Of what is beyond the last output, all are zeros. Elements of more than 8 bits are rounded to them: an error of at
    most half of what they are divided by, in levels; of F(2, 3) at most 0.75 of a level after the halves. */
 static void pack_output(const Filters *filters, int64_t o, int64_t phase, int64_t steps, int8_t *weight, int32_t *level_sum,
-                        float *scale)
+                        float *scale, float *divisor)
 {
     const int elements = blocks_for(filters), is_real = o < filters->outputs;
     const int64_t channels = filters->padded_channels, columns = columns_of(filters);
@@ -105,12 +105,14 @@ static void pack_output(const Filters *filters, int64_t o, int64_t phase, int64_
     const int has_halves = filters->is_winograd && !filters->is_doubled;
     for (int k = 0; k < elements; k++) {
         level_sum[k * OUTPUTS] = sum[k];
+        divisor[k * OUTPUTS] = step[k];
         scale[k * OUTPUTS] = !is_real ? 0 : filters->scale[o] * step[k] * (has_halves && (k == 1 || k == 2) ? 0.5f : 1);
     }
 }
 
-/* Write `filters` in blocks, and for every output of every block the sum of its levels and its scale: as `Weights` has them. */
-void pack_filters(const Filters *filters, int8_t *weight, int32_t *level_sum, float *scale)
+/* Write `filters` in blocks, and for every output of every block the sum of its levels and its scale, as `Weights` has them,
+   and what its elements were divided by. */
+void pack_filters(const Filters *filters, int8_t *weight, int32_t *level_sum, float *scale, float *divisor)
 {
     const int elements = blocks_for(filters);
     const int64_t phases = filters->is_doubled ? 2 : 1, blocks = (filters->outputs + OUTPUTS - 1) / OUTPUTS;
@@ -120,7 +122,7 @@ void pack_filters(const Filters *filters, int8_t *weight, int32_t *level_sum, fl
         for (int j = 0; j < OUTPUTS; j++) {
             const int64_t first = task * elements * OUTPUTS, output = task % blocks * OUTPUTS + j;
             pack_output(filters, output, task / blocks, steps, weight + first * steps * DEPTH + j * DEPTH,
-                        level_sum + first + j, scale + first + j);
+                        level_sum + first + j, scale + first + j, divisor + first + j);
         }
 }
 

@@ -5,10 +5,11 @@
 
 #include "epilogue.h"
 #include "image.h"
+#include "panel.h"
 #include "products.h"
 
-/* What does not change from call to call. Per block of OUTPUTS channels: `weight` (steps, OUTPUTS, DEPTH) and windows from
-   window_starts[block] to window_starts[block + 1]; `level_sum` and `scale` hold a number for every output of every
+/* What does not change from call to call. Per block of OUTPUTS channels: `weight` (steps, OUTPUTS, DEPTH), or NULL where calls
+   unpack their blocks from `packed`, which is NULL otherwise; and windows from window_starts[block] to window_starts[block + 1]; `level_sum` and `scale` hold a number for every output of every
    block. With `is_signed`, codes are signed. For Winograd tiles, the blocks of all
    elements follow each other for the same channels; those of the first phase come before those of the second. */
 typedef struct {
@@ -17,6 +18,7 @@ typedef struct {
     const int32_t *window_starts, *level_sum;
     const float *scale;
     int64_t steps, is_signed;
+    const Packed *packed;
 } Weights;
 
 /* What is added to the output: as large as that, channels_last, or one number for each channel of an image, the same for
@@ -27,7 +29,8 @@ typedef struct {
 } Addend;
 
 /* A quantized layer at one size of its input. `bias` may be NULL. `scale`, `zero_point` and `qmax`, the largest code, are
-   those of the input; a scale of zero asks for the ones of each input's own range. */
+   those of the input; a scale of zero asks for the ones of each input's own range. At most `threads` unpack blocks: so many
+   have memory for them (`code_bytes`). */
 typedef struct {
     const Weights *weights;
     const float *bias;
@@ -35,6 +38,7 @@ typedef struct {
     Output output;
     float scale;
     int32_t zero_point, qmax;
+    int64_t threads;
 } Layer;
 
 /* The codes that are kept at once, in bytes: those of larger images would not fit the cache, and their memory would be as
@@ -71,10 +75,25 @@ INLINE Part first_part(const Layer *layer)
 }
 
 /* Bytes that the codes of a layer take. */
-int64_t code_bytes(const Layer *layer)
+INLINE int64_t bytes_of_part(const Layer *layer)
 {
     const Part part = first_part(layer);
     return part.images * rows_of_part(layer, &part).rows * bytes_of_row(&layer->image);
+}
+
+/* Bytes of the blocks that a thread unpacks at once: with gates, those of both halves. */
+INLINE int64_t bytes_of_panels(const Layer *layer)
+{
+    const Weights *weights = layer->weights;
+    if (!weights->packed) return 0;
+    return (layer->output.is_gated ? 2 : 1) * bytes_of_panel(weights->packed, weights->steps);
+}
+
+/* Bytes that the codes of a layer take, and after them the blocks that each thread unpacks. */
+int64_t code_bytes(const Layer *layer)
+{
+    const int64_t codes = bytes_of_part(layer);
+    return layer->weights->packed ? round_up(codes, LINE) + layer->threads * bytes_of_panels(layer) : codes;
 }
 
 /* What a block of OUTPUTS channels is multiplied by, and what becomes of its sums. */
@@ -87,7 +106,7 @@ typedef struct {
 INLINE Block block_of(const Weights *weights, int64_t index, float input_scale, int zero_point, const float *bias,
                       int64_t count)
 {
-    return (Block){weights->weight + index * weights->steps * DEPTH * OUTPUTS,
+    return (Block){weights->weight ? weights->weight + index * weights->steps * DEPTH * OUTPUTS : NULL,
                    weights->windows + weights->window_starts[index], weights->windows + weights->window_starts[index + 1],
                    epilogue_of(zero_point, weights->level_sum + index * OUTPUTS, input_scale,
                                weights->scale + index * OUTPUTS, bias, count)};
@@ -116,6 +135,20 @@ INLINE int blocks_of(const Layer *layer, int64_t phase, int64_t channel, float i
     if (!layer->output.is_gated) return 1;
     blocks[1] = block_of(weights, index + outputs / OUTPUTS, input_scale, zero_point, bias ? bias + outputs : NULL, count);
     return 2;
+}
+
+/* Unpack to `panels` what `blocks_of` wrote of `phase` and `channel`, `count` blocks. */
+INLINE void unpack_blocks(const Layer *layer, int64_t phase, int64_t channel, int count, int8_t *panels, Block *blocks)
+{
+    const Weights *weights = layer->weights;
+    const int64_t outputs = layer->output.out_channels, index = channel / OUTPUTS + phase * ((outputs + OUTPUTS - 1) / OUTPUTS);
+    const int64_t first = layer->image.tiles ? index * count : index, size = weights->steps * DEPTH * OUTPUTS;
+    unpack_panel(weights->packed, phase, channel, first, weights->steps, panels);
+    for (int k = 0; k < count; k++) blocks[k].weight = panels + k * size;
+    if (!layer->output.is_gated) return;
+    int8_t *other = panels + bytes_of_panel(weights->packed, weights->steps);
+    unpack_panel(weights->packed, phase, channel + outputs, first + outputs / OUTPUTS, weights->steps, other);
+    blocks[1].weight = other;
 }
 
 /* A row of a micro-tile: its codes, its image, its column, and the first pixel of its output. Of a Winograd tile, which has

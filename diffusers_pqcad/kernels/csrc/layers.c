@@ -10,6 +10,8 @@
      each is widened.
 
    What takes long is dealt out as threads ask for it, for cores may be busy, or of several kinds. */
+#include <omp.h>
+
 #include "filters.h"  /* what is done once to a layer's weights */
 #include "layout.h"
 #include "residual.h" /* what is done in each call, of one layer, some or a block */
@@ -17,6 +19,7 @@
 /* For kernels/x86: what this code was compiled for. */
 int has_vnni(void) { return VNNI; }
 int block_outputs(void) { return OUTPUTS; }
+int max_threads(void) { return omp_get_max_threads(); }
 
 /* As in kernels/x86, and MIN_SCALE in qparams.py. */
 EXPORT_LAYOUT(
@@ -30,14 +33,17 @@ EXPORT_LAYOUT(
     FIELD(Affine, eps), FIELD(Affine, mean), FIELD(Affine, inverse_deviation),
     STRUCT(Weights), FIELD(Weights, weight), FIELD(Weights, windows), FIELD(Weights, window_starts),
     FIELD(Weights, level_sum), FIELD(Weights, scale), FIELD(Weights, steps), FIELD(Weights, is_signed),
+    FIELD(Weights, packed),
     STRUCT(Filters), FIELD(Filters, levels), FIELD(Filters, scale), FIELD(Filters, outputs), FIELD(Filters, channels),
     FIELD(Filters, height), FIELD(Filters, width), FIELD(Filters, padded_channels), FIELD(Filters, is_winograd),
     FIELD(Filters, is_doubled),
+    STRUCT(Packed), FIELD(Packed, codes), FIELD(Packed, group_scale), FIELD(Packed, steps), FIELD(Packed, filters),
+    FIELD(Packed, row_bytes), FIELD(Packed, bits), FIELD(Packed, groups), FIELD(Packed, may_overflow),
     STRUCT(Addend), FIELD(Addend, numbers), FIELD(Addend, is_per_image),
     STRUCT(Layer), FIELD(Layer, weights), FIELD(Layer, bias), FIELD(Layer, image), FIELD(Layer, output),
-    FIELD(Layer, scale), FIELD(Layer, zero_point), FIELD(Layer, qmax),
+    FIELD(Layer, scale), FIELD(Layer, zero_point), FIELD(Layer, qmax), FIELD(Layer, threads),
     STRUCT(GroupNorm), FIELD(GroupNorm, weight), FIELD(GroupNorm, bias), FIELD(GroupNorm, groups), FIELD(GroupNorm, eps),
     STRUCT(ResidualBlock), FIELD(ResidualBlock, norm1), FIELD(ResidualBlock, norm2), FIELD(ResidualBlock, embedding),
     FIELD(ResidualBlock, conv1), FIELD(ResidualBlock, conv2), FIELD(ResidualBlock, shortcut),
     FIELD(ResidualBlock, embeds_silu),
-    CONSTANT(DEPTH), CONSTANT(TILE_SIZE), CONSTANT(MIN_SCALE))
+    CONSTANT(DEPTH), CONSTANT(TILE_SIZE), CONSTANT(UNPACKED_WIDTHS), CONSTANT(MIN_SCALE))

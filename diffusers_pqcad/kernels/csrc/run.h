@@ -11,12 +11,20 @@
 #include "rounding.h"
 #include "winograd.h"
 
-#define MICRO_TILES 16 /* that follow each other in one block of outputs */
+#define MICRO_TILES 16          /* that follow each other in one block of outputs */
+#define UNPACKED_MICRO_TILES 64 /* the same of a block that is unpacked for them: its products take several times as long */
+
+/* Where the blocks that threads unpack lie: after `codes`. */
+INLINE int8_t *panels_after(uint8_t *codes, const Layer *layer)
+{
+    return (int8_t *)codes + round_up(bytes_of_part(layer), LINE);
+}
 
 /* Write a part of a convolution, or of a matrix product where an image is one row of pixels, of `codes`, which `quantize`
-   wrote with `scale` and `zero_point`, and for which it returned `is_dense`. `out` is channels_last, and whole. */
+   wrote with `scale` and `zero_point`, and for which it returned `is_dense`. `panels` is memory for the blocks of each of the
+   layer's threads. `out` is channels_last, and whole. */
 static void multiply(const uint8_t *codes, const Layer *layer, Part part, float input_scale, int zero_point, int is_dense,
-                     Addend addend, float *out)
+                     int8_t *panels, Addend addend, float *out)
 {
     const Image image = layer->image;
     const Output output = layer->output;
@@ -24,18 +32,22 @@ static void multiply(const uint8_t *codes, const Layer *layer, Part part, float 
     int64_t row_bytes = bytes_of_row(&image), columns = image.tiles ? image.tiles : output.out_width;
     const int64_t phases = phases_of(&image);
     int64_t rows = part.images * part.lines * columns, micro_tiles = (rows + ROWS - 1) / ROWS;
-    int64_t blocks = (output.out_channels + OUTPUTS - 1) / OUTPUTS, runs = (micro_tiles + MICRO_TILES - 1) / MICRO_TILES;
+    const int64_t run_tiles = layer->weights->packed ? UNPACKED_MICRO_TILES : MICRO_TILES, panel_bytes = bytes_of_panels(layer);
+    int64_t blocks = (output.out_channels + OUTPUTS - 1) / OUTPUTS, runs = (micro_tiles + run_tiles - 1) / run_tiles;
+    const int threads = layer->weights->packed ? (int)min(layer->threads, omp_get_max_threads()) : omp_get_max_threads();
     int32_t biases[TILE_SIZE];
     for (int k = 0; k < TILE_SIZE; k++) memset(biases + k, element_of(&image, k, zero_point, layer->qmax).bias, sizeof(int32_t));
-#pragma omp parallel for schedule(dynamic) if (phases * blocks * runs > 1)
+#pragma omp parallel for schedule(dynamic) if (phases * blocks * runs > 1) num_threads(threads)
     for (int64_t task = 0; task < phases * blocks * runs; task++) {
         /* All outputs of some pixels, then of the next: the codes of large images do not fit the cache, weights do. */
         const int64_t run = task / (blocks * phases), phase = task / blocks % phases;
-        int64_t start = run * MICRO_TILES, stop = start + MICRO_TILES < micro_tiles ? start + MICRO_TILES : micro_tiles;
+        int64_t start = run * run_tiles, stop = min(start + run_tiles, micro_tiles);
         int64_t channel = task % blocks * OUTPUTS;
         int64_t channels = output.out_channels - channel < OUTPUTS ? output.out_channels - channel : OUTPUTS;
         Block block[TILE_SIZE];
         const int products = blocks_of(layer, phase, channel, input_scale, zero_point, is_dense, block);
+        if (layer->weights->packed)
+            unpack_blocks(layer, phase, channel, products, panels + omp_get_thread_num() * panel_bytes, block);
         for (int64_t micro_tile = start; micro_tile < stop; micro_tile++) {
             int32_t sums[TILE_SIZE][ROWS][OUTPUTS] __attribute__((aligned(64)));
             const uint8_t *sources[ROWS];
@@ -92,8 +104,8 @@ static void run_alike(const float *x, Affine affine, int64_t count, const Layer 
                                           layer->qmax, is_signed, codes);
             started = clock_phase(ROUNDING, started);
             for (int64_t i = 0; i < count; i++)
-                multiply(codes, layers[i], part, scale, is_signed ? zero_point - SIGNED_OFFSET : zero_point, is_dense, addend,
-                         outs[i]);
+                multiply(codes, layers[i], part, scale, is_signed ? zero_point - SIGNED_OFFSET : zero_point, is_dense,
+                         panels_after(codes, layer), addend, outs[i]);
             started = clock_phase(PRODUCTS, started);
         }
 }

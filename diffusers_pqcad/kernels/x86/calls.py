@@ -53,6 +53,7 @@ def call_of(operation: Operation, packed: PackedLayer, size: torch.Size, *, is_d
             geometry.output,
             *qparams,
             activation_qmax(operation.activation_bits),
+            0,
         )
     # Detached: it holds the memory, of which a parameter lets go when another thread casts or moves the layer.
     bias = None if operation.bias is None else operation.bias.detach().float().contiguous()
@@ -63,6 +64,7 @@ def call_of(operation: Operation, packed: PackedLayer, size: torch.Size, *, is_d
         )
     own = Layer.from_buffer_copy(known)  # another call, in another thread, may have converted the bias for itself
     own.bias = None if bias is None else bias.data_ptr()
+    own.threads = 0 if weights.packed is None else compiled().max_threads()
     return Call(own, geometry.size, compiled().code_bytes(own), bias)
 
 

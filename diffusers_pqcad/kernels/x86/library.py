@@ -13,10 +13,11 @@ from diffusers_pqcad.kernels.x86.structs import (
     GroupNorm,
     Image,
     Layer,
+    Packed,
     ResidualBlock,
     Rows,
 )
-from diffusers_pqcad.numerics.qparams import MIN_SCALE
+from diffusers_pqcad.numerics.qparams import MIN_SCALE, WEIGHT_BITS
 
 SOURCE = native.CSRC / "layers.c"
 DEPTH = 4  # inputs of a step, as in the C file
@@ -30,7 +31,8 @@ def library() -> ctypes.CDLL | str:
     if isinstance(loaded, str):
         return loaded
     constants = {"DEPTH": DEPTH, "TILE_SIZE": TILE_SIZE, "MIN_SCALE": ctypes.c_float(MIN_SCALE).value}
-    check_layout(loaded, STRUCTS, constants)
+    widths = sum(1 << bits for bits in WEIGHT_BITS)  # a bit for each that panel.h unpacks
+    check_layout(loaded, STRUCTS, constants | {"UNPACKED_WIDTHS": widths})
     address, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     loaded.code_bytes.argtypes, loaded.code_bytes.restype = [ctypes.POINTER(Layer)], long
     loaded.normalize.argtypes = [address, Image, GroupNorm, address, address]
@@ -38,7 +40,10 @@ def library() -> ctypes.CDLL | str:
     loaded.block_bytes.argtypes = [ctypes.POINTER(ResidualBlock)]
     loaded.run_block.argtypes = [address, address, address, ctypes.POINTER(ResidualBlock), address, address]
     loaded.read_seconds.argtypes = [address]
-    loaded.pack_filters.argtypes = [ctypes.POINTER(Filters), address, address, address]
+    loaded.pack_filters.argtypes = [ctypes.POINTER(Filters), address, address, address, address]
+    loaded.unpack_panel.argtypes = [ctypes.POINTER(Packed), long, long, long, long, address]  # for tests
+    loaded.bytes_of_panel.argtypes, loaded.bytes_of_panel.restype = [ctypes.POINTER(Packed), long], long
+    loaded.unpack_panel.restype = None
     # The next two are parts of `run_layers`, for tests.
     loaded.choose_range.argtypes = [address, Image, Affine, integer, address, address]
     loaded.quantize.argtypes = [address, Image, Rows, Affine, ctypes.c_float, integer, integer, integer, address]

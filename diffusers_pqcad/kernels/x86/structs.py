@@ -47,6 +47,7 @@ class Weights(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("weight", "windows", "window_starts", "level_sum", "scale")),
         ("steps", ctypes.c_int64),
         ("is_signed", ctypes.c_int64),
+        ("packed", ctypes.c_void_p),
     ]
 
 
@@ -59,6 +60,16 @@ class Filters(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("outputs", "channels", "height", "width", "padded_channels", "is_winograd", "is_doubled")
         ),
+    ]
+
+
+class Packed(ctypes.Structure):
+    """Weights as they are stored, that calls unpack: as `Packed` in the C file."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "group_scale", "steps")),
+        ("filters", Filters),
+        *((name, ctypes.c_int64) for name in ("row_bytes", "bits", "groups", "may_overflow")),
     ]
 
 
@@ -77,6 +88,7 @@ class Layer(ctypes.Structure):
         ("output", Output),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("zero_point", "qmax")),
+        ("threads", ctypes.c_int64),
     ]
 
 
@@ -100,5 +112,5 @@ class ResidualBlock(ctypes.Structure):
     ]
 
 
-STRUCTS = (Image, Rows, Output, Affine, Weights, Filters, Addend, Layer, GroupNorm, ResidualBlock)
+STRUCTS = (Image, Rows, Output, Affine, Weights, Filters, Packed, Addend, Layer, GroupNorm, ResidualBlock)
 NO_AFFINE, NO_ADDEND = Affine(), Addend()
