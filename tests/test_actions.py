@@ -711,14 +711,32 @@ def test_trap_17_adapters_are_not_saved_with_the_model(family: str, tmp_path: Pa
     assert_same_model(load(family, tmp_path), quantized(family), family)
 
 
-@action("fuse_lora (trap 15)", ADAPTABLE, refused=True)
+@action("fuse_lora below 8 bits (trap 15)", ADAPTABLE, refused=True)
 def test_trap_15_fusing_is_refused(family: str) -> None:
     model = adapted(family)
     expected = call(model, family)
     for safe in (False, True):
-        with pytest.raises(ValueError, match="so no adapter can be fused or merged into it"):
-            model.fuse_lora(safe_fusing=safe)
+        with pytest.raises(
+            ValueError, match=r"merged into layers of 8 bits, and this one has \d .* call fuse_lora\(\)"
+        ):
+            model.fuse_lora(0.5, safe_fusing=safe)
     assert torch.equal(call(model, family), expected)  # the adapter still works
+
+
+@action("fuse_lora of 8 bits, unfuse_lora, unload_lora, save_pretrained", ADAPTABLE)
+def test_adapters_are_fused_into_8_bits(family: str, tmp_path: Path) -> None:
+    model = adapted(family, W8)
+    beside = call(model, family)
+    model.fuse_lora()
+    fused = call(model, family)
+    assert 0 < relative_error(fused, beside) < 0.05
+    model.unfuse_lora()
+    assert torch.equal(call(model, family), beside)
+    model.fuse_lora()
+    model.unload_lora()
+    assert relative_error(call(model, family), fused) < 1e-2  # codes at ties, where blocks are computed at once
+    model.save_pretrained(tmp_path)
+    assert_same_model(load(family, tmp_path), model, family)
 
 
 @pytest.fixture
@@ -1255,7 +1273,7 @@ def test_pipeline_offload(family: str, pipeline_dir: Path) -> None:
         assert abs(images_of(pipeline) - expected).max() < 1e-5
 
 
-@action("pipe.load_lora_weights, unload_lora_weights; pipe.fuse_lora is refused", ["SD-1.5 UNet"])
+@action("pipe.load_lora_weights, unload_lora_weights; pipe.fuse_lora is refused at 4 bits", ["SD-1.5 UNet"])
 def test_pipeline_lora(family: str, pipeline_dir: Path, tmp_path: Path) -> None:
     from peft import get_peft_model_state_dict
 
@@ -1266,7 +1284,7 @@ def test_pipeline_lora(family: str, pipeline_dir: Path, tmp_path: Path) -> None:
     pipeline.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")
     adapted_images = images_of(pipeline)
     assert abs(adapted_images - before).max() > 1e-3
-    with pytest.raises(ValueError, match="so no adapter can be fused or merged into it"):
+    with pytest.raises(ValueError, match="adapters are merged into layers of 8 bits"):
         pipeline.fuse_lora()
     assert abs(images_of(pipeline) - adapted_images).max() < 1e-5
     pipeline.unload_lora_weights()

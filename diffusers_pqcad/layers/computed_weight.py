@@ -68,7 +68,8 @@ class ComputedWeight(Tensor):
         """Raise ValueError."""
         raise ValueError(
             f"{self.layer_name}: the weight of a packed layer is computed from its integers and cannot be written to, "
-            "so no adapter can be fused or merged into it. Use the adapter unfused, or call dequantize() first."
+            "so nothing can be merged into it here. Use the adapter unfused, or call dequantize() first; fuse_lora() "
+            "of a diffusers model or its pipeline merges into layers of 8 bits."
         )
 
     @classmethod

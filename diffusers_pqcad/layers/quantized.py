@@ -145,6 +145,12 @@ class QuantizedLayer(StoredState):
         self._buffers |= {"qweight": qweight, "weight_scale": scale}
         self.perturbation = relative(errors)
 
+    def replace_packed_(self, qweight: Tensor, weight_scale: Tensor) -> None:
+        """Let this packed layer stand for other weights on its grid: `qweight` and `weight_scale` as it has them."""
+        device = self.qweight.device
+        self._buffers |= {"qweight": qweight.to(device), "weight_scale": weight_scale.to(device)}
+        self._cache = None
+
     @torch.no_grad()
     def unpack_(self) -> None:
         """Undo `pack_`: this layer holds its dequantized weight as a parameter again, and nothing else."""

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from diffusers_pqcad.layers.find import packed_layers
+from diffusers_pqcad.runtime.merging import fuse_lora
 
 
 def num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -87,6 +88,7 @@ OVERRIDES: dict[str, Callable[..., Any]] = {
     "float": float_,
     "enable_layerwise_casting": enable_layerwise_casting,
     "fuse_qkv_projections": fuse_qkv_projections,
+    "fuse_lora": fuse_lora,
     "save_motion_modules": save_motion_modules,
 }
 

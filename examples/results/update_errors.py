@@ -97,6 +97,7 @@ FIXES = {
     "weight_bits_by_module lacks": "give the config that was saved with this model",
     "…: the weights hold a NaN": "train or download the weights again",
     "…: it is no … as … has it": "name the pipeline that the file belongs to",
+    "…: its weights cannot be rounded": "load the adapter again",
     "…: an input of … cannot be added": "call the block with an input of its own size",
     "… was called without `timestep`": "pass `timestep`, as pipelines do",
     "… is damaged": "delete the cache folder; it is compiled again",
