@@ -7,7 +7,7 @@ block reconstruction.
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from functools import partial
@@ -347,6 +347,7 @@ class ProgressiveQuantizer:
         self.begun: dict[str, Any] | None = None
         self.path: Path | None = None  # of the resume file
         self.shows_progress = False
+        self.on_round: Callable[[int, dict[str, Any]], None] = lambda count, entry: None
         self.request: dict[str, Any] = {}  # what a resume file must have been begun with
         prepare_(model, config, self.controller.bits)
         model.pqcad_source_hash = calibration.manifest["model_hash"]  # distill compares it
@@ -475,7 +476,7 @@ class ProgressiveQuantizer:
         return [Move(**move) for move in self.begun["moves"]]
 
     def record(self, stage: int, round_index: int, kind: str, moves: list[Move]) -> None:
-        """Append one round to the history."""
+        """Append one round to the history, and tell of it."""
         controller = self.controller
         error = output_error(self.denoiser, self.held_out_calls(stage))
         self.history.rounds.append(
@@ -493,6 +494,7 @@ class ProgressiveQuantizer:
                 "momentum": {name: controller.priority(name) for name in controller.num_weights},
             }
         )
+        self.on_round(len(self.history.rounds), self.history.rounds[-1])
 
     def chosen_moves(self, stage: int, round_index: int) -> list[Move] | None:
         """Return the moves of a round, which the controller has made; None where the stage is over."""
@@ -650,6 +652,7 @@ def progressive_quantize(
     checkpoint: str | Path | None = None,
     offload_folder: str | Path | None = None,
     progress: bool = True,
+    on_round: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> History:
     """Quantize the full-precision `model` in place and return the history.
 
@@ -658,7 +661,8 @@ def progressive_quantize(
     layers. `checkpoint` names a resume file: the same call after a kill goes on from it. It is written after each
     round, and inside `stopping_at_checkpoints` after a unit, before Stopped is raised. `offload_folder` is
     where unnamed files take what would otherwise be in memory, on a CPU also the model itself: in memory are the unit
-    under reconstruction and what a pass needs, and the results are the same to the last bit. Deterministic under
+    under reconstruction and what a pass needs, and the results are the same to the last bit. `on_round(count, entry)`
+    hears of each round after it: how many there are so far, and its entry in the history. Deterministic under
     `progressive.seed`; several processes share the work, and all end with the same model.
 
     Raises ValueError, with the model unchanged, for a calibration set of another model, a budget that cannot be met,
@@ -684,6 +688,8 @@ def progressive_quantize(
     store = store_in(offload_folder)
     run = ProgressiveQuantizer(model, calibration, config, settings, store)
     run.request = request
+    if on_round is not None:
+        run.on_round = on_round
     if state is not None:
         run.load(state)
         state.clear()  # as large as the model

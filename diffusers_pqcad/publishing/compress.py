@@ -8,7 +8,7 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -91,7 +91,7 @@ from diffusers_pqcad.publishing.run_folder import (
 from diffusers_pqcad.publishing.settings import CompressConfig, Settings, complete, flat
 from diffusers_pqcad.publishing.sizes import memory_rows
 from diffusers_pqcad.publishing.students import FOLDED_CALL, student_arguments, student_pipeline
-from diffusers_pqcad.publishing.supervision import Supervision, Watcher
+from diffusers_pqcad.publishing.supervision import Supervision, Watcher, tell_of_round
 from diffusers_pqcad.publishing.tracking import check_tracker, journal_of
 from diffusers_pqcad.publishing.validation import check_validation
 
@@ -224,25 +224,41 @@ def all_stages(site: Site, settings: Settings, given: Given) -> dict[str, Any]:
         check_folding(teacher, run, calibration.plan.folded())
     has_both_ways = "guidance" in run.wanted_ablations() and can_fold(teacher, run, calibration.plan)
     site.say(f"progressive quantization to {settings.quantization.weight_bits:g} bits")
-    quantized, history = quantized_model(site, "pq", teacher, calibration, settings.quantization, settings.progressive)
-
     arms = arms_of(settings.distillation, run.wanted_ablations(), fold_otherwise=not folds if has_both_ways else None)
     trained: dict[str, Trained] = {}
+    models = {}
+    variants = variants_of(settings)
     keys = [key for arm in arms for key, _ in stages_of(arm, run)]
     first_updates = {key: index * settings.distillation.max_train_steps for index, key in enumerate(keys)}
     with ExitStack() as stack:
         with together():
             journal = stack.enter_context(journal_of(settings, site.state))
-        supervision = Supervision(run, folder, teacher, calibration, first_updates, journal)
+        quantized, history = quantized_model(
+            site,
+            "pq",
+            teacher,
+            calibration,
+            settings.quantization,
+            settings.progressive,
+            partial(tell_of_round, journal, "pq", 0),
+        )
+        num_steps = len(history.rounds)  # of the trackers
+        supervision = Supervision(run, folder, teacher, calibration, first_updates, journal, num_steps)
         for arm in arms:
             trained |= distilled_students(site, arm, run, teacher, calibration, quantized, supervision)
-    variants = variants_of(settings)
-    models = {}
-    for variant in variants:
-        site.say(variant.name)
-        models[variant.key], _ = quantized_model(
-            site, variant.key, teacher, calibration, variant.quantization, variant.progressive
-        )
+        num_steps += len(keys) * settings.distillation.max_train_steps
+        for variant in variants:
+            site.say(variant.name)
+            models[variant.key], others = quantized_model(
+                site,
+                variant.key,
+                teacher,
+                calibration,
+                variant.quantization,
+                variant.progressive,
+                partial(tell_of_round, journal, variant.key, num_steps),
+            )
+            num_steps += len(others.rounds)
 
     fewer = {stride: calibration.student_arguments(teacher, stride) for stride in strides_of(run) if stride > 1}
     rows = [
@@ -340,8 +356,12 @@ def quantized_model(
     calibration: CalibrationSet,
     quantization: PQCADConfig,
     progressive: ProgressiveConfig,
+    on_round: Callable[[int, dict[str, Any]], None],
 ) -> tuple[nn.Module, History]:
-    """Return the fake-quantized model of a PQ, on the CPU, and its history; its checkpoint is what is kept."""
+    """Return the fake-quantized model of a PQ, on the CPU, and its history; its checkpoint is what is kept.
+
+    `on_round` hears of each round that it takes now.
+    """
     model = copy.deepcopy(denoiser_of(teacher)).to(site.device)
     path = site.state / f"{key}.safetensors"
     begun = on_main(time_of, path)
@@ -356,6 +376,7 @@ def quantized_model(
             checkpoint=path,
             offload_folder=site.offload_folder,
             progress=site.progress,
+            on_round=on_round,
         )
     if on_main(time_of, path) != begun:  # it was not finished before
         on_main(note_training, site, key)

@@ -17,7 +17,7 @@ from diffusers_pqcad.publishing.kept_checkpoints import keep_checkpoint
 from diffusers_pqcad.publishing.pipelines import Row, row_of
 from diffusers_pqcad.publishing.settings import CompressConfig
 from diffusers_pqcad.publishing.students import student_arguments, student_pipeline
-from diffusers_pqcad.publishing.tracking import Journal, numbers_of
+from diffusers_pqcad.publishing.tracking import Journal, numbers_of, numbers_of_round
 from diffusers_pqcad.publishing.validation import Grids, validation_steps
 
 
@@ -29,10 +29,15 @@ class Watcher:
     watch: Callable[[nn.Module], Watch] = lambda student: Watch()
 
 
+def tell_of_round(journal: Journal, key: str, before: int, count: int, entry: Mapping[str, Any]) -> None:
+    """Tell the trackers of round `count` of the PQ `key`, with so many rounds and updates `before` it."""
+    journal.log_numbers(numbers_of_round(key, entry), before + count)
+
+
 class Supervision:
     """What is done beside the trainings of a run in `folder`; the updates of its students are counted on.
 
-    `first_updates` are those before each student, by its key.
+    `first_updates` are those before each student, by its key; `num_rounds` those of PQ, which trackers count before.
     """
 
     def __init__(
@@ -43,9 +48,10 @@ class Supervision:
         calibration: CalibrationSet,
         first_updates: Mapping[str, int],
         journal: Journal,
+        num_rounds: int = 0,
     ) -> None:
         self.run, self.folder, self.teacher, self.calibration = run, folder, teacher, calibration
-        self.first_updates, self.journal = first_updates, journal
+        self.first_updates, self.journal, self.num_rounds = first_updates, journal, num_rounds
         self.grids = Grids(Row("teacher", "teacher", teacher, run.num_inference_steps), run, folder)
 
     def of(self, key: str, stride: int, *, folded: bool) -> Watcher:
@@ -54,7 +60,8 @@ class Supervision:
 
     def tell_of_update(self, key: str, entry: StepStats) -> None:
         """Tell the trackers of an update."""
-        self.journal.log_numbers(numbers_of(key, entry), self.first_updates[key] + entry.step)
+        step = self.num_rounds + self.first_updates[key] + entry.step
+        self.journal.log_numbers(numbers_of(key, entry), step)
 
     def watch_student(self, key: str, stride: int, folded: bool, student: nn.Module) -> Watch:
         """Return what else is done while `student` trains."""
@@ -79,4 +86,4 @@ class Supervision:
         pipeline = student_pipeline(self.teacher, packed, self.calibration, stride, folded=folded)
         arguments = student_arguments(self.teacher, self.calibration, stride, folded=folded)
         path = self.grids.draw_grid(row_of(key, "student", pipeline, arguments), total)
-        self.journal.log_picture(f"{key}/validation", path, total)
+        self.journal.log_picture(f"{key}/validation", path, self.num_rounds + total)

@@ -1,4 +1,4 @@
-"""What trackers are told while students train: numbers of each update, and grids of pictures.
+"""What trackers are told while a run trains: numbers of each round and update, and grids of pictures.
 
 Through Accelerate's trackers, by the main process alone.
 """
@@ -26,17 +26,20 @@ RUN_FILE = "tracker.json"  # in the folder of the state: a run that goes on is t
 
 @dataclass(frozen=True)
 class Journal:
-    """The trackers that a run tells how it goes; none, unless it asks for some. Steps count on over its students."""
+    """The trackers that a run tells how it goes; none, unless it asks for some.
+
+    Steps are rounds of PQ, and then updates of CAD, which count on over the students: wandb takes no step twice.
+    """
 
     trackers: tuple[GeneralTracker, ...] = ()
 
     def log_numbers(self, values: Mapping[str, float], step: int) -> None:
-        """Tell the trackers `values` by name, after `step` updates."""
+        """Tell the trackers `values` by name, after `step` rounds and updates."""
         for tracker in self.trackers:
             tracker.log(dict(values), step=step)
 
     def log_picture(self, name: str, path: Path, step: int) -> None:
-        """Show the trackers the picture in the file `path`, after `step` updates."""
+        """Show the trackers the picture in the file `path`, after `step` rounds and updates."""
         for tracker in self.trackers:
             with Image.open(path) as image:
                 pixels = np.asarray(image.convert("RGB"))
@@ -67,6 +70,12 @@ def numbers_of(key: str, entry: StepStats) -> dict[str, float]:
     if entry.held_out_error is not None:
         values |= {"held_out_error": entry.held_out_error, "best_error": entry.best_error}
     return {f"{key}/{name}": value for name, value in values.items()}
+
+
+def numbers_of_round(key: str, entry: Mapping[str, Any]) -> dict[str, float]:
+    """Return what trackers are told of a round of the PQ `key`, by its entry in the history."""
+    values = {name: entry[name] for name in ("stage", "budget", "average_bits", "held_out_error")}
+    return {f"{key}/{name}": value for name, value in (values | {"num_moves": len(entry["moves"])}).items()}
 
 
 def check_tracker(run: CompressConfig) -> None:

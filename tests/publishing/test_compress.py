@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, UNet2DModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import diffusers_pqcad
 from diffusers_pqcad import DistillConfig, PQCADConfig
@@ -289,7 +290,14 @@ def test_watched_stopped_and_gone_back_a_run_ends_with_the_same_bits(teacher, fi
         "pq_cad-000002.png",
         "pq_cad-000004.png",
     ]
-    assert list((folder / "logs" / "pqcad-compress").glob("events*"))
+    told = EventAccumulator(str(folder / "logs" / "pqcad-compress"))
+    told.Reload()
+    rounds = json.loads((finished[0] / "history.json").read_text())["rounds"]
+    bits = [(event.step, event.value) for event in told.Scalars("pq/average_bits")]
+    assert bits == [(index, pytest.approx(entry["average_bits"])) for index, entry in enumerate(rounds, start=1)]
+    # Updates count on after them; those after a kill were told again.
+    updates = [event.step - len(rounds) for event in told.Scalars("pq_cad/train_loss")]
+    assert sorted(set(updates)) == [1, 2, 3, 4]
     found, wanted = (load_file(path / "state" / "pq_cad.safetensors") for path in (folder, finished[0]))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 

@@ -18,6 +18,7 @@ from diffusers_pqcad.publishing.tracking import (
     check_tracker,
     journal_of,
     numbers_of,
+    numbers_of_round,
     run_name,
     told_settings,
 )
@@ -57,6 +58,13 @@ def test_an_update_has_the_names_of_diffusers_and_its_student():
     }
     measured = StepStats(4, 0.5, {}, 1e-3, 12.0, held_out_error=0.2, best_error=0.1)
     assert numbers_of("x", measured).items() >= {"x/held_out_error": 0.2, "x/best_error": 0.1}.items()
+
+
+def test_a_round_of_pq_is_told_by_its_stage_its_bits_and_its_error():
+    entry = {"stage": 1, "budget": 4.0, "average_bits": 4.5, "held_out_error": 0.25, "moves": [{}, {}], "bits": {}}
+    assert numbers_of_round("pq", entry) == {
+        "pq/stage": 1, "pq/budget": 4.0, "pq/average_bits": 4.5, "pq/held_out_error": 0.25, "pq/num_moves": 2,
+    }  # fmt: skip
 
 
 def test_tensorboard_has_the_numbers_and_the_pictures_in_the_folder(tmp_path, picture):
