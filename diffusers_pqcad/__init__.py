@@ -29,7 +29,7 @@ _LAZY = {
     "convert_": "compression.fake_quant",
     "distill": "compression.distillation",
     "evaluate": "evaluation",
-    "inspect": "loading.inspection",
+    "inspect": "loading.plan",
     "progressive_quantize": "compression.progressive",
     "quantize_": "loading.convert",
     "requantize_": "loading.convert",

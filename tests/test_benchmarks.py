@@ -945,3 +945,34 @@ class TestTrainingMemory:
             training_memory.benchmark(training_memory.Settings(stages=["price"]))
         with pytest.raises(ValueError, match="num_updates=2: expected at least 3"):
             training_memory.benchmark(training_memory.Settings(num_updates=2))
+
+
+@pytest.fixture(scope="module")
+def plan() -> Iterator[ModuleType]:
+    yield from import_script("plan")
+
+
+class TestPlan:
+    def test_a_run_is_compared_with_its_plan_stage_by_stage(self, plan, tmp_path, capsys):
+        from conftest import build_tiny_scheduler, build_tiny_unet
+        from diffusers import DDIMPipeline
+
+        DDIMPipeline(build_tiny_unet(), build_tiny_scheduler()).save_pretrained(tmp_path / "teacher")
+        flags = (
+            f"--preset smoke --pretrained_model_name_or_path {tmp_path / 'teacher'} --num_images 2 --bit_choices 8 4 "
+            "--num_trajectories 4 --max_train_steps 2 --modules_to_not_convert up_blocks down_blocks attentions"
+        )
+        settings = plan.Settings(flags=flags, clock="cpu", json=str(tmp_path / "plan.json"))
+        result = plan.main(settings)
+        assert json.loads((tmp_path / "plan.json").read_text()) == result
+        assert [row["stage"] for row in result["rows"]] == ["recording", "pq", "pq_cad", "rows"]
+        assert all(row["planned_seconds"] > 0 and row["seconds"] > 0 for row in result["rows"])
+        assert all(row["planned_bytes"] > 0 for row in result["rows"])
+        assert "| pq_cad |" in capsys.readouterr().out
+
+    def test_how_far_a_plan_is_off(self, plan):
+        assert [plan.percent_off(*pair) for pair in ((110.0, 100.0), (75.0, 100.0))] == ["+10 %", "-25 %"]
+
+    def test_what_is_no_clock_is_refused(self, plan):
+        with pytest.raises(ValueError, match="clock: expected one of .* got 'sun'"):
+            plan.benchmark(plan.Settings(clock="sun"))

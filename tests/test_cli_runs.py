@@ -221,6 +221,7 @@ def check_evaluate_and_push(capsys: pytest.CaptureFixture[str], teacher: Path, s
 
 def test_compress_says_what_it_would_do(capsys, folder, tmp_path):
     flags = ("-o", tmp_path / "out", "--preset", "smoke", "--num_halvings", "2", "--ablations", "--dry_run")
+    flags = (*flags, "--measure_time", "False", "--max_memory", "1GB")
     found = answer(capsys, "compress", folder / "float", *flags, "--json")
     assert (found.code, (tmp_path / "out").exists()) == (0, False)
     assert found.document["student_steps"] == [2, 1]
@@ -228,8 +229,31 @@ def test_compress_says_what_it_would_do(capsys, folder, tmp_path):
     assert set(found.document["components"]) == {"unet"}
     assert found.document["settings"]["num_trajectories"] == 8
     text = answer(capsys, "compress", folder / "float", *flags).out
-    assert "recorded: 8 trajectories of 4 steps" in text
+    assert "recording, 8 trajectories of 4 steps" in text
+    assert "stays: by default: conv_in, " in text
+    assert "To stay within 1GB where it trains: no further flag is needed." in text
     assert "Nothing was written." in text
+    stages = {stage["key"]: stage for stage in found.document["stages"]}
+    assert list(stages)[:3] == ["recording", "pq", "pq_cad_2"]
+    assert stages["pq_cad"]["updates"] == 4
+    assert [stage["is_exact"] for stage in stages.values()].count(False) == 2  # PQ, and PQ without momentum
+    assert all(stage["seconds"] is None and stage["peak_bytes"]["cpu"] > 0 for stage in stages.values())
+    assert found.document["flags_for_memory"] == {}
+
+
+def test_a_plan_loads_no_weights(capsys, folder, tmp_path):
+    """A file of which nothing but its header is there is enough."""
+    copy = shutil.copytree(folder / "float", tmp_path / "headers")
+    (file,) = (copy / "unet").glob("*.safetensors")
+    size = file.stat().st_size
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    file.write_bytes(file.read_bytes()[:header] + bytes(size - header))
+    flags = ("-o", tmp_path / "out", "--preset", "smoke", "--measure_time", "False", "--dry_run", "--json")
+    whole, found = (answer(capsys, "compress", path, *flags).document for path in (folder / "float", copy))
+    assert found["stages"] == whole["stages"]
+    assert found["components"] == whole["components"]
+    refused = answer(capsys, "compress", copy, *flags, "--max_memory", "much")
+    assert "max_memory: expected a number with its unit" in refused.reason
 
 
 # evaluate

@@ -98,6 +98,33 @@ def record_batch(columns: dict[str, ColumnShape], values: dict[str, Tensor], inp
     return pa.RecordBatch.from_arrays([*arrays, pa.array(list(inputs))], schema=schema)
 
 
+def split_by_input(inputs: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Return the trajectories to train on and those to decide by, of the `inputs` of all; see `CalibrationSet.split`.
+
+    Raises ValueError where there are too few of one of them.
+    """
+    count = len(inputs)
+    num_held_out = max(2, round(HELD_OUT_FRACTION * count))
+    if count < num_held_out + 2:
+        raise ValueError(f"a calibration set needs at least 4 trajectories, 2 of them held out; got {count}.")
+    rows_of: dict[str, list[int]] = {}
+    for index, text in enumerate(inputs):
+        rows_of.setdefault(text, []).append(index)
+    if len(rows_of) == 1:
+        rows_of = {str(index): [index] for index in range(count)}
+    held_out: list[int] = []
+    for rows in reversed(rows_of.values()):
+        if len(held_out) < num_held_out:
+            held_out = [*rows, *held_out]
+    train = [index for index in range(count) if index not in set(held_out)]
+    if len(train) < 2:
+        raise ValueError(
+            f"a calibration set needs at least 2 trajectories to train on beside those held out by their inputs; "
+            f"{count} trajectories of {len(rows_of)} inputs leave {len(train)}. Record more inputs."
+        )
+    return train, sorted(held_out)
+
+
 class CalibrationSet:
     """M whole full-precision trajectories on a grid of N steps.
 
@@ -270,26 +297,8 @@ class CalibrationSet:
         Held out by their inputs: all trajectories of a prompt are on the same side. Where all have the same input, as
         those of an unconditional model, they differ in their noise alone.
         """
-        num_held_out = max(2, round(HELD_OUT_FRACTION * len(self)))
-        if len(self) < num_held_out + 2:
-            raise ValueError(f"a calibration set needs at least 4 trajectories, 2 of them held out; got {len(self)}.")
-        texts = self.inputs()
-        rows_of: dict[str, list[int]] = {}
-        for index, text in enumerate(texts):
-            rows_of.setdefault(text, []).append(index)
-        if len(rows_of) == 1:
-            rows_of = {str(index): [index] for index in range(len(self))}
-        held_out: list[int] = []
-        for rows in reversed(rows_of.values()):
-            if len(held_out) < num_held_out:
-                held_out = [*rows, *held_out]
-        train = [index for index in range(len(self)) if index not in set(held_out)]
-        if len(train) < 2:
-            raise ValueError(
-                f"a calibration set needs at least 2 trajectories to train on beside those held out by their inputs; "
-                f"{len(self)} trajectories of {len(rows_of)} inputs leave {len(train)}. Record more inputs."
-            )
-        return self.select(train), self.select(sorted(held_out))
+        train, held_out = split_by_input(self.inputs())
+        return self.select(train), self.select(held_out)
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this set from others, as plain values: what a resume file must have been begun with."""

@@ -45,6 +45,15 @@ class WeightFakeQuantize(nn.Module):
         self.scale = nn.Parameter(min_max_weight_scale(weight, spec))
         self.at_rest: Tensor | None = None  # the rounded weight, while nothing that it depends on moves
 
+    @classmethod
+    def blank(cls, weight: Tensor, spec: WeightSpec) -> "WeightFakeQuantize":
+        """Return one for a `weight` without numbers, whose range cannot be looked at: its scales have none either."""
+        found = cls.__new__(cls)
+        nn.Module.__init__(found)
+        found.spec, found.at_rest = spec, None
+        found.scale = nn.Parameter(weight.new_empty(len(weight), spec.num_groups(weight[0].numel())))
+        return found
+
     def forward(self, weight: Tensor) -> Tensor:
         """Return the rounded weight, differentiable in the latent weight and the scale unless they are at rest."""
         return fake_quantize_weight(weight, self.scale, self.spec) if self.at_rest is None else self.at_rest

@@ -119,8 +119,12 @@ def find_units(model: nn.Module) -> dict[str, nn.Module]:
 
     Blocks that are not known here are those that the model's class wants on one device: `_no_split_modules`.
     """
+    return units_holding(model, fake_quant_layers(model))
+
+
+def units_holding(model: nn.Module, layers: Collection[str]) -> dict[str, nn.Module]:
+    """Return the units of a `model` that hold some of `layers`, which are named, as `find_units` does."""
     units: dict[str, nn.Module] = {}
-    layers = fake_quant_layers(model)
     named_blocks = getattr(type(model), "_no_split_modules", None) or ()
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{unit}.") for unit in units)

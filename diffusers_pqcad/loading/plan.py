@@ -11,11 +11,13 @@ from diffusers_pqcad import kernels
 from diffusers_pqcad.kernels.operation import Operation
 from diffusers_pqcad.layers.checksums import NUM_HEADERS
 from diffusers_pqcad.layers.derived import quantized_type
+from diffusers_pqcad.layers.find import packed_layers, refuse_other_than_model
 from diffusers_pqcad.layers.quantized import FloatLayer, QuantizedLayer
+from diffusers_pqcad.loading import inspection
 from diffusers_pqcad.loading.config import PQCADConfig
 from diffusers_pqcad.loading.convert import decide_bits, match_modules, quantizable_layers, with_model_exemptions
 from diffusers_pqcad.loading.coverage import coverage, percent
-from diffusers_pqcad.loading.inspection import Inspection, LayerInfo, inspect, table
+from diffusers_pqcad.loading.inspection import Inspection, LayerInfo, table
 from diffusers_pqcad.numerics.packing import packed_row_bytes
 from diffusers_pqcad.numerics.qparams import WeightSpec
 
@@ -88,6 +90,31 @@ class Plan(Sequence[PlannedLayer]):
         return "\n".join([*table([list(HEADER), *(layer.cells() for layer in self)]), self.totals()])
 
     __repr__ = __str__
+
+
+def inspect(model: nn.Module, config: PQCADConfig | None = None, *, reference: nn.Module | None = None) -> Any:
+    """Return a table of the Linear and convolution layers of `model`; with a `config`, of what that would make of it.
+
+    Of a quantized model, an `Inspection`: bits, activations, kernel and bytes of each layer, and the perturbation of
+    its weights, to those of the float model `reference` where that is given. Of a model in floating point with a
+    `config`, a `Plan`: the same before it is quantized, and why a layer stays in floating point; its tensors may be on
+    meta. Raises ValueError for a `config` that does not fit, or of a model that is quantized already, for a
+    `reference` with other weights, and for a pipeline.
+    """
+    if config is None:
+        return inspection.inspect(model, reference)
+    refuse_other_than_model(model)
+    if not isinstance(config, PQCADConfig):
+        raise ValueError(
+            f"config: expected a PQCADConfig, got {type(config).__name__}. Give the float model as reference=."
+        )
+    if reference is not None:
+        raise ValueError("reference: it is compared with a quantized model; leave it out, or the config.")
+    if packed_layers(model):
+        raise ValueError(
+            "config: expected a model in floating point with it, got one that is quantized; leave it out."
+        )
+    return plan(model, config)
 
 
 def plan(model: nn.Module, config: PQCADConfig, dtype: torch.dtype = torch.float32) -> Plan:
@@ -193,7 +220,7 @@ def on_cpu(operation: Operation) -> Operation:
 
 def inspect_skeleton(model: nn.Module) -> Inspection:
     """Return `inspect` of a packed `model` on meta, with the kernels that its layers would take on the CPU."""
-    modules, found = dict(model.named_modules()), inspect(model)
+    modules, found = dict(model.named_modules()), inspection.inspect(model)
     layers = [with_kernel(info, modules[info.name]) for info in found]
     return Inspection(layers, found.coverage)
 

@@ -160,6 +160,11 @@ def load_teacher(path: str, **arguments: Any) -> Teacher:
         raise ValueError(f"pretrained_model_name_or_path: {path!r}: {where}. {error}") from error
     if "variant" in arguments:
         pipeline.to(torch.float32)
+    return as_recorded(pipeline)
+
+
+def as_recorded(pipeline: Any) -> Teacher:
+    """Return a loaded `pipeline` with a scheduler to record trajectories by; ValueError as in `load_teacher`."""
     denoiser_of(pipeline).eval()
     scheduler, line = deterministic_scheduler(pipeline.scheduler)
     if line is None:
@@ -405,9 +410,12 @@ def check_recording(calibration: CalibrationSet, teacher: Any, run: CompressConf
         calibration.student_arguments(teacher, stride)
 
 
-def check_folding(teacher: Any, run: CompressConfig, plan: StepPlan) -> None:
-    """Raise ValueError where the teacher's pipeline, without guidance, calls its denoiser otherwise than `plan`."""
-    example = distinct_inputs(inputs_of_run(run).recorded)[0]
+def check_folding(teacher: Any, run: CompressConfig, plan: StepPlan, prompts: Sequence[str] | None = None) -> None:
+    """Raise ValueError where the teacher's pipeline, without guidance, calls its denoiser otherwise than `plan`.
+
+    `prompts` are by default those of the run's file.
+    """
+    example = distinct_inputs(inputs_of_run(run, prompts).recorded)[0]
     arguments = call_arguments(run) | FOLDED_CALL
     try:
         with restored(teacher.scheduler):
@@ -423,10 +431,10 @@ def check_folding(teacher: Any, run: CompressConfig, plan: StepPlan) -> None:
         )
 
 
-def can_fold(teacher: Any, run: CompressConfig, plan: StepPlan) -> bool:
+def can_fold(teacher: Any, run: CompressConfig, plan: StepPlan, prompts: Sequence[str] | None = None) -> bool:
     """Return whether a student could answer in one branch what the teacher gives by `plan`, and be called so."""
     try:
-        check_folding(teacher, run, plan.folded())
+        check_folding(teacher, run, plan.folded(), prompts)
     except ValueError:
         return False
     return True

@@ -1,5 +1,7 @@
 """Specification of a plan: what quantizing would do, before it is done."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -26,6 +28,23 @@ def test_each_layer_is_what_quantizing_makes_of_it(tiny_unet: UNet2DModel, setti
         assert (planned.group_size, planned.activations) == (layer.group_size, layer.activations)
         assert planned.becomes == str(layer.bits) or planned.becomes.startswith("stays: ")
         assert planned.bytes_after == layer.bytes + (32 if layer.kernel else 0)  # a file has checksums, too
+
+
+def test_inspect_shows_the_layers_before_quantizing_too(tiny_unet: UNet2DModel):
+    config = PQCADConfig(method="fixed")
+    with torch.device("meta"):
+        on_meta = UNet2DModel.from_config(tiny_unet.config)
+    found = inspect(on_meta, config)
+    assert [asdict(layer) for layer in found] == [asdict(layer) for layer in plan(tiny_unet, config)]
+    assert str(found) == str(plan(tiny_unet, config))
+    quantized = quantize_(tiny_unet, config)
+    assert inspect(quantized)[5].kernel is not None
+    with pytest.raises(ValueError, match="config: expected a model in floating point .*leave it out"):
+        inspect(quantized, config)
+    with pytest.raises(ValueError, match="config: expected a PQCADConfig, got UNet2DModel. Give .* as reference="):
+        inspect(quantized, tiny_unet)
+    with pytest.raises(ValueError, match="reference: it is compared with a quantized model"):
+        inspect(on_meta, config, reference=tiny_unet)
 
 
 def test_bits_that_the_weights_decide_are_an_average(tiny_unet: UNet2DModel):
