@@ -68,10 +68,16 @@ def pqcad(
     static: bool = True,
     compiled: bool = False,
     kernel: str | None = None,
+    memory: kernels.Memory = "normal",
 ) -> Contestant:
-    """Ours: packed weights, int8 kernels or a forced one; `static` activation ranges come from `calibration`."""
+    """Ours: packed weights, int8 kernels or a forced one; `static` activation ranges come from `calibration`.
+
+    With `memory="low"`, kernels unpack weights in each call, as they do where memory is short.
+    """
     unet = copy.deepcopy(unet)
     quantize_(unet, PQCADConfig(method="fixed", weight_bits=weight_bits, activation_bits=activation_bits))
+    for layer in packed_layers(unet).values():
+        layer.is_memory_short = memory == "low"
     if kernel is not None:
         unet.forward = forced(unet.forward, kernel)
     contestant = eager(unet)
@@ -248,6 +254,7 @@ QUICK: dict[str, Builder] = {
     "W4A7": partial(pqcad, weight_bits=4, activation_bits=7),
     "W4A8, dynamic ranges": partial(pqcad, weight_bits=4, static=False),
     "W4A8, no int8 copies": partial(pqcad, weight_bits=4, kernel="reference"),
+    "W4A8, low memory": partial(pqcad, weight_bits=4, memory="low"),
 }
 CONTESTANTS: dict[str, Builder] = QUICK | {
     "bf16, channels_last": partial(floating, dtype=torch.bfloat16),
