@@ -734,7 +734,7 @@ def test_adapters_are_fused_into_8_bits(family: str, tmp_path: Path) -> None:
     assert torch.equal(call(model, family), beside)
     model.fuse_lora()
     model.unload_lora()
-    assert relative_error(call(model, family), fused) < 1e-2  # codes at ties, where blocks are computed at once
+    assert relative_error(call(model, family), fused) < 0.05  # codes at ties, where blocks are computed at once
     model.save_pretrained(tmp_path)
     assert_same_model(load(family, tmp_path), model, family)
 

@@ -111,6 +111,11 @@ def reduction() -> Iterator[ModuleType]:
     yield from import_script("reduction")
 
 
+@pytest.fixture(scope="module")
+def adapters() -> Iterator[ModuleType]:
+    yield from import_script("adapters")
+
+
 @pytest.fixture(autouse=True)
 def same_number_of_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -874,6 +879,29 @@ class TestProcesses:
         flags = command[command.index(processes.__file__) + 1 :]
         (parsed,) = processes.HfArgumentParser(processes.Settings).parse_args_into_dataclasses(flags)
         assert parsed == processes.Settings(num_units=7, result="times.json")
+
+
+class TestAdapters:
+    def test_all_take_part_and_the_file_has_them(self, adapters, tmp_path, capsys):
+        path = tmp_path / "adapters.json"
+        settings = adapters.Settings(model="tiny-conditional", sample_size=8, num_rounds=2, json=str(path))
+        adapters.main(settings)
+        result = json.loads(path.read_text())
+        assert [row["name"] for row in result["rows"]] == [adapters.NONE, *adapters.ADAPTERS]
+        assert result["rows"][0]["ratio"] == 1
+        assert all(0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"] for row in result["rows"])
+        assert all(row["relative_to_parts"] < 0.2 for row in result["rows"])
+        assert f"| {adapters.NONE} |" in capsys.readouterr().out
+
+    def test_an_adapter_lies_on_the_layers_that_it_names(self, adapters):
+        model = adapters.models.build("tiny-conditional")
+        for rank, targets in adapters.ADAPTERS.values():
+            names = [
+                name.removesuffix(".base_layer")
+                for name, _ in adapters.adapted(model, rank, targets).named_modules()
+                if name.endswith(".base_layer")
+            ]
+            assert {target for target in targets for name in names if name.endswith(f".{target}")} == set(targets)
 
 
 class TestReduction:

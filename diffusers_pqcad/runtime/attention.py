@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_pqcad.kernels.x86.attention import attention
 from diffusers_pqcad.kernels.x86.calls import Call, run_call, run_calls
@@ -13,7 +13,6 @@ from diffusers_pqcad.kernels.x86.norms import Norm, group_norm_of, normalization
 from diffusers_pqcad.kernels.x86.packing import PackedLayer
 from diffusers_pqcad.kernels.x86.structs import NO_AFFINE, Affine, GroupNorm
 from diffusers_pqcad.layers import graph_ops
-from diffusers_pqcad.layers.quantized import QuantizedLayer
 from diffusers_pqcad.runtime import fusion
 
 # Who follows the maps of attention puts something in the place of these.
@@ -46,7 +45,7 @@ def plan_attention(
     x_size: torch.Size,
     context_size: torch.Size | None,
     norm: Norm | None,
-    layers: tuple[QuantizedLayer, QuantizedLayer, QuantizedLayer, QuantizedLayer],
+    layers: tuple[nn.Module, nn.Module, nn.Module, nn.Module],
     packed: PackedLayer | None,
     heads: int,
     *,
@@ -62,19 +61,20 @@ def plan_attention(
     others = x_size if context_size is None else context_size
     calls = [fusion.plan_call(query, x_size, packed), fusion.plan_call(key, others), fusion.plan_call(value, others)]
     calls.append(fusion.plan_call(last, torch.Size(calls[0].size)))
+    name = fusion.layer_below(last).name
     if norm is not None and not norm.weight.shape == norm.bias.shape == x_size[2:]:
         raise ValueError(
-            f"{last.name}: group norm of its block: expected {x_size[2]} channels, got a weight of "
+            f"{name}: group norm of its block: expected {x_size[2]} channels, got a weight of "
             f"{tuple(norm.weight.shape)} and a bias of {tuple(norm.bias.shape)}."
         )
     sizes = [call.size for call in calls[:3]]
     if sizes[0][::2] != sizes[1][::2] or sizes[1] != sizes[2] or sizes[0][2] % heads:
         raise ValueError(
-            f"{last.name}: attention of its block: expected queries (B, Q, C), keys and values (B, K, C) with C "
+            f"{name}: attention of its block: expected queries (B, Q, C), keys and values (B, K, C) with C "
             f"divisible by {heads} heads, got {sizes}."
         )
     if adds_input and tuple(calls[3].size) != tuple(x_size):
-        raise ValueError(f"{last.name}: an input of {tuple(x_size)} cannot be added to its output of {calls[3].size}.")
+        raise ValueError(f"{name}: an input of {tuple(x_size)} cannot be added to its output of {calls[3].size}.")
     group_norm = None if norm is None else group_norm_of(norm)
     return AttentionPlan(group_norm, tuple(calls), heads, adds_input, context_size is not None, norm)
 
@@ -120,7 +120,7 @@ class FusedAttention(fusion.FusedBlock, Attention):
     @staticmethod
     def first_layer(block: Any) -> Any:
         """Return the layer of the queries."""
-        return block.to_q
+        return fusion.layer_below(block.to_q)
 
     def forward(
         self,
@@ -139,7 +139,7 @@ class FusedAttention(fusion.FusedBlock, Attention):
             return super().forward(*inputs, attention_mask, **cross_attention_kwargs)
         if graph_ops.takes_operators():
             outputs = self.to_out[0].out_features
-            return attention_block(*inputs, graph_ops.group_of(self.to_q), self.handle, outputs)
+            return attention_block(*inputs, graph_ops.group_of(self.first_layer(self)), self.handle, outputs)
         return self.compute(hidden_states, encoder_hidden_states)
 
     def compute(self, x: Tensor, context: Tensor | None) -> Tensor:

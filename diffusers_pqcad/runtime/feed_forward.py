@@ -5,14 +5,13 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import FeedForward
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_pqcad.kernels.x86.calls import Call, run_call
 from diffusers_pqcad.kernels.x86.library import compiled
 from diffusers_pqcad.kernels.x86.packing import PackedLayer
 from diffusers_pqcad.kernels.x86.structs import NO_AFFINE, Affine
 from diffusers_pqcad.layers import graph_ops
-from diffusers_pqcad.layers.quantized import QuantizedLayer
 from diffusers_pqcad.runtime import fusion
 
 
@@ -31,7 +30,7 @@ class FeedForwardPlan(NamedTuple):
 
 
 def plan_feed_forward(
-    size: torch.Size, first: QuantizedLayer, second: QuantizedLayer, packed: PackedLayer | None
+    size: torch.Size, first: nn.Module, second: nn.Module, packed: PackedLayer | None
 ) -> FeedForwardPlan | None:
     """Return the plan of `second` after a GEGLU (Shazeer 2020, arXiv:2002.05202) of `first`, for inputs of `size`.
 
@@ -70,7 +69,7 @@ class FusedFeedForward(fusion.FusedBlock, FeedForward):
     @staticmethod
     def first_layer(block: Any) -> Any:
         """Return the layer of the gates and of what they are applied to."""
-        return block.net[0].proj if type(block.net[0]) is GEGLU else None
+        return fusion.layer_below(block.net[0].proj) if type(block.net[0]) is GEGLU else None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what `FeedForward` returns."""

@@ -20,6 +20,8 @@ from diffusers_pqcad.kernels.x86.structs import Addend
 from diffusers_pqcad.layers import graph_ops
 from diffusers_pqcad.layers.quantized import PQCADConv2d, PQCADLinear, QuantizedLayer
 from diffusers_pqcad.numerics.qparams import is_exported
+from diffusers_pqcad.runtime.adapters import beside, factors_of, guards_of_adapters, is_adapted, layer_below
+from diffusers_pqcad.runtime.changes import is_changed
 
 # Attributes of modules that plans are built on.
 GUARDED: dict[type[nn.Module], tuple[str, ...]] = {
@@ -65,7 +67,10 @@ class FusedBlock:
 
     @staticmethod
     def first_layer(block: Any) -> Any:
-        """Return the layer of `block` that is computed first; `None` where a block is not of the common kind."""
+        """Return the packed layer that is computed first; `None` where a block is not of the common kind.
+
+        Of a layer with adapters, it is the one below.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -137,7 +142,8 @@ def remove_fused_(model: nn.Module) -> None:
 
 
 def is_packed(layer: Any) -> bool:
-    """Return whether `layer` is a packed one, and of no other class than the package's: no adapter around it."""
+    """Return whether `layer` is a packed one, or one below adapters, and of no other class than the package's."""
+    layer = layer_below(layer)
     return type(layer) in (PQCADConv2d, PQCADLinear) and layer.packed
 
 
@@ -164,24 +170,24 @@ def is_watched() -> bool:
     return bool(kernels.forced() not in (None, x86.NAME) or _global_forward_hooks or _global_forward_pre_hooks)
 
 
-def is_changed(module: nn.Module) -> bool:
-    """Return whether `module` has hooks, or another forward than its class."""
-    state = module.__dict__  # with what `compile()` made of it, for a chosen backend
-    is_replaced = "forward" in state or state.get("_compiled_call_impl") is not None
-    return bool(is_replaced or module._forward_hooks or module._forward_pre_hooks)
-
-
 def parts_of(block: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules in `block`, on all levels, as `modules()` does, which keeps books on them."""
+    """Yield the modules in `block`, on all levels, as `modules()` does, which keeps books on them.
+
+    Of a layer with adapters, that one and the layer below: it is asked for the rest.
+    """
     for module in block._modules.values():
         if module is not None:
             yield module
-            if module._modules:
+            if module._modules and is_adapted(module):
+                yield layer_below(module)
+            elif module._modules:
                 yield from parts_of(module)
 
 
 def guards_of(module: nn.Module, guarded: Mapping[type[nn.Module], tuple[str, ...]]) -> tuple[Any, ...]:
     """Return values that change with what a plan is built on of `module`, attributes in `guarded` among them."""
+    if module._modules and is_adapted(module):
+        return guards_of_adapters(module)
     state = module.__dict__
     parameters = [
         (tensor.data_ptr(), tensor.dtype, tensor.is_cpu, tensor.shape, tensor.is_contiguous())
@@ -214,8 +220,11 @@ def is_plain(tensor: Tensor | None) -> bool:
 
 
 def takes_kernel(layer: nn.Module) -> bool:
-    """Return whether this call of `layer` is one for the kernel x86, and it has no hooks."""
-    if not is_packed(layer) or is_changed(layer):
+    """Return whether this call of `layer` is one for the kernel x86, with its adapters, and it has no hooks."""
+    if not is_packed(layer) or (layer_below(layer) is not layer and factors_of(layer) is None):
+        return False
+    layer = layer_below(layer)
+    if is_changed(layer):
         return False
     assert isinstance(layer, QuantizedLayer)
     if layer.kernel_name() != x86.NAME or isinstance(layer.input_group(), Tensor):
@@ -234,15 +243,18 @@ def plain_norm(module: nn.Module) -> Norm | None:
 
 
 def plan_call(
-    layer: QuantizedLayer, size: torch.Size, packed: PackedLayer | None = None, *, is_doubled: bool = False
+    layer: nn.Module, size: torch.Size, packed: PackedLayer | None = None, *, is_doubled: bool = False
 ) -> Call:
     """Return the call of `layer` for an input of `size`, for a plan: other calls of the layer leave it as it is.
 
-    It keeps what the layer has packed, unless that is `packed`, which keeps the plan. `is_doubled` is as in `call_of`.
+    `layer` is a packed one, or one with adapters that `takes_kernel` knows. The call keeps what the layer has packed,
+    unless that is `packed`, which keeps the plan. `is_doubled` is as in `call_of`.
     """
-    own = layer.packed_for(x86.NAME) if packed is None else packed  # once: another thread may pack the layer anew
-    call = call_of(layer.operation(layer.input_group()), own, size, is_doubled=is_doubled)
-    return call._replace(keeps=(call.keeps, own if packed is None else None))
+    below: QuantizedLayer = layer_below(layer)
+    own = below.packed_for(x86.NAME) if packed is None else packed  # once: another thread may pack the layer anew
+    call = call_of(below.operation(below.input_group()), own, size, is_doubled=is_doubled)
+    adapters = beside(layer, size, own, is_doubled=is_doubled)
+    return call._replace(keeps=(call.keeps, own if packed is None else None), beside=adapters)
 
 
 def empty_image(x: Tensor, channels: int, *, factor: int = 1) -> Tensor:

@@ -8,24 +8,28 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from diffusers_pqcad.kernels.native import pages, scratch
+from diffusers_pqcad.kernels.x86.calls import Call, run_call
 from diffusers_pqcad.kernels.x86.library import compiled
-from diffusers_pqcad.kernels.x86.norms import Norm, group_norm_of
+from diffusers_pqcad.kernels.x86.norms import Norm, group_norm_of, normalization
 from diffusers_pqcad.kernels.x86.packing import PackedLayer
-from diffusers_pqcad.kernels.x86.structs import ResidualBlock
+from diffusers_pqcad.kernels.x86.structs import NO_ADDEND, Addend, Affine, ResidualBlock
 from diffusers_pqcad.layers import graph_ops
-from diffusers_pqcad.layers.quantized import QuantizedLayer
 from diffusers_pqcad.runtime import fusion
 
 
 class BlockPlan(NamedTuple):
     """A residual block at one size of its input and one activation range of each layer; `keeps` lives as long.
 
-    The packed weights of the first convolution hold the plan, and not the plan them: its caller does.
+    `calls` are those of the time embedding, both convolutions, and the shortcut; with adapters they are run one by
+    one, and without as a `block`. The packed weights of the first convolution hold the plan, and not the plan them:
+    its caller does.
     """
 
     block: ResidualBlock
     size: tuple[int, ...]
     num_bytes: int
+    calls: tuple[Call | None, Call, Call, Call | None]
+    has_adapters: bool
     keeps: tuple[Any, ...]
 
 
@@ -33,7 +37,7 @@ def plan_block(
     x_size: torch.Size,
     time_size: torch.Size | None,
     norms: tuple[Norm, Norm],
-    layers: tuple[QuantizedLayer | None, QuantizedLayer, QuantizedLayer, QuantizedLayer | None],
+    layers: tuple[nn.Module | None, nn.Module, nn.Module, nn.Module | None],
     packed: PackedLayer,
     *,
     embeds_silu: bool,
@@ -62,13 +66,14 @@ def plan_block(
     for name, (*found, wanted) in sizes.items():
         if any(tuple(size) != tuple(wanted) for size in found):
             raise ValueError(
-                f"{conv1.name}: {name} of its block: expected a size of {tuple(wanted)}, got {[*map(tuple, found)]}. "
-                "Parts of a residual block can only be replaced by others of their sizes."
+                f"{fusion.layer_below(conv1).name}: {name} of its block: expected a size of {tuple(wanted)}, got "
+                f"{[*map(tuple, found)]}. Parts of a residual block can only be replaced by others of their sizes."
             )
     calls = (embedded, first, second, shortened)
     addresses = (None if call is None else ctypes.addressof(call.layer) for call in calls)
     block = ResidualBlock(*map(group_norm_of, norms), *addresses, embeds_silu)
-    return BlockPlan(block, second.size, compiled().block_bytes(block), (calls, norms))
+    has_adapters = any(call is not None and call.beside is not None for call in calls)
+    return BlockPlan(block, second.size, compiled().block_bytes(block), calls, has_adapters, norms)
 
 
 def run_block(plan: BlockPlan, x: Tensor, time: Tensor | None, residual: Tensor | None = None) -> Tensor:
@@ -79,6 +84,8 @@ def run_block(plan: BlockPlan, x: Tensor, time: Tensor | None, residual: Tensor 
     x = x.contiguous(memory_format=torch.channels_last)
     residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
     time = None if time is None else time.contiguous()
+    if plan.has_adapters:
+        return run_calls_of_block(plan, x, time, residual)
     output = pages.empty(plan.size, dtype=torch.float32, memory_format=torch.channels_last)
     memory = scratch.buffer(plan.num_bytes)
     time_at = None if time is None else time.data_ptr()
@@ -86,6 +93,23 @@ def run_block(plan: BlockPlan, x: Tensor, time: Tensor | None, residual: Tensor 
     compiled().run_block(x.data_ptr(), time_at, residual_at, plan.block, memory.data_ptr(), output.data_ptr())
     scratch.give_back(memory)
     return output
+
+
+def run_calls_of_block(plan: BlockPlan, x: Tensor, time: Tensor | None, residual: Tensor | None) -> Tensor:
+    """Return what `run_block` does, call by call: what lies beside a call is added to its output, between."""
+    block, (embedding, first, second, shortcut) = plan.block, plan.calls
+    image = torch.channels_last
+    embedded = None
+    if embedding is not None and time is not None:
+        embedded = run_call(embedding, time, Affine(None, None, block.embeds_silu))
+    gain, shift = normalization(block.norm1, x, first.layer.image)
+    added = NO_ADDEND if embedded is None else Addend(embedded.data_ptr(), 1)
+    hidden = run_call(first, x, Affine(gain.data_ptr(), shift.data_ptr(), 1), added, image)
+    gain, shift = normalization(block.norm2, hidden, second.layer.image)
+    if residual is None:
+        residual = x if shortcut is None else run_call(shortcut, x, memory_format=image)
+    affine = Affine(gain.data_ptr(), shift.data_ptr(), 1)
+    return run_call(second, hidden, affine, Addend(residual.data_ptr(), 0), image)
 
 
 def residual_output(x: Tensor, temb: Tensor | None, group: Tensor, handle: Tensor, out_channels: int) -> Tensor:
@@ -108,7 +132,7 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
     @staticmethod
     def first_layer(block: Any) -> Any:
         """Return the first convolution."""
-        return block.conv1
+        return fusion.layer_below(block.conv1)
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """Return what `ResnetBlock2D` returns."""
@@ -117,7 +141,7 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
         if args or kwargs or not self.is_common(input_tensor, temb):
             return super().forward(input_tensor, temb, *args, **kwargs)
         if graph_ops.takes_operators():
-            group = graph_ops.group_of(self.conv1)
+            group = graph_ops.group_of(self.first_layer(self))
             return residual_block(input_tensor, temb, group, self.handle, self.out_channels)
         return self.compute(input_tensor, temb)
 
@@ -138,7 +162,7 @@ class FusedResnetBlock2D(fusion.FusedBlock, ResnetBlock2D):
 
     def has_float_shortcut(self) -> bool:
         """Return whether the shortcut is a convolution that was left in floating point."""
-        return type(self.conv_shortcut) is nn.Conv2d
+        return type(fusion.layer_below(self.conv_shortcut)) is nn.Conv2d
 
     def is_common(self, x: Any, temb: Any) -> bool:
         """Return whether this is a call of the common kind, for inference in fp32 on a CPU: no number is looked at."""

@@ -58,7 +58,7 @@ class FusedAutoencoderTinyBlock(fusion.FusedBlock, AutoencoderTinyBlock):
     @staticmethod
     def first_layer(block: Any) -> Any:
         """Return the first convolution."""
-        return block.conv[0]
+        return fusion.layer_below(block.conv[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what `AutoencoderTinyBlock` returns."""
@@ -67,7 +67,12 @@ class FusedAutoencoderTinyBlock(fusion.FusedBlock, AutoencoderTinyBlock):
         if not fusion.is_inference(self, x) or x.dim() != 4 or not fusion.is_packed(self.first_layer(self)):
             return super().forward(x)
         if graph_ops.takes_operators():
-            return tiny_block(x, graph_ops.group_of(self.conv[0]), self.handle, self.conv[4].out_channels)
+            return tiny_block(
+                x,
+                graph_ops.group_of(self.first_layer(self)),
+                self.handle,
+                fusion.layer_below(self.conv[4]).out_channels,
+            )
         return self.compute(x)
 
     def compute(self, x: Tensor) -> Tensor:
@@ -89,7 +94,7 @@ class FusedAutoencoderTinyBlock(fusion.FusedBlock, AutoencoderTinyBlock):
         has_skip = type(self.skip) is not nn.Identity
         if not all(map(fusion.takes_kernel, [*layers, *([self.skip] if has_skip else [])])):
             return None
-        if fusion.is_changed(self.skip):
+        if fusion.is_changed(self.skip) or any(map(fusion.is_adapted, layers)):  # ReLUs come after adapters
             return None
         first = fusion.plan_call(layers[0], size, packed)
         second = fusion.plan_call(layers[1], torch.Size(first.size))
@@ -110,7 +115,7 @@ def doubling_call(upsample: Any, layer: Any, x: Tensor) -> Call | None:
         return None
     if upsample.mode != "nearest" or upsample.scale_factor != 2 or not fusion.takes_kernel(layer):
         return None
-    if not x86.accepts(x) or not x.numel() or not can_double(layer.operation()):
+    if not x86.accepts(x) or not x.numel() or not can_double(fusion.layer_below(layer).operation()):
         return None
     return fusion.plan_call(layer, x.shape, is_doubled=True)
 
@@ -126,7 +131,8 @@ class FusedDecoderTiny(fusion.FusedBlock, DecoderTiny):
         """Return the first convolution after an upsampling; `None` where there is none."""
         layers = list(block.layers)
         pairs = zip(layers, layers[1:], strict=False)
-        return next((layer for upsample, layer in pairs if type(upsample) is nn.Upsample), None)
+        layer = next((layer for upsample, layer in pairs if type(upsample) is nn.Upsample), None)
+        return fusion.layer_below(layer)
 
     @classmethod
     def can_take(cls, block: Any) -> bool:

@@ -14,7 +14,6 @@ from diffusers_pqcad.kernels.x86.norms import Norm, group_norm_of, normalization
 from diffusers_pqcad.kernels.x86.packing import PackedLayer
 from diffusers_pqcad.kernels.x86.structs import Addend, Affine, GroupNorm
 from diffusers_pqcad.layers import graph_ops
-from diffusers_pqcad.layers.quantized import QuantizedLayer
 from diffusers_pqcad.runtime import attention, feed_forward, fusion
 from diffusers_pqcad.runtime.attention import AttentionPlan, FusedAttention, is_patched
 from diffusers_pqcad.runtime.feed_forward import FeedForwardPlan, FusedFeedForward
@@ -43,13 +42,13 @@ class TransformerPlan(NamedTuple):
     keeps: Norm
 
 
-def plan_projection(layer: QuantizedLayer, size: torch.Size, packed: PackedLayer | None = None) -> Call:
+def plan_projection(layer: nn.Module, size: torch.Size, packed: PackedLayer | None = None) -> Call:
     """Return the call of `layer`, a convolution or linear, for the pixels of images of `size` (B, C, H, W).
 
     Both lie in memory alike, images in channels_last. `packed` is as in `plan_call`.
     """
     batch, channels, height, width = size
-    is_linear = isinstance(layer, nn.Linear)
+    is_linear = isinstance(fusion.layer_below(layer), nn.Linear)
     return fusion.plan_call(layer, torch.Size((batch, height * width, channels)) if is_linear else size, packed)
 
 
@@ -128,7 +127,7 @@ class FusedTransformer2DModel(fusion.FusedBlock, Transformer2DModel):
     @staticmethod
     def first_layer(block: Any) -> Any:
         """Return the projection of the image."""
-        return getattr(block, "proj_in", None)
+        return fusion.layer_below(getattr(block, "proj_in", None))
 
     def forward(
         self,

@@ -32,12 +32,12 @@ class FusedUpsample2D(fusion.FusedBlock, Upsample2D):
     @staticmethod
     def first_layer(block: Any) -> Any:
         """Return the convolution; `None` where there is none, or the block has another name for it."""
-        return getattr(block, "conv", None)
+        return fusion.layer_below(getattr(block, "conv", None))
 
     @classmethod
     def can_take(cls, block: Any) -> bool:
         """Return whether the convolution can be packed for it: tiles need VNNI."""
-        return can_double(block.conv.operation())
+        return can_double(cls.first_layer(block).operation())
 
     def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """Return what `Upsample2D` returns."""
@@ -47,8 +47,8 @@ class FusedUpsample2D(fusion.FusedBlock, Upsample2D):
         if output_size is not None or args or kwargs or not self.is_common(hidden_states):
             return super().forward(hidden_states, output_size, *args, **kwargs)
         if graph_ops.takes_operators():
-            group = graph_ops.group_of(self.conv)
-            return upsampling_block(hidden_states, group, self.handle, self.conv.out_channels)
+            layer = self.first_layer(self)
+            return upsampling_block(hidden_states, graph_ops.group_of(layer), self.handle, layer.out_channels)
         return self.compute(hidden_states)
 
     def compute(self, x: Tensor) -> Tensor:
@@ -69,6 +69,10 @@ class FusedUpsample2D(fusion.FusedBlock, Upsample2D):
 
     def build_plan(self, packed: PackedLayer, size: torch.Size) -> Call | None:
         """Return the call for an input of `size`; `None` where the kernel cannot take it, or the layer has hooks."""
-        if not fusion.takes_kernel(self.conv) or size[1] != self.channels or not can_double(self.conv.operation()):
+        if (
+            not fusion.takes_kernel(self.conv)
+            or size[1] != self.channels
+            or not can_double(self.first_layer(self).operation())
+        ):
             return None
         return fusion.plan_call(self.conv, size, packed, is_doubled=True)

@@ -240,10 +240,10 @@ def test_a_hook_on_all_modules_sees_them_all(block: Attention, image: Tensor) ->
     assert {block.to_q, block.group_norm, block.to_out[0]} <= set(seen)
 
 
-def test_an_adapter_is_not_passed_by(block: Attention, image: Tensor) -> None:
+def test_an_adapter_of_another_kind_is_not_passed_by(block: Attention, image: Tensor) -> None:
     for name in ("to_q", "to_v", "to_out.0"):
         other = copy.deepcopy(block)
-        config = LoraConfig(r=2, target_modules=[name], init_lora_weights=False)
+        config = LoraConfig(r=2, target_modules=[name], init_lora_weights=False, use_dora=True)
         inject_adapter_in_model(config, nn.ModuleList([other]))
         with counted("run_attention") as calls:
             actual, expected = call_both(other, image)

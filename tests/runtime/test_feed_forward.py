@@ -125,7 +125,7 @@ def test_another_gelu_adapters_and_forced_kernels_are_not_passed_by(block: Fused
     other = copy.deepcopy(block)
     other.net[0].gelu = torch.relu
     adapted = copy.deepcopy(block)
-    config = LoraConfig(r=2, target_modules=["proj"], init_lora_weights=False)
+    config = LoraConfig(r=2, target_modules=["proj"], init_lora_weights=False, use_dora=True)
     inject_adapter_in_model(config, nn.ModuleList([adapted]))
     for changed in (other, adapted):
         actual, expected, count = call_both(changed, x)

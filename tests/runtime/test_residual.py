@@ -264,9 +264,9 @@ def test_its_name_is_the_one_that_libraries_look_for(block: ResnetBlock2D) -> No
     assert type(pickle.loads(pickle.dumps(block))) is FusedResnetBlock2D
 
 
-def test_an_adapter_on_a_convolution_is_not_passed_by(block: ResnetBlock2D) -> None:
+def test_an_adapter_of_another_kind_is_not_passed_by(block: ResnetBlock2D) -> None:
     holder = nn.ModuleList([block])
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=["conv1"], init_lora_weights=False), holder)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["conv1"], init_lora_weights=False, use_dora=True), holder)
     actual, expected = call_both(block, image(), torch.randn(2, 12))
     assert torch.equal(actual, expected)
 

@@ -221,7 +221,7 @@ def other_processor(block: Any) -> None:
 
 
 def adapter(block: Any) -> None:
-    config = LoraConfig(r=2, target_modules=["attn2.to_v"], init_lora_weights=False)
+    config = LoraConfig(r=2, target_modules=["attn2.to_v"], init_lora_weights=False, use_dora=True)
     inject_adapter_in_model(config, nn.ModuleList([block]))
 
 

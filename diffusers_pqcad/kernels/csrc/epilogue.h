@@ -52,11 +52,11 @@ INLINE void dequantize_row(const int32_t *sums, const Epilogue *epilogue, Finish
     for (int j = 0; j < OUTPUTS; j += LANES) write_outputs(dequantize(sums, epilogue, j), finish, j, count, out);
 }
 
-/* out *= GELU of a whole block of dequantized sums. */
-INLINE void gate_row(const int32_t *sums, const Epilogue *epilogue, float *out)
+/* out *= GELU of a whole block of dequantized sums and what is added to them. */
+INLINE void gate_row(const int32_t *sums, const Epilogue *epilogue, Finish finish, float *out)
 {
     float gates[OUTPUTS];
-    dequantize_row(sums, epilogue, (Finish){0}, OUTPUTS, gates);
+    dequantize_row(sums, epilogue, finish, OUTPUTS, gates);
     for (int j = 0; j < OUTPUTS; j += 8)
         _mm256_storeu_ps(out + j, _mm256_mul_ps(_mm256_loadu_ps(out + j), gelu_ps(_mm256_loadu_ps(gates + j))));
 }

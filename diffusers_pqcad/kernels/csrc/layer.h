@@ -22,7 +22,8 @@ typedef struct {
 } Weights;
 
 /* What is added to the output: as large as that, channels_last, or one number for each channel of an image, the same for
-   all its pixels. NULL for neither. */
+   all its pixels. NULL for neither. Of gated outputs, it is added before the gates are applied: a pixel has the numbers for
+   all channels, then those for all gates. */
 typedef struct {
     const float *numbers;
     int64_t is_per_image;

@@ -62,7 +62,8 @@ static void multiply(const uint8_t *codes, const Layer *layer, Part part, float 
             if (image.tiles && !is_dense) add_listed_overflow(&image, row, count, block, biases, sums);
             for (int i = 0; i < count; i++) {
                 int64_t at = row[i].pixel * output.out_channels + channel;
-                int64_t added = addend.is_per_image ? row[i].image * output.out_channels + channel : at;
+                const int64_t width = output.is_gated ? 2 * output.out_channels : output.out_channels;
+                int64_t added = (addend.is_per_image ? row[i].image : row[i].pixel) * width + channel;
                 const Finish finish = {addend.numbers ? addend.numbers + added : NULL, output.has_relu};
                 if (image.tiles) {
                     const int64_t step = addend.is_per_image ? 0 : output.out_channels;
@@ -72,7 +73,9 @@ static void multiply(const uint8_t *codes, const Layer *layer, Part part, float 
                     continue;
                 }
                 dequantize_row(sums[0][i], &block[0].epilogue, finish, channels, out + at);
-                if (output.is_gated) gate_row(sums[1][i], &block[1].epilogue, out + at);
+                if (!output.is_gated) continue;
+                const Finish gate = {addend.numbers ? finish.numbers + output.out_channels : NULL, 0};
+                gate_row(sums[1][i], &block[1].epilogue, gate, out + at);
             }
         }
     }
@@ -87,8 +90,8 @@ INLINE int share_codes(const Layer *a, const Layer *b)
 }
 
 /* Write to `outs` what each of `count` layers that share codes makes of `x`, as `run_layers` does. */
-static void run_alike(const float *x, Affine affine, int64_t count, const Layer *const *layers, Addend addend, uint8_t *codes,
-                      float *const *outs)
+static void run_alike(const float *x, Affine affine, int64_t count, const Layer *const *layers, const Addend *addends,
+                      uint8_t *codes, float *const *outs)
 {
     const Layer *layer = layers[0];
     const Part first = first_part(layer);
@@ -105,23 +108,23 @@ static void run_alike(const float *x, Affine affine, int64_t count, const Layer 
             started = clock_phase(ROUNDING, started);
             for (int64_t i = 0; i < count; i++)
                 multiply(codes, layers[i], part, scale, is_signed ? zero_point - SIGNED_OFFSET : zero_point, is_dense,
-                         panels_after(codes, layer), addend, outs[i]);
+                         panels_after(codes, layer), addends[i], outs[i]);
             started = clock_phase(PRODUCTS, started);
         }
 }
 
-/* Write to `outs` what each of `layers` makes of `x`, dense and channels_last, after `affine`; plus `addend`, which may be
-   the output. `codes` holds those of any of the layers (`code_bytes`). */
-void run_layers(const float *x, Affine affine, int64_t count, const Layer *const *layers, Addend addend, uint8_t *codes,
-                float *const *outs)
+/* Write to `outs` what each of `layers` makes of `x`, dense and channels_last, after `affine`; plus its own of `addends`,
+   which may be the output. `codes` holds those of any of the layers (`code_bytes`). */
+void run_layers(const float *x, Affine affine, int64_t count, const Layer *const *layers, const Addend *addends,
+                uint8_t *codes, float *const *outs)
 {
     for (int64_t i = 0, end; i < count; i = end) {
         for (end = i + 1; end < count && share_codes(layers[i], layers[end]);) end++;
-        run_alike(x, affine, end - i, layers + i, addend, codes, outs + i);
+        run_alike(x, affine, end - i, layers + i, addends + i, codes, outs + i);
     }
 }
 
 static void run_layer(const float *x, Affine affine, const Layer *layer, Addend addend, uint8_t *codes, float *out)
 {
-    run_layers(x, affine, 1, &layer, addend, codes, &out);
+    run_layers(x, affine, 1, &layer, &addend, codes, &out);
 }

@@ -7,7 +7,6 @@ from diffusers_pqcad.kernels import native
 from diffusers_pqcad.kernels.native.layout import check_layout
 from diffusers_pqcad.kernels.x86.structs import (
     STRUCTS,
-    Addend,
     Affine,
     Filters,
     GroupNorm,
@@ -36,7 +35,7 @@ def library() -> ctypes.CDLL | str:
     address, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     loaded.code_bytes.argtypes, loaded.code_bytes.restype = [ctypes.POINTER(Layer)], long
     loaded.normalize.argtypes = [address, Image, GroupNorm, address, address]
-    loaded.run_layers.argtypes = [address, Affine, long, address, Addend, address, address]
+    loaded.run_layers.argtypes = [address, Affine, long, address, address, address, address]
     loaded.block_bytes.argtypes = [ctypes.POINTER(ResidualBlock)]
     loaded.run_block.argtypes = [address, address, address, ctypes.POINTER(ResidualBlock), address, address]
     loaded.read_seconds.argtypes = [address]

@@ -6,7 +6,7 @@ per cent of the copies, so that the numbers that come out are the same.
 """
 
 import ctypes
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +59,7 @@ class PackedLayer:
         self.sizes = Recent()  # to (Geometry, a Layer by group)
         self.plans = Recent()
         self.of_kind: dict[bool, PackedWeights] = {}  # by whether their images are doubled
+        self.adapter: tuple[Any, Any] | None = None  # what it is for, and what lies beside (runtime/adapters.py)
 
     def weights_of(self, operation: Operation, *, is_doubled: bool = False) -> PackedWeights:
         """Return the weights of `operation`, whose layer this is, for an image that is doubled (nearest) or not."""
