@@ -10,6 +10,7 @@ from huggingface_hub import constants
 from diffusers_pqcad.cli.command import TRIAL, Command, Outcome, Trial
 from diffusers_pqcad.cli.inspect import described, plans_of
 from diffusers_pqcad.cli.saved_source import models_of
+from diffusers_pqcad.compression.processes import is_main
 from diffusers_pqcad.loading.inspection import table
 from diffusers_pqcad.loading.plan import Plan
 from diffusers_pqcad.loading.saved import SavedModel
@@ -19,7 +20,6 @@ from diffusers_pqcad.publishing.hub import input_kind, results_table, student_ca
 from diffusers_pqcad.publishing.levers import bytes_of, within
 from diffusers_pqcad.publishing.outline import Outline, outline_of
 from diffusers_pqcad.publishing.pipelines import loading_arguments, strides_of
-from diffusers_pqcad.publishing.plan import Stage, stages_of_run
 from diffusers_pqcad.publishing.run_folder import PROMPTS_FILE
 from diffusers_pqcad.publishing.settings import (
     PARTS,
@@ -31,6 +31,7 @@ from diffusers_pqcad.publishing.settings import (
     flat,
     settings_of,
 )
+from diffusers_pqcad.publishing.stages import Stage, stages_of_run
 from diffusers_pqcad.publishing.timing import Stopwatch
 
 
@@ -81,9 +82,8 @@ def run(job: Job) -> Outcome:
         models = models_of_run(settings)
         outline = outline_of(settings, str(settings.run.pretrained_model_name_or_path), models)
         settings, flags, _ = within(settings, outline, models, bytes_of(job.bill.max_memory))
-        print(
-            f"To stay within {job.bill.max_memory}: {written(flags) or 'no further flag is needed'}.", file=sys.stderr
-        )
+        if is_main():
+            print(within_line(job.bill, flags), file=sys.stderr)
     metrics = compress(*settings)
     return Outcome(metrics, summary(metrics, settings.run))
 
@@ -92,6 +92,11 @@ def models_of_run(settings: Settings) -> dict[str, SavedModel]:
     """Return the models of a run's pipeline, by their headers."""
     run = settings.run
     return models_of(str(run.pretrained_model_name_or_path), loading_arguments(run).get("revision"))
+
+
+def within_line(bill: Bill, flags: dict[str, object]) -> str:
+    """Return which `flags` were chosen for a limit of memory."""
+    return f"To stay within {bill.max_memory} where it trains: {written(flags) or 'no further flag is needed'}."
 
 
 def written(flags: dict[str, object]) -> str:
@@ -170,7 +175,7 @@ def planned(settings: Settings, bill: Bill) -> Outcome:
         settings, flags, _ = within(settings, outline, models, bytes_of(bill.max_memory))
     stages = stages_of_run(settings, outline)
     peaks = footprints(settings, outline, models, stages)
-    seconds = seconds_of(settings, outline, stages) if bill.measure_time else [None] * len(stages)
+    seconds = seconds_of(settings, outline, stages, bill)
     run, distillation = settings.run, settings.distillation
     document = {
         "dry_run": True,
@@ -185,14 +190,15 @@ def planned(settings: Settings, bill: Bill) -> Outcome:
     lines = [line for name, found in plans.items() for line in (f"{name}: {found.totals()}", *left_lines(found))]
     lines += ["", *stage_lines(stages, peaks, seconds), "", *notes(stages, bill, run, outline)]
     if bill.max_memory is not None:
-        chosen = written(flags) or "no further flag is needed"
-        lines.append(f"To stay within {bill.max_memory} where it trains: {chosen}.")
+        lines.append(within_line(bill, flags))
     lines.append(f"Would be saved in {run.output_dir}. Nothing was written.")
     return Outcome(document, "\n".join(lines))
 
 
-def seconds_of(settings: Settings, outline: Outline, stages: list[Stage]) -> list[float | None]:
-    """Return the seconds of each stage on this computer, measured on models with random weights."""
+def seconds_of(settings: Settings, outline: Outline, stages: list[Stage], bill: Bill) -> list[float | None]:
+    """Return the seconds of each stage on this computer, measured on models with random weights, if `bill` asks."""
+    if not bill.measure_time:
+        return [None for _ in stages]
     set_threads(settings.run)
     stopwatch = Stopwatch(settings, outline)
     return [stopwatch.of_stage(stage) for stage in stages]

@@ -15,7 +15,8 @@ from diffusers_pqcad.loading.plan import plan
 from diffusers_pqcad.loading.saved import SavedModel
 from diffusers_pqcad.publishing.outline import Outline
 from diffusers_pqcad.publishing.pipelines import sampling_batch_size
-from diffusers_pqcad.publishing.plan import (
+from diffusers_pqcad.publishing.settings import Settings
+from diffusers_pqcad.publishing.stages import (
     CAPTURE_BATCH_SIZE,
     FROZEN,
     TRAINED,
@@ -25,7 +26,6 @@ from diffusers_pqcad.publishing.plan import (
     reconstructed_samples,
     search_of,
 )
-from diffusers_pqcad.publishing.settings import Settings
 from diffusers_pqcad.publishing.weightless import (
     Update,
     backward_bytes,
@@ -251,5 +251,5 @@ def update_of(stage: Stage, config: DistillConfig, outline: Outline) -> Update:
     num_terms = trained.images // config.train_batch_size
     if frozen is None:
         return Update(num_terms, config.train_batch_size, 0, trained.branches, trained.branches)
-    steps = frozen.count // trained.count
+    steps = frozen.times // trained.times
     return Update(num_terms, config.train_batch_size, steps, trained.branches, frozen.branches)

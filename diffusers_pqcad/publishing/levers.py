@@ -8,8 +8,8 @@ from accelerate.utils import convert_file_size_to_int
 from diffusers_pqcad.loading.saved import SavedModel
 from diffusers_pqcad.publishing.footprint import Footprint, footprints
 from diffusers_pqcad.publishing.outline import Outline
-from diffusers_pqcad.publishing.plan import stages_of_run
 from diffusers_pqcad.publishing.settings import Settings, flat, settings_of
+from diffusers_pqcad.publishing.stages import stages_of_run
 
 
 class Chosen(NamedTuple):
@@ -66,7 +66,8 @@ def within(settings: Settings, outline: Outline, models: Mapping[str, SavedModel
 
     A lever that saves nothing where the peak is, is left out. Raises ValueError where all of them are not enough.
     """
-    device, flags = settings.run.train_device, {}
+    device = settings.run.train_device
+    flags: dict[str, object] = {}
     found = footprints(settings, outline, models, stages_of_run(settings, outline))
     for lever in levers_of(settings):
         if peak(found, device) <= limit:

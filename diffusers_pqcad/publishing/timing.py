@@ -24,8 +24,8 @@ from diffusers_pqcad.loading.convert import quantize_, with_model_exemptions
 from diffusers_pqcad.publishing.compress import fixed_bits
 from diffusers_pqcad.publishing.footprint import decoder_shape
 from diffusers_pqcad.publishing.outline import Outline
-from diffusers_pqcad.publishing.plan import FLOAT, FROZEN, PACKED, ROUNDED, TRAINED, Passes, Stage, search_of
 from diffusers_pqcad.publishing.settings import Settings
+from diffusers_pqcad.publishing.stages import FLOAT, FROZEN, PACKED, ROUNDED, TRAINED, Passes, Stage, search_of
 
 CPU = "cpu"
 CALL_SECONDS = 2.0  # of a measured call: of more images, fewer are called, and their time is scaled
@@ -118,7 +118,7 @@ class Stopwatch:
     def of_passes(self, part: Passes, device: str) -> float:
         """Return the seconds of all calls of a part of a stage, on a device."""
         if part.model == TRAINED:
-            return part.count * self.of_batch(part.images, part.branches)
+            return part.times * self.of_batch(part.images, part.branches)
         device = CPU if part.model == PACKED else device
         model = self.model_on(part.model, device)
 
@@ -127,7 +127,7 @@ class Stopwatch:
             return self.outline.call(model, images, branches=part.branches, device=device)
 
         seconds = self.scaled((part.model, device, part.branches), part.images, run)
-        return part.count * seconds * (1.0 if part.until is None else self.share_of(part.until))
+        return part.times * seconds * (1.0 if part.until is None else self.share_of(part.until))
 
     def share_of(self, name: str) -> float:
         """Return the share of a pass that is over when the part `name` of the model is."""

@@ -30,10 +30,10 @@ from diffusers_pqcad.loading.saved import saved_models
 from diffusers_pqcad.publishing.compress import compress
 from diffusers_pqcad.publishing.footprint import footprints
 from diffusers_pqcad.publishing.outline import outline_of
-from diffusers_pqcad.publishing.plan import stages_of_run
 from diffusers_pqcad.publishing.run_folder import Site
 from diffusers_pqcad.publishing.settings import Settings as RunSettings
 from diffusers_pqcad.publishing.settings import parse_settings
+from diffusers_pqcad.publishing.stages import stages_of_run
 from diffusers_pqcad.publishing.timing import Stopwatch
 
 TEACHER = Path(__file__).resolve().parents[1] / "models" / "fashion-mnist"

@@ -22,8 +22,8 @@ from diffusers_pqcad.publishing.footprint import Footprint, footprints
 from diffusers_pqcad.publishing.levers import bytes_of, levers_of, within
 from diffusers_pqcad.publishing.outline import Outline, outline_of
 from diffusers_pqcad.publishing.pipelines import Teacher
-from diffusers_pqcad.publishing.plan import stages_of_run
 from diffusers_pqcad.publishing.settings import Settings, settings_of
+from diffusers_pqcad.publishing.stages import stages_of_run
 from diffusers_pqcad.publishing.weightless import Update, backward_bytes, trained_bytes
 
 TOLERANCE = 0.15  # of what tensors take at most

@@ -10,8 +10,8 @@ from diffusers import UNet2DModel
 from test_footprint import outline_of_unet
 
 from diffusers_pqcad.publishing import timing
-from diffusers_pqcad.publishing.plan import FLOAT, PACKED, ROUNDED, TRAINED, Passes, Reconstruction, Stage
 from diffusers_pqcad.publishing.settings import settings_of
+from diffusers_pqcad.publishing.stages import FLOAT, PACKED, ROUNDED, TRAINED, Passes, Reconstruction, Stage
 from diffusers_pqcad.publishing.timing import Stopwatch, random_model
 
 SETTINGS = settings_of(

@@ -4,7 +4,6 @@ import functools
 import importlib
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +17,9 @@ from diffusers_pqcad.loading.saved import saved_models
 from diffusers_pqcad.numerics.allocation import BitController, stage_budgets
 from diffusers_pqcad.publishing.compress import compress
 from diffusers_pqcad.publishing.outline import Outline, outline_of
-from diffusers_pqcad.publishing.plan import Stage, quantizing, stages_of_run
 from diffusers_pqcad.publishing.rounds import Round, controller_of, expected_rounds
 from diffusers_pqcad.publishing.settings import PRESETS, Settings, settings_of
+from diffusers_pqcad.publishing.stages import Stage, quantizing, stages_of_run
 
 module = importlib.import_module("diffusers_pqcad.publishing.compress")
 SMALL = PRESETS["smoke"] | {
@@ -80,7 +79,7 @@ def outline(settings: Settings) -> Outline:
 
 
 @pytest.fixture(scope="module", params=list(RUNS))
-def done(request: pytest.FixtureRequest, teachers: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+def done(request: pytest.FixtureRequest, teachers: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     """A whole run of each kind of pipeline."""
     name, folder = request.param, tmp_path_factory.mktemp("runs")
     settings = settings_for(teachers, name, folder / "out")

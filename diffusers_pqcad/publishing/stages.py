@@ -45,13 +45,13 @@ FLOAT, ROUNDED, FROZEN, PACKED, TRAINED = "float", "rounded", "frozen", "packed"
 
 
 class Passes(NamedTuple):
-    """`count` steps of a model of some kind, each for `images` images with `branches` rows of its batch.
+    """As many `times` a step of a model of some kind, each for `images` images with `branches` rows of its batch.
 
     `until` names the part of the model that ends each of them early.
     """
 
     model: str
-    count: int
+    times: int
     images: int
     branches: int
     until: str | None = None
@@ -59,7 +59,7 @@ class Passes(NamedTuple):
     @property
     def rows(self) -> int:
         """Rows of the model's batches in all of them."""
-        return self.count * self.images * self.branches
+        return self.times * self.images * self.branches
 
 
 class Reconstruction(NamedTuple):
@@ -170,7 +170,7 @@ def batched(model: str, steps: int, images: int, branches: int, batch_size: int)
     """Return the `steps` that a model takes for `images` images, at most `batch_size` at once."""
     whole, rest = divmod(images, batch_size)
     parts = [Passes(model, whole * steps, batch_size, branches), Passes(model, steps if rest else 0, rest, branches)]
-    return [part for part in parts if part.count]
+    return [part for part in parts if part.times]
 
 
 def looks(branches: int) -> list[Passes]:
