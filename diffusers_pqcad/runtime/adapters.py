@@ -68,9 +68,9 @@ def guards_of_adapters(module: Any) -> tuple[Any, ...]:
 
 def guards_of_factor(factor: nn.Module, *, is_rounded: bool) -> tuple[Any, ...]:
     """Return values that change with a factor of an adapter; where plans hold a copy of it, also with its numbers."""
-    weight = factor._parameters["weight"]
-    if weight is None:
-        return (id(factor),)
+    weight = factor._parameters.get("weight")
+    if weight is None:  # a layer of another kind, which `factors_of` leaves to peft
+        return (id(factor), type(factor))
     bias = factor._parameters.get("bias")
     numbers = numbers_of(weight) if is_rounded or weight.dtype != torch.float32 else ()
     place = (weight.data_ptr(), weight.dtype, weight.shape, weight.is_cpu, weight.is_contiguous())
