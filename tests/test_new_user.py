@@ -41,6 +41,7 @@ def served_page(command: list[str], **options: object) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # most of it PQ, of six rounds
 def test_the_readmes_commands_lead_to_a_published_model_its_report_and_its_demo(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     programs, done = Path(sys.executable).parent, []
