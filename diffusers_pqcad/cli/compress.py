@@ -81,7 +81,7 @@ def run(job: Job) -> Outcome:
     if job.bill.max_memory is not None:
         models = models_of_run(settings)
         outline = outline_of(settings, str(settings.run.pretrained_model_name_or_path), models)
-        settings, flags, _ = within(settings, outline, models, bytes_of(job.bill.max_memory))
+        settings, flags = within(settings, outline, models, bytes_of(job.bill.max_memory))
         if is_main():
             print(within_line(job.bill, flags), file=sys.stderr)
     metrics = compress(*settings)
@@ -172,7 +172,7 @@ def planned(settings: Settings, bill: Bill) -> Outcome:
     outline = outline_of(settings, path, models)
     flags: dict[str, object] = {}
     if bill.max_memory is not None:
-        settings, flags, _ = within(settings, outline, models, bytes_of(bill.max_memory))
+        settings, flags = within(settings, outline, models, bytes_of(bill.max_memory))
     stages = stages_of_run(settings, outline)
     peaks = footprints(settings, outline, models, stages)
     seconds = seconds_of(settings, outline, stages, bill)

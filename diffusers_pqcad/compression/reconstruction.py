@@ -35,6 +35,7 @@ BLOCKS = (
     "FluxSingleTransformerBlock",
 )
 RECONSTRUCTION_UNITS = (*BLOCKS, "Attention", "Downsample2D", "Upsample2D")
+CAPTURE_BATCH_SIZE = 64  # images of a pass that captures what a unit sees
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ def capture_io(
     passes: Sequence[Pass],
     weight: Tensor,
     *,
-    batch_size: int = 64,
+    batch_size: int = CAPTURE_BATCH_SIZE,
     store: Store | None = None,
 ) -> UnitIO:
     """Return what the unit `name` sees and should give, for as many samples as `weight` (n,) has.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from diffusers_pqcad.compression.distillation import DistillConfig
 from diffusers_pqcad.compression.progressive import BATCH_SIZE
+from diffusers_pqcad.compression.reconstruction import CAPTURE_BATCH_SIZE
 from diffusers_pqcad.loading.config import PQCADConfig
 from diffusers_pqcad.loading.plan import plan
 from diffusers_pqcad.loading.saved import SavedModel
@@ -17,7 +18,6 @@ from diffusers_pqcad.publishing.outline import Outline
 from diffusers_pqcad.publishing.pipelines import sampling_batch_size
 from diffusers_pqcad.publishing.settings import Settings
 from diffusers_pqcad.publishing.stages import (
-    CAPTURE_BATCH_SIZE,
     FROZEN,
     TRAINED,
     Search,

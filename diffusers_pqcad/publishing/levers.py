@@ -13,11 +13,10 @@ from diffusers_pqcad.publishing.stages import stages_of_run
 
 
 class Chosen(NamedTuple):
-    """Settings within a limit, the flags that make them so, and what each stage takes then."""
+    """Settings within a limit, and the flags that make them so."""
 
     settings: Settings
     flags: dict[str, object]
-    footprints: list[Footprint]
 
 
 def bytes_of(size: str) -> int:
@@ -83,4 +82,4 @@ def within(settings: Settings, outline: Outline, models: Mapping[str, SavedModel
             f"with all that saves memory, got {limit / 1e9:.2f} GB. Train a smaller part, such as --trainable lora, "
             "or smaller images."
         )
-    return Chosen(with_flags(settings, flags) if flags else settings, flags, found)
+    return Chosen(with_flags(settings, flags) if flags else settings, flags)

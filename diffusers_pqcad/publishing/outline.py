@@ -6,7 +6,7 @@ answers with noise of the right shapes: steps, branches and guidance are seen as
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,26 @@ class Outline:
             for tree in (self.state, self.condition)
         )
         return Denoiser(model, plan)(state, repeated(self.timestep, num_images, device), condition)
+
+
+def calls_of_parts(
+    outline: Outline, model: nn.Module, names: Sequence[str], device: str = "cpu"
+) -> dict[str, tuple[Any, Any, Any]]:
+    """Return the arguments, those by name, and the output of each part of `model` in a step for one image."""
+    seen: dict[str, tuple[Any, Any, Any]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            seen[name] = args, kwargs, output
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True) for name in names]
+    with torch.no_grad():
+        outline.call(model, 1, device=device)
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
 def repeated(one: Tensor, count: int, device: str) -> Tensor:

@@ -19,7 +19,7 @@ from diffusers_pqcad.compression.progressive import (
     MIN_RECONSTRUCTION_SAMPLES,
     ProgressiveConfig,
 )
-from diffusers_pqcad.compression.reconstruction import execution_order, units_holding
+from diffusers_pqcad.compression.reconstruction import CAPTURE_BATCH_SIZE, execution_order, units_holding
 from diffusers_pqcad.evaluation.report import MAX_TRAJECTORY_IMAGES
 from diffusers_pqcad.layers.quantized import FloatLayer
 from diffusers_pqcad.loading.config import PQCADConfig
@@ -38,7 +38,6 @@ from diffusers_pqcad.publishing.rounds import Round, expected_rounds
 from diffusers_pqcad.publishing.settings import CompressConfig, Settings
 from diffusers_pqcad.publishing.validation import MAX_IMAGES, validation_steps
 
-CAPTURE_BATCH_SIZE = 64  # images of a pass that captures what a unit sees
 # What computes: the float model; one whose weights are rounded in each call; one that holds rounded weights; a packed
 # one; and a student with its gradients.
 FLOAT, ROUNDED, FROZEN, PACKED, TRAINED = "float", "rounded", "frozen", "packed", "trained"

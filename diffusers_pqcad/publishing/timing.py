@@ -6,11 +6,10 @@ copies, files, plots, text encoders.
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -19,13 +18,15 @@ from diffusers_pqcad.compression.fake_quant import prepare_
 from diffusers_pqcad.compression.optimization import AveragedAdam, trained_groups
 from diffusers_pqcad.compression.precision import computed_in
 from diffusers_pqcad.compression.reconstruction import ReconstructionConfig, UnitIO, reconstruct
+from diffusers_pqcad.kernels.memory import available_bytes
 from diffusers_pqcad.layers.find import layer_of
 from diffusers_pqcad.loading.convert import quantize_, with_model_exemptions
 from diffusers_pqcad.publishing.compress import fixed_bits
 from diffusers_pqcad.publishing.footprint import decoder_shape
-from diffusers_pqcad.publishing.outline import Outline
+from diffusers_pqcad.publishing.outline import Outline, calls_of_parts
 from diffusers_pqcad.publishing.settings import Settings
 from diffusers_pqcad.publishing.stages import FLOAT, FROZEN, PACKED, ROUNDED, TRAINED, Passes, Stage, search_of
+from diffusers_pqcad.publishing.weightless import remade
 
 CPU = "cpu"
 CALL_SECONDS = 2.0  # of a measured call: of more images, fewer are called, and their time is scaled
@@ -36,8 +37,8 @@ UPDATES = 2  # of a unit that is timed, after a first one
 def check_room(outline: Outline) -> None:
     """Raise ValueError where the models that are timed do not fit into the memory that is free."""
     wanted = COPIES * sum(4 * tensor.numel() for tensor in outline.model.state_dict().values())
-    free = psutil.virtual_memory().available
-    if wanted > free:
+    free = available_bytes()
+    if free is not None and wanted > free:
         raise ValueError(
             f"measure_time: expected {wanted / 1e9:.1f} GB of free memory for models of these shapes, got "
             f"{free / 1e9:.1f} GB. Give --measure_time False: all else of a plan needs no weights."
@@ -46,23 +47,18 @@ def check_room(outline: Outline) -> None:
 
 def random_model(model: nn.Module) -> nn.Module:
     """Return a copy of `model`, on meta, with random weights on the CPU; norms scale by 1."""
-    found = copy.deepcopy(model)
     noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
 
-    def filled(tensor: Tensor, *, is_parameter: bool) -> Tensor:
-        if not is_parameter or tensor.dim() < 2:
-            return torch.ones(tensor.shape, dtype=tensor.dtype)
+    def weights(tensor: Tensor) -> Tensor:
+        if tensor.dim() < 2:
+            return ones(tensor)
         values = noise.repeat(-(-tensor.numel() // len(noise)))[: tensor.numel()].view(tensor.shape)
         return (values / tensor[0].numel() ** 0.5).to(tensor.dtype)
 
-    for module in found.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(filled(parameter, is_parameter=True))
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = filled(buffer, is_parameter=False)
-    return found.eval()
+    def ones(tensor: Tensor) -> Tensor:
+        return torch.ones(tensor.shape, dtype=tensor.dtype)
+
+    return remade(model, weights, ones)
 
 
 class Stopwatch:
@@ -186,7 +182,7 @@ class Stopwatch:
         whole = self.of_batch(1, self.outline.branches)
         count = max(1, min(rows, int(2 * CALL_SECONDS / max(whole, 1e-9))))
         config, model = replace(config, batch_size=count), self.model_on(ROUNDED, self.device)
-        seen = seen_by_units(model, self.outline, self.search.units, self.device)
+        seen = calls_of_parts(self.outline, model, self.search.units, self.device)
         return {
             name: rows / count * self.of_unit(model.get_submodule(name), io_of(*seen[name], 2 * count), config)
             for name in self.search.units
@@ -226,26 +222,6 @@ class Stopwatch:
             of_units = self.of_units()
             seconds += sum(part.updates * of_units[part.unit] for part in stage.reconstructions)
         return seconds
-
-
-def seen_by_units(
-    model: nn.Module, outline: Outline, units: Sequence[str], device: str
-) -> dict[str, tuple[Any, Any, Any]]:
-    """Return the arguments, those by name, and the output of each of `units` in a step for one image."""
-    seen: dict[str, tuple[Any, Any, Any]] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            seen[name] = args, kwargs, output
-
-        return hook
-
-    hooks = [model.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True) for name in units]
-    with torch.no_grad():
-        outline.call(model, 1, device=device)
-    for hook in hooks:
-        hook.remove()
-    return seen
 
 
 def io_of(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, count: int) -> UnitIO:

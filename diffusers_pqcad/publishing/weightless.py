@@ -24,7 +24,7 @@ from diffusers_pqcad.compression.precision import DTYPES, MixedPrecision, comput
 from diffusers_pqcad.layers.find import layer_of
 from diffusers_pqcad.loading.coverage import float_weights
 from diffusers_pqcad.numerics.qparams import WeightSpec
-from diffusers_pqcad.publishing.outline import Outline
+from diffusers_pqcad.publishing.outline import Outline, calls_of_parts
 
 
 class AliveBytes(TorchDispatchMode):
@@ -64,21 +64,26 @@ def without_numbers() -> Iterator[None]:
         yield
 
 
+def remade(model: nn.Module, parameter: Callable[[Tensor], Tensor], buffer: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Return a copy of `model`, on meta, whose parameters and buffers are made anew by these; in eval mode."""
+    found = copy.deepcopy(model)
+    for module in found.modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                module._parameters[name] = nn.Parameter(parameter(tensor))
+        for name, held in module._buffers.items():
+            if held is not None:
+                module._buffers[name] = buffer(held)
+    return found.eval()
+
+
 def numberless(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Return a copy of `model`, on meta, that can be called inside `without_numbers`; fp32 tensors become `dtype`."""
-    found = copy.deepcopy(model)
 
     def like(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=dtype if tensor.dtype == torch.float32 else tensor.dtype)
 
-    for module in found.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(like(parameter), requires_grad=False)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = like(buffer)
-    return found.eval()
+    return remade(model, like, like).requires_grad_(False)
 
 
 def with_rounding_(model: nn.Module, layers: Sequence[str], group_size: int | None) -> nn.Module:
@@ -195,21 +200,9 @@ def unit_bytes(
     mixed_precision: MixedPrecision,
 ) -> dict[str, UnitBytes]:
     """Return what each of `units` takes, trained in batches of `batch_size` rows."""
-    calls: dict[str, tuple[Any, Any, Any]] = {}
     with without_numbers():
         model = with_rounding_(numberless(outline.model), layers, group_size)
-
-        def keep(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                calls[name] = args, kwargs, output
-
-            return hook
-
-        hooks = [model.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True) for name in units]
-        with torch.no_grad():
-            outline.call(model, 1)
-        for hook in hooks:
-            hook.remove()
+        calls = calls_of_parts(outline, model, units)
         return {name: unit_bytes_of(model.get_submodule(name), *calls[name], batch_size, mixed_precision)
                 for name in units}  # fmt: skip
 

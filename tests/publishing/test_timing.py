@@ -1,7 +1,6 @@
 """Specification of the times of a plan: what is measured, times the counts; by a clock that counts rows."""
 
 import functools
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,6 +57,6 @@ def test_random_weights_are_of_the_right_size_and_none_is_of_the_model(tiny_unet
 
 
 def test_models_that_do_not_fit_are_not_made(tiny_unet: UNet2DModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(timing, "available_bytes", lambda: 1000)
     with pytest.raises(ValueError, match="measure_time: expected .* of free memory .* Give --measure_time False"):
         Stopwatch(SETTINGS, outline_of_unet(tiny_unet))

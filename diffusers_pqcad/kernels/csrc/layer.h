@@ -9,9 +9,10 @@
 #include "products.h"
 
 /* What does not change from call to call. Per block of OUTPUTS channels: `weight` (steps, OUTPUTS, DEPTH), or NULL where calls
-   unpack their blocks from `packed`, which is NULL otherwise; and windows from window_starts[block] to window_starts[block + 1]; `level_sum` and `scale` hold a number for every output of every
-   block. With `is_signed`, codes are signed. For Winograd tiles, the blocks of all
-   elements follow each other for the same channels; those of the first phase come before those of the second. */
+   unpack their blocks from `packed`, which is NULL otherwise; and windows from window_starts[block] to
+   window_starts[block + 1]; `level_sum` and `scale` hold a number for every output of every block. With `is_signed`, codes
+   are signed. For Winograd tiles, the blocks of all elements follow each other for the same channels; those of the first
+   phase come before those of the second. */
 typedef struct {
     const int8_t *weight;
     const Window *windows;

@@ -96,8 +96,7 @@ def pack_filters(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return weight, level sums and scales, as `PackedWeights` has them, of `levels` int8 (O, C, H, W), `scale` (O,).
 
-    The last tensor fp32, of the scales' shape, is what the transformed filters were divided by to fit 8 bits.
-
+    The last tensor, fp32 and of the scales' shape, is what the transformed filters were divided by to fit 8 bits.
     `is_winograd`: as the transformed filters of F(2, 3); `is_doubled`: as those for a doubled image, too, of which two
     rows add up. What overflows 8 bits is rounded to them (`pack_output` in the C file).
     """
@@ -172,9 +171,10 @@ def describe_weights(operation: Operation, *, is_doubled: bool) -> PackedWeights
 def blocks_of(
     operation: Operation, *, is_winograd: bool, is_doubled: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return weight, windows, window starts, level sums and scales as `PackedWeights` has them, but for the windows of
-    elements, which do not follow each other yet; and what `pack_filters` returns last.
-    """  # fmt: skip
+    """Return weight, windows, window starts, level sums, scales, and what `pack_filters` returns last.
+
+    They are as `PackedWeights` has them, but the windows of elements do not follow each other yet.
+    """
     assert operation.activation_bits is not None  # refused
     levels, scale = operation.channel_levels()
     levels = levels.view(*levels.shape, 1, 1) if levels.dim() == 2 else levels
