@@ -377,6 +377,10 @@ def test_push_puts_what_was_measured_into_the_card(capsys, folder, tmp_path, mon
             assert row["peak_bytes"] > row["before_bytes"] > 0
         assert card.count("My own words.") == 1
         assert "model-index:" in card
+    again = answer(capsys, *measured, *flags, "--no_measure_memory", "--json")  # its rows are there
+    assert again.document["memory"] is None
+    of_packed = ("evaluate", tmp_path / "small", "--reference", folder / "small")  # memory is set against floats
+    assert answer(capsys, *of_packed, *flags, "--json").document["memory"] is None
     wrong = answer(capsys, "push", tmp_path / "small", "me/small", "--evaluation", tmp_path)
     assert wrong.code == 1
     assert "evaluation: expected the output folder" in wrong.reason

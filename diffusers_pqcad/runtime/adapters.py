@@ -29,7 +29,11 @@ from diffusers_pqcad.runtime.changes import is_changed
 DOWN_BITS = 8
 SAMPLED_NUMBERS = 8  # of a tensor, in each call: enough to see a write that torch does not count
 CONVOLUTION = ("stride", "padding", "dilation", "groups", "padding_mode")  # what two convolutions have in common
-FACTORS = {nn.Linear: nn.Linear, **{ours: plain for plain, ours in QUANTIZED_LAYERS.items()}, nn.Conv2d: nn.Conv2d}
+FACTORS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: nn.Linear,
+    **{ours: plain for plain, ours in QUANTIZED_LAYERS.items()},
+    nn.Conv2d: nn.Conv2d,
+}
 
 
 class Factors(NamedTuple):
