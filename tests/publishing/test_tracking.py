@@ -13,6 +13,7 @@ from diffusers_pqcad.compression.distillation import StepStats
 from diffusers_pqcad.compression.extras import MissingExtraError
 from diffusers_pqcad.publishing import tracking
 from diffusers_pqcad.publishing.settings import CompressConfig, Settings, settings_of
+from diffusers_pqcad.publishing.supervision import tell_of_round
 from diffusers_pqcad.publishing.tracking import (
     Journal,
     check_tracker,
@@ -23,6 +24,7 @@ from diffusers_pqcad.publishing.tracking import (
     told_settings,
 )
 
+NAMES_OF_ROUND = ("stage", "budget", "average_bits", "held_out_error", "num_moves")
 ENTRY = StepStats(3, 0.5, {"teacher": 0.4, "calibration": 0.1}, 1e-3, 12.0)
 
 
@@ -65,6 +67,21 @@ def test_a_round_of_pq_is_told_by_its_stage_its_bits_and_its_error():
     assert numbers_of_round("pq", entry) == {
         "pq/stage": 1, "pq/budget": 4.0, "pq/average_bits": 4.5, "pq/held_out_error": 0.25, "pq/num_moves": 2,
     }  # fmt: skip
+
+
+def test_rounds_of_a_later_pq_count_on_after_what_was_before_it():
+    """wandb takes no step twice."""
+    steps: list[int] = []
+
+    class Tracker:
+        def log(self, values: dict[str, float], step: int) -> None:
+            assert set(values) == {f"pq_other/{name}" for name in NAMES_OF_ROUND}
+            steps.append(step)
+
+    entry = dict.fromkeys(("stage", "budget", "average_bits", "held_out_error"), 1.0) | {"moves": []}
+    for count in (1, 2):
+        tell_of_round(Journal((Tracker(),)), "pq_other", 10, count, entry)
+    assert steps == [11, 12]
 
 
 def test_tensorboard_has_the_numbers_and_the_pictures_in_the_folder(tmp_path, picture):
