@@ -3,7 +3,7 @@
     python examples/results/update_errors.py
 
 What stands for a value in a message is shown as "…". A message says by itself what to do: after its first sentence, or
-after what it expected. The few that do not are in FIXES, by how they begin.
+by what it expected. Those that need another word are in FIXES, by how they begin.
 """
 
 import ast
@@ -42,7 +42,8 @@ Written by `python examples/results/update_errors.py` from the source; "…" sta
 words of the message that you see. Where a message begins with a name and a colon, the rest of it may be in another
 row. The common cases are in [troubleshooting](troubleshooting.md).
 """
-EXPECTED = "give what it expected"
+WANTED = re.compile(r"expected (.+?)(?:[,;] got\b|, there is\b|, found\b|; expected|\.(?:\s|$))")
+LISTED = re.compile(r"(?:one|some|widths out) of …(?:, …)?")  # a message shows what there is to choose from
 NO_FIX = ("got ", "it holds ", "it takes ", "expected ", "not supported")  # what may follow a semicolon
 EDITED = "download the file, or save the model, again"
 FIXES = {
@@ -108,6 +109,46 @@ FIXES = {
     "attention: no memory": "take a smaller batch or picture",
     "…: an input of …, padded": "take a larger picture",
     "there is no layer to allocate": "give a model with layers that are not exempt",
+    "MODEL: expected a pipeline in full precision": "give the pipeline that the quantized one was made from",
+    "hub_model_id: expected user/name": "put your user name, or that of your organisation, and a slash before it",
+    "folder: expected the folder of a pipeline, with": "give the folder that compress or quantize wrote",
+    "…: expected the folder of a pipeline, with": "give the folder that holds model_index.json",
+    "…: expected weights in .safetensors files": "save the model again, with safe_serialization=True",
+    "calibration_set: expected a folder that": "run `pqcad calibrate` first, and give the folder that it wrote",
+    "resume_from_checkpoint: expected": "give latest, or the name of a checkpoint of this output_dir",
+    "…: expected a pipeline with a quantized model": "quantize it first; or push it with diffusers' own push_to_hub",
+    "evaluation: expected the output folder": "let `pqcad evaluate` finish: the same command goes on",
+    "only_ablations: expected some of": "give some of those that it lists",
+    "quantization: expected settings of": "leave out those that it names",
+    "…: …: expected a value, got null": "give a value, or leave the line out",
+    "…: …: expected a list": "write it as a list: [a, b]",
+    "…: labels: expected": "name a label for each of the logits in the extractor's config",
+    "reference: expected varying values": "compare with samples that are not constant",
+    "prompt_labels: expected an extractor": "leave prompt_labels out, or give an extractor with labels",
+    "prompt_labels: expected an entry": "add the prompt's labels to the file",
+    "reference_samples: expected": "make them with the call that it ends with",
+    "expected at least 4 trajectories": "record more trajectories",
+    "…: expected one component that denoises": "such a pipeline is not supported: quantize it on load",
+    "stride=… must divide": "give a divisor of the number of steps",
+    "mixed_precision: expected": "give bf16, or no",
+    "…: expected … rows for … images": "such a pipeline is not supported: quantize it on load",
+    "…: it calls its denoiser": "call it so that a picture takes as many calls alone as beside others",
+    "a step makes … calls": "switch off guidance intervals and skipped layers",
+    "expected … steps as in": "record all inputs with one number of steps",
+    "format_version: expected": "install a newer diffusers-pqcad; a later version wrote the file",
+    "weight_bits: an average of": "give an average that it names, or other bit_choices",
+    "…: expected …, got …. The file was edited": EDITED,
+    "…: expected a safetensors file": EDITED,
+    "…: expected a dtype out of": "save the model in a dtype that it lists",
+    "expected a model of diffusers or transformers": "install the newer library that has it",
+    "…: expected shape …, by config.json": "give the weights and the config.json of one model",
+    "…: expected a pipeline with one of": "give the pipeline whose denoiser the file holds",
+    "…: group norm of its block": "the model was changed after loading: load it again",
+    "…: attention of its block": "call the block with inputs of its own shapes",
+    "attention: expected queries": "call it with inputs of these shapes",
+    "…: expected (..., …), got an input": "call the layer with as many channels as it has",
+    "…: expected (N, …, H, W), got an input": "call the layer with as many channels as it has",
+    "group_size=… must divide": "give a divisor of the number of inputs, or None for one scale a row",
     "an average of … bits cannot": "take an average between the smallest and the largest of the widths",
 }
 
@@ -181,9 +222,8 @@ def parted(text: str) -> tuple[str, str]:
     said, _, fix = text.partition("; ")
     if fix and not fix.startswith(NO_FIX):
         return f"{said}.", fix
-    if "xpected" in text or "must divide" in text:
-        return text, EXPECTED
-    return text, ""
+    wanted = WANTED.search(text)
+    return text, f"give {LISTED.sub('one of those that it lists', wanted[1])}" if wanted else ""
 
 
 def cell(text: str) -> str:
