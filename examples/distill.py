@@ -5,7 +5,7 @@
 
     python examples/distill.py                                  # a bundled teacher of Fashion-MNIST
     python examples/distill.py --pretrained_model_name_or_path examples/models/emoji
-    python examples/distill.py --pretrained_model_name_or_path my/pipeline --weight_bits 3
+    python examples/distill.py --pretrained_model_name_or_path my/pipeline --weight_bits 3 --dry_run
     python examples/distill.py --pretrained_model_name_or_path my/text-to-image \\
         --prompts_file prompts.txt --guidance_scale 7.5 --num_halvings 2 --output_dir outputs/text-to-image
 
@@ -24,12 +24,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusers_pqcad.cli.compress import summary
+from diffusers_pqcad.cli.command import TRIAL
+from diffusers_pqcad.cli.compress import BILL, Job, affordable, job_of, planned, summary
 from diffusers_pqcad.compression.extras import MissingExtraError
 from diffusers_pqcad.compression.processes import failed_elsewhere, is_main
 from diffusers_pqcad.publishing.compress import compress
 from diffusers_pqcad.publishing.pipelines import TeacherSource, bundled_source
-from diffusers_pqcad.publishing.settings import Settings, parse_settings
+from diffusers_pqcad.publishing.settings import PARTS, parse_values
 
 MODELS = Path(__file__).resolve().parent / "models"
 
@@ -60,22 +61,29 @@ def defaults_of(path: str | None) -> Mapping[str, Any]:
     return {} if source is None else source.defaults
 
 
-def settings_of_command(arguments: list[str]) -> Settings:
-    """Return the settings of a command line."""
-    return parse_settings(arguments, (__doc__ or "").split("\n\n")[0], defaults_of)
+def job_of_command(arguments: list[str]) -> Job:
+    """Return what a command line asks for."""
+    description = (__doc__ or "").split("\n\n")[0]
+    return job_of(parse_values(arguments, description, defaults_of, (*PARTS, BILL, TRIAL)))
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Run the whole script and return its metrics."""
-    settings = settings_of_command(sys.argv[1:] if arguments is None else arguments)
+    """Run the whole script and return its metrics; of a dry run, its plan."""
+    job = job_of_command(sys.argv[1:] if arguments is None else arguments)
+    teacher = job.settings.run.pretrained_model_name_or_path or BUNDLED[0].path
+    if job.trial.dry_run:
+        plan = planned(job.settings, job.bill, teacher)
+        if is_main():
+            print(plan.text)
+        return plan.document
     try:
+        settings = affordable(job.settings, job.bill, teacher)
         metrics = compress(*settings, bundled=BUNDLED)
     except KeyboardInterrupt as stopped:
         if is_main():
-            print(stopped_text(settings.run.output_dir), file=sys.stderr)
+            print(stopped_text(job.settings.run.output_dir), file=sys.stderr)
         raise SystemExit(getattr(stopped, "exit_code", 130)) from None  # that of SIGTERM, once work has begun
     if is_main():
-        teacher = settings.run.pretrained_model_name_or_path or BUNDLED[0].path
         print(f"\n{summary(metrics, replace(settings.run, pretrained_model_name_or_path=teacher))}")
     return metrics
 

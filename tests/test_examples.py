@@ -192,7 +192,7 @@ def test_bundled_teachers_have_their_own_defaults_which_flags_replace(monkeypatc
     monkeypatch.chdir(ROOT)
 
     def run_of(*arguments):
-        return distill.settings_of_command([*arguments]).run
+        return distill.job_of_command([*arguments]).settings.run
 
     emoji = ("--pretrained_model_name_or_path", "examples/models/emoji")
     assert (run_of(*emoji).guidance_scale, run_of(*emoji).num_halvings) == (3.0, 2)
@@ -202,6 +202,19 @@ def test_bundled_teachers_have_their_own_defaults_which_flags_replace(monkeypatc
     assert run_of("--pretrained_model_name_or_path", "examples/models/fashion-flow").max_sequence_length == 8
     for others in ((), ("--pretrained_model_name_or_path", "someone/emoji")):
         assert (run_of(*others).guidance_scale, run_of(*others).num_halvings) == (None, 1)
+
+
+def test_distill_says_what_it_would_do(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import distill
+
+    flags = ("--preset", "smoke", "--output_dir", str(tmp_path / "out"), "--reconstruction_iterations", "0")
+    plan = distill.main([*flags, "--dry_run", "--measure_time", "False"])  # of the first bundled teacher
+    assert [stage["key"] for stage in plan["stages"]] == ["recording", "pq", "pq_cad", "rows"]
+    assert "Nothing was written." in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"max_memory: expected a number with its unit"):
+        distill.main([*flags, "--max_memory", "much"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_ablations_are_added_to_a_finished_run(teacher, finished):

@@ -75,23 +75,31 @@ def job_of(values: dict[str, Any]) -> Job:
 
 def run(job: Job) -> Outcome:
     """Return the metrics of the run, and its table."""
+    path = str(job.settings.run.pretrained_model_name_or_path)
     if job.trial.dry_run:
-        return planned(job.settings, job.bill)
-    settings = job.settings
-    if job.bill.max_memory is not None:
-        models = models_of_run(settings)
-        outline = outline_of(settings, str(settings.run.pretrained_model_name_or_path), models)
-        settings, flags = within(settings, outline, models, bytes_of(job.bill.max_memory))
-        if is_main():
-            print(within_line(job.bill, flags), file=sys.stderr)
+        return planned(job.settings, job.bill, path)
+    settings = affordable(job.settings, job.bill, path)
     metrics = compress(*settings)
     return Outcome(metrics, summary(metrics, settings.run))
 
 
-def models_of_run(settings: Settings) -> dict[str, SavedModel]:
-    """Return the models of a run's pipeline, by their headers."""
-    run = settings.run
-    return models_of(str(run.pretrained_model_name_or_path), loading_arguments(run).get("revision"))
+def affordable(settings: Settings, bill: Bill, path: str) -> Settings:
+    """Return `settings` with the flags that keep them within the memory of `bill`, and say which these are.
+
+    `path` is where the teacher is.
+    """
+    if bill.max_memory is None:
+        return settings
+    models = models_of_run(settings, path)
+    settings, flags = within(settings, outline_of(settings, path, models), models, bytes_of(bill.max_memory))
+    if is_main():
+        print(within_line(bill, flags), file=sys.stderr)
+    return settings
+
+
+def models_of_run(settings: Settings, path: str) -> dict[str, SavedModel]:
+    """Return the models of the pipeline in `path`, by their headers."""
+    return models_of(path, loading_arguments(settings.run).get("revision"))
 
 
 def within_line(bill: Bill, flags: dict[str, object]) -> str:
@@ -165,9 +173,12 @@ def compare_command(metrics: dict[str, Any], run: CompressConfig) -> str:
     return shlex.join([*words, "-o", f"{folder}.html"])
 
 
-def planned(settings: Settings, bill: Bill) -> Outcome:
-    """Return what would be done: layers and bytes by headers, stages by the settings, seconds by a few calls."""
-    path, models = str(settings.run.pretrained_model_name_or_path), models_of_run(settings)
+def planned(settings: Settings, bill: Bill, path: str) -> Outcome:
+    """Return what would be done: layers and bytes by headers, stages by the settings, seconds by a few calls.
+
+    `path` is where the teacher is.
+    """
+    models = models_of_run(settings, path)
     plans = plans_of(models, settings.quantization)
     outline = outline_of(settings, path, models)
     flags: dict[str, object] = {}

@@ -499,13 +499,20 @@ def read_yaml(path: str | Path, parts: Sequence[Part] = PARTS) -> dict[str, Any]
     return values
 
 
-def parse_settings(
+def parse_settings(arguments: Sequence[str], description: str | None = None) -> Settings:
+    """Return the settings of a command line: defaults, then `--preset`, then the YAML file `--config`, then flags."""
+    return settings_of(parse_values(arguments, description))
+
+
+def parse_values(
     arguments: Sequence[str],
     description: str | None = None,
     defaults_of: Callable[[str | None], Mapping[str, Any]] = lambda path: {},
-) -> Settings:
-    """Return the settings of a command line: defaults, then `--preset`, then the YAML file `--config`, then flags.
+    parts: Sequence[Part] = PARTS,
+) -> dict[str, Any]:
+    """Return the values of the flags of `parts` on a command line.
 
+    Defaults come first, then `--preset`, then the YAML file `--config`, then flags.
     `defaults_of(pretrained_model_name_or_path)` are defaults of a pipeline, which come before the preset.
     """
     first = ArgumentParser(add_help=False, allow_abbrev=False)
@@ -523,8 +530,8 @@ def parse_settings(
     path = pipeline.parse_known_args(rest)[0].pretrained_model_name_or_path
     defaults = {**defaults_of(path), **PRESETS[chosen.preset], **given}
     parser = HfArgumentParser(
-        [flags_of(part) for part in PARTS], parents=[first], description=description, allow_abbrev=False
+        [flags_of(part) for part in parts], parents=[first], description=description, allow_abbrev=False
     )
     parser.set_defaults(**defaults)
     values = vars(parser.parse_args(rest))
-    return settings_of({name: value for name, value in values.items() if name not in vars(chosen)})
+    return {name: value for name, value in values.items() if name not in vars(chosen)}

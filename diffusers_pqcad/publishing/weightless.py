@@ -57,11 +57,13 @@ def storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-@contextmanager
-def without_numbers() -> Iterator[None]:
-    """Let tensors that are made inside the block have shapes, dtypes and a device, the CPU, and no numbers."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield
+@cache
+def without_numbers() -> FakeTensorMode:
+    """Return a mode in which tensors have shapes, dtypes and a device, the CPU, and no numbers.
+
+    It is one for all, so that a model which is made in it can be called in it again.
+    """
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def remade(model: nn.Module, parameter: Callable[[Tensor], Tensor], buffer: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -86,15 +88,33 @@ def numberless(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modul
     return remade(model, like, like).requires_grad_(False)
 
 
-def with_rounding_(model: nn.Module, layers: Sequence[str], group_size: int | None) -> nn.Module:
-    """Let the `layers` of a numberless `model` round their weights in each call, as under PQ and CAD."""
+@cache
+def rounding(outline: Outline, layers: tuple[str, ...], group_size: int | None) -> Any:
+    """Return a numberless model whose `layers` round their weights in each call, as under PQ and CAD.
+
+    It is shared, as making it takes longer than a call: who trains it leaves it as it was (`training`).
+    """
+    model = numberless(outline.model)
     for name in layers:
         layer: Any = layer_of(model, name)
         groups = group_size if isinstance(layer, nn.Linear) else None
         parametrize.register_parametrization(
             layer, "weight", WeightFakeQuantize.blank(layer.weight, WeightSpec(4, groups))
         )
-    return model
+    return model.requires_grad_(False)
+
+
+@contextmanager
+def training(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let gradients to `parameters` be computed inside the block, and let go of them after it."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(False)
 
 
 class Update(NamedTuple):
@@ -131,12 +151,10 @@ def backward_bytes(
     What is kept from update to update is not among them (`trained_bytes`).
     """
     with without_numbers():
-        student: Any = with_rounding_(numberless(outline.model), layers, group_size)
-        teacher = numberless(outline.model, DTYPES[mixed_precision])
+        student = rounding(outline, layers, group_size)
+        teacher: Any = numberless(outline.model, DTYPES[mixed_precision])
         trained = trained_parameters(student, trainable)
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        with AliveBytes() as alive, ExitStack() as stack:
+        with training(trained), AliveBytes() as alive, ExitStack() as stack:
             stack.enter_context(weights_at_rest(student))
             stack.enter_context(checkpointed(student, enabled=gradient_checkpointing))
             with torch.no_grad():
@@ -154,8 +172,7 @@ def trained_bytes(
 ) -> tuple[int, int]:
     """Return the bytes of what `config` trains, in fp32, and those of the optimizer's state."""
     with without_numbers():
-        student = with_rounding_(numberless(outline.model), layers, group_size)
-        trained = trained_parameters(student, config.trainable)
+        trained = trained_parameters(rounding(outline, tuple(layers), group_size), config.trainable)
         return sum(4 * parameter.numel() for parameter in trained), sum(state_bytes(p, config) for p in trained)
 
 
@@ -171,7 +188,7 @@ def state_bytes(parameter: Tensor, config: DistillConfig) -> int:
 def forward_bytes(outline: Outline, layers: tuple[str, ...], group_size: int | None, num_images: int) -> int:
     """Return the most bytes that a step without gradients takes beside a model whose `layers` round their weights."""
     with without_numbers(), torch.no_grad():
-        model = with_rounding_(numberless(outline.model), layers, group_size)
+        model = rounding(outline, layers, group_size)
         with AliveBytes() as alive:
             outline.call(model, num_images)
         return alive.peak
@@ -201,7 +218,7 @@ def unit_bytes(
 ) -> dict[str, UnitBytes]:
     """Return what each of `units` takes, trained in batches of `batch_size` rows."""
     with without_numbers():
-        model = with_rounding_(numberless(outline.model), layers, group_size)
+        model = rounding(outline, layers, group_size)
         calls = calls_of_parts(outline, model, units)
         return {name: unit_bytes_of(model.get_submodule(name), *calls[name], batch_size, mixed_precision)
                 for name in units}  # fmt: skip
@@ -223,9 +240,7 @@ def unit_bytes_of(
         )
 
     parameters = list(unit.parameters())
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    with AliveBytes() as alive:
+    with training(parameters), AliveBytes() as alive:
         before = [parameter.detach().clone() for parameter in parameters]
         state = [torch.empty_like(parameter, requires_grad=False) for parameter in parameters for _ in range(2)]
         # Inputs of both models, what is mixed of them, and what the unit should give.
@@ -236,9 +251,6 @@ def unit_bytes_of(
         losses = [leaf.float().square().mean() for leaf in tree_leaves(found) if is_batched(leaf, batch_size)]
         torch.stack(losses).sum().backward()
         del before, state, given, inputs, found, losses
-    for parameter in parameters:
-        parameter.grad = None
-        parameter.requires_grad_(False)
     return UnitBytes(of_a_row((args, kwargs)), of_a_row(output), alive.peak)
 
 
