@@ -26,13 +26,14 @@ from diffusers_pqcad.publishing.pipelines import (
     as_recorded,
     call_arguments,
     check_adapter,
+    check_folding,
     check_teacher,
     denoiser_of,
     inputs_of_run,
     loading_arguments,
     prompts_of,
 )
-from diffusers_pqcad.publishing.settings import Settings
+from diffusers_pqcad.publishing.settings import CompressConfig, Settings
 from diffusers_pqcad.publishing.validation import check_validation
 
 FEW_LAYERS = 2  # of a text encoder: as many hidden states as pipelines take, and no more work than that
@@ -44,7 +45,8 @@ class Outline:
 
     `model` is its denoiser, on meta, in float32. `plan` says how a step calls it; `state` (1, *S), `timestep` (1,) and
     `condition` are those of one image, on meta. `num_steps` are recorded of each trajectory, `num_train` and
-    `num_held_out` of the trajectories are trained and measured on.
+    `num_held_out` of the trajectories are trained and measured on. `folding_error` says why a student cannot answer in
+    one branch; None where it can.
     """
 
     teacher: Teacher
@@ -57,6 +59,7 @@ class Outline:
     timestep: Tensor
     condition: dict[str, Tensor]
     prompts: list[str]
+    folding_error: str | None = None
 
     @property
     def branches(self) -> int:
@@ -133,7 +136,17 @@ def outline_of(settings: Settings, path: str, models: Mapping[str, SavedModel]) 
         recorder.grid.timestep[:1].to("meta"),
         tree_map_only(Tensor, lambda value: value.to("meta"), condition),
         prompts,
+        folding_error_of(teacher.pipeline, run, recorder.plan, prompts),
     )
+
+
+def folding_error_of(teacher: Any, run: CompressConfig, plan: StepPlan, prompts: Sequence[str]) -> str | None:
+    """Return why no student can answer in one branch what the teacher gives by `plan`; None where one can."""
+    try:
+        check_folding(teacher, run, plan.folded(), prompts)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def example_of(outline: Outline, settings: Settings) -> dict[str, Any]:

@@ -6,11 +6,10 @@ measure; `rounds.py` says which are likely, and everything that they ask for is 
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
-
-from torch import nn
 
 from diffusers_pqcad.compression.distillation import TERMS, DistillConfig
 from diffusers_pqcad.compression.fake_quant import RANGE_TRAJECTORIES
@@ -28,8 +27,6 @@ from diffusers_pqcad.publishing.compress import MAX_SHOWN_IMAGES, arms_of, stage
 from diffusers_pqcad.publishing.outline import Outline
 from diffusers_pqcad.publishing.pipelines import (
     LATENCY_BATCH_SIZE,
-    can_fold,
-    check_folding,
     own_num_inference_steps,
     sampling_batch_size,
     strides_of,
@@ -121,12 +118,18 @@ def search_of(outline: Outline, quantization: PQCADConfig) -> Search:
     model = outline.model
     layers = match_modules(model, with_model_exemptions(model, quantization))
     units = units_holding(model, layers)
+    met = met_in_a_step(outline, (*layers, *units))
+    biased = [name for name in met if name in layers and has_bias(layers[name])]
+    num_weights = {name: layer.weight.numel() for name, layer in layers.items()}
+    return Search(num_weights, [name for name in met if name in units], biased)
 
-    def order(modules: Mapping[str, nn.Module]) -> list[str]:
-        return execution_order(modules, lambda: outline.call(model, 1, device="meta"))
 
-    biased = [name for name in order(layers) if has_bias(layers[name])]
-    return Search({name: layer.weight.numel() for name, layer in layers.items()}, order(units), biased)
+@cache
+def met_in_a_step(outline: Outline, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return those of the modules `names` of an outline's model that a step calls, in execution order."""
+    model = outline.model
+    modules = {name: model.get_submodule(name) for name in names}
+    return tuple(execution_order(modules, lambda: outline.call(model, 1, device="meta")))
 
 
 def has_bias(layer: FloatLayer) -> bool:
@@ -139,9 +142,9 @@ def stages_of_run(settings: Settings, outline: Outline) -> list[Stage]:
     run, quantization, progressive, distillation = settings
     folds, is_guidance_varied = distillation.folds(outline.plan), "guidance" in run.wanted_ablations()
     teacher = outline.teacher.pipeline
-    if folds:
-        check_folding(teacher, run, outline.plan.folded(), outline.prompts)
-    has_both_ways = is_guidance_varied and can_fold(teacher, run, outline.plan, outline.prompts)
+    if folds and outline.folding_error is not None:
+        raise ValueError(outline.folding_error)
+    has_both_ways = is_guidance_varied and outline.folding_error is None
     num_checks = folds + (is_guidance_varied and outline.plan.is_guided)
     stages = [
         recording(run, outline, num_checks, sampling_batch_size(teacher, run)),
