@@ -625,6 +625,18 @@ class TestImage:
         assert "From prompt to picture, tiny, AutoencoderKL, 64x64, 2 steps, no guidance" in table
         assert "| resident MB, own + mapped from files |" in table
 
+    @torch.no_grad()
+    def test_without_copies_of_the_weights_the_image_is_the_same(self, image, tmp_path):
+        _, case = self.case(image, tmp_path)
+        parts, name = image.image_contestants, "W4A8 UNet, VAE, text"
+        image.CONTESTANTS[name].prepare(case)
+        pipelines = [image.CONTESTANTS[each].load(case) for each in (name, f"{name}, low memory")]
+        for pipeline, is_low in zip(pipelines, (False, True), strict=True):
+            layers = [*packed_layers(pipeline.unet).values(), *packed_layers(pipeline.text_encoder).values()]
+            assert {layer.is_memory_short for layer in layers} == {is_low}
+        normal, low = (parts.call(pipeline, case, seed=0) for pipeline in pipelines)
+        np.testing.assert_array_equal(low, normal)
+
     def test_who_is_absent_or_fails_is_named(self, image, tmp_path, monkeypatch, capsys):
         def in_a_process(script: str, flags: dict[str, Any]) -> Any:
             raise RuntimeError("ImportError: No module named 'nonsense'\nand where")

@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
 from diffusers_pqcad import PQCADConfig, quantize_
+from diffusers_pqcad.layers.find import packed_layers
 
 NUM_CALIBRATION_IMAGES = 2
 TEXTS = ("text_encoder", "text_encoder_2")
@@ -96,6 +97,16 @@ def load_ours(case: Case, weight_bits: int, activation_bits: int, components: tu
     """Return the quantized pipeline, as `from_pretrained` loads it."""
     folder = ours_folder(case, weight_bits, activation_bits, components)
     return text_to_image.pipeline_class(folder).from_pretrained(folder)
+
+
+def load_ours_for_low_memory(case: Case, **options: Any) -> Any:
+    """Return the pipeline of `load_ours`, whose kernels unpack weights in each call: no int8 copies are kept."""
+    pipeline = load_ours(case, **options)
+    for model in pipeline.components.values():
+        if isinstance(model, nn.Module):
+            for layer in packed_layers(model).values():
+                layer.is_memory_short = True
+    return pipeline
 
 
 # Stand-ins
@@ -306,10 +317,12 @@ def load_pt2e(case: Case) -> Any:
     return assembled(case, compute, pipeline.vae, texts)
 
 
-def ours(weight_bits: int, activation_bits: int, *components: str) -> ImageContestant:
+def ours(
+    weight_bits: int, activation_bits: int, *components: str, load: Callable[..., Any] = load_ours
+) -> ImageContestant:
     """Return our contestant of a width and of quantized components."""
     options = {"weight_bits": weight_bits, "activation_bits": activation_bits, "components": components}
-    return ImageContestant(partial(save_ours, **options), partial(load_ours, **options))  # type: ignore[arg-type]
+    return ImageContestant(partial(save_ours, **options), partial(load, **options))  # type: ignore[arg-type]
 
 
 def nothing(case: Case) -> None:
@@ -324,6 +337,7 @@ CONTESTANTS: dict[str, ImageContestant] = {
     "W8A8 UNet, VAE, text": ours(8, 8, "unet", "vae", "text_encoder"),
     "W8A7 UNet, VAE, text": ours(8, 7, "unet", "vae", "text_encoder"),
     "W4A8 UNet, VAE, text": ours(4, 8, "unet", "vae", "text_encoder"),
+    "W4A8 UNet, VAE, text, low memory": ours(4, 8, "unet", "vae", "text_encoder", load=load_ours_for_low_memory),
     "W4A7 UNet, VAE, text": ours(4, 7, "unet", "vae", "text_encoder"),
     "OpenVINO int8, transformer preset": ImageContestant(save_openvino, load_openvino),
     "PT2E X86 Inductor int8, bf16": ImageContestant(nothing, load_pt2e),
