@@ -38,7 +38,7 @@ def ask_for_large_pages(address: int, num_bytes: int) -> None:
 
 @cache
 def madvise() -> Callable[..., int] | None:
-    """Return madvise(2), or `None` on systems that have no large pages to ask for."""
+    """Return madvise(2), or `None` on systems that have no large pages to ask for: others than Linux."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     function = ctypes.CDLL(None).madvise

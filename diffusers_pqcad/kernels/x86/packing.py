@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffusers_pqcad.kernels.native import residency
 from diffusers_pqcad.kernels.operation import Operation
 from diffusers_pqcad.kernels.x86.library import DEPTH, TILE_SIZE, compiled
 from diffusers_pqcad.kernels.x86.recent import Recent
@@ -67,6 +68,8 @@ class PackedLayer:
         if found is None:  # of threads that pack at once, all take the first one's: calls point to it
             packed = (pack_weights if self.keeps_copies else describe_weights)(operation, is_doubled=is_doubled)
             found = self.of_kind.setdefault(is_doubled, packed)
+            if self.keeps_copies:
+                residency.give_back_(operation.qweight)
         return found
 
 
@@ -106,7 +109,7 @@ def pack_filters(
     filters = Filters(levels.data_ptr(), scale.data_ptr(), *size, padded, is_winograd, is_doubled)
     blocks = round_up(size[0], outputs) // outputs * blocks_for_outputs(is_winograd=is_winograd, is_doubled=is_doubled)
     steps = (2 if is_doubled else size[2]) * (1 if is_winograd else size[3]) * padded // DEPTH
-    weight = torch.empty(blocks, steps, outputs, DEPTH, dtype=torch.int8, device="cpu")
+    weight = residency.empty((blocks, steps, outputs, DEPTH), torch.int8)
     level_sum = torch.empty(blocks * outputs, dtype=torch.int32, device="cpu")
     scales, divisors = torch.empty(2, blocks * outputs, dtype=torch.float32, device="cpu")
     targets = (weight, level_sum, scales, divisors)
