@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -114,6 +115,11 @@ def reduction() -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def adapters() -> Iterator[ModuleType]:
     yield from import_script("adapters")
+
+
+@pytest.fixture(scope="module")
+def resident() -> Iterator[ModuleType]:
+    yield from import_script("resident")
 
 
 @pytest.fixture(autouse=True)
@@ -1020,3 +1026,43 @@ class TestPlan:
     def test_what_is_no_clock_is_refused(self, plan):
         with pytest.raises(ValueError, match="clock: expected one of .* got 'sun'"):
             plan.benchmark(plan.Settings(clock="sun"))
+
+
+class TestResident:
+    def test_each_contestant_holds_what_it_holds_in_a_process_of_its_own(
+        self, resident, tmp_path, monkeypatch, capsys
+    ):
+        started = []
+
+        def in_this_process(script: str, flags: dict[str, Any]) -> Any:
+            started.append(flags["contestant"])
+            return json.loads(json.dumps(resident.main(resident.Settings(**flags))))
+
+        monkeypatch.setattr(resident.harness, "in_a_process", in_this_process)
+        file = tmp_path / "resident.json"
+        settings = resident.Settings(
+            model="tiny-conditional", sample_size=8, num_steps=2, batch_size=1, contestants=["W4A8*"], json=str(file),
+            directory=str(tmp_path),
+        )  # fmt: skip
+        result = resident.main(settings)
+        assert json.loads(file.read_text()) == json.loads(json.dumps(result))
+        assert str(tmp_path) not in file.read_text()
+        assert started == list(rows_of(result)) == ["stock diffusers, fp32", "W4A8", "W4A8, low memory"]
+        assert {folder.name for folder in tmp_path.iterdir() if folder.is_dir()} == {"float32", "W4"}
+        for row in rows_of(result).values():
+            assert list(row["memory"]) == list(resident.MOMENTS)
+            if resident.memory.resident() is not None:
+                assert all(min(held) > 1e6 for held in row["memory"].values())
+            assert row["peak_bytes"] > 1e8
+        assert "| W4A8, low memory |" in capsys.readouterr().out
+
+    def test_a_model_is_saved_once_in_its_own_dtype(self, resident, tmp_path):
+        settings = resident.Settings(model="tiny-conditional", directory=str(tmp_path))
+        kind = resident.CONTESTANTS["stock diffusers, bf16"]
+        resident.save(settings, kind, tmp_path)
+        (file,) = (tmp_path / "bfloat16").glob("*.safetensors")
+        with safe_open(file, "pt") as saved:
+            assert {saved.get_tensor(name).dtype for name in saved.keys()} == {torch.bfloat16}
+        written = file.stat().st_mtime_ns
+        resident.save(settings, kind, tmp_path)
+        assert file.stat().st_mtime_ns == written
