@@ -139,3 +139,34 @@ def test_a_loaded_model_keeps_its_copies_alone_and_can_be_saved_all_the_same(tmp
     loaded.save_pretrained(tmp_path / "again")
     name = "diffusion_pytorch_model.safetensors"
     assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "packed" / name).read_bytes()
+
+
+def test_the_heap_is_trimmed_once_for_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    trims: list[int] = []
+    monkeypatch.setattr(residency, "malloc_trim", lambda: trims.append)
+    heap, share = residency.Heap(), residency.TRIMMED_BYTES // 4
+    for _ in range(9):
+        heap.grew(share)
+    assert trims == [0, 0]
+    monkeypatch.setattr(residency, "malloc_trim", lambda: None)  # another C library
+    for _ in range(9):
+        heap.grew(share)
+    assert trims == [0, 0]
+
+
+@pytest.mark.skipif(residency.malloc_trim() is None, reason="this C library keeps what is free")
+def test_holes_between_what_stays_are_given_back() -> None:
+    """Of blocks that are too small for pages of their own, each second one is let go of."""
+    blocks = [torch.zeros(2**14) for _ in range(2048)]
+    kept = blocks[::2]
+    del blocks
+    before = own_bytes()
+    residency.Heap().grew(residency.TRIMMED_BYTES)
+    assert before - own_bytes() > 2**14 * 4 * 1024 * 0.8
+    assert all(int(block.sum()) == 0 for block in kept)
+
+
+def own_bytes() -> int:
+    """Memory of this process that no file has."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])

@@ -1,13 +1,16 @@
 """What of a layer's weights stays in memory: int8 copies in pages of their own, and of the file's bytes nothing.
 
-A copy is made of many small and short-lived tensors. Between these, on the C library's heap, it would leave holes that
-are never given back. And the packed weights that it was made from, which are mapped from a file where a model was
-loaded, are read no more: their pages are given back. They come from the file again where something reads them after
-all, as saving does.
+A copy is made by way of tensors that are short-lived. On the C library's heap these leave holes between what stays,
+which are given back now and then. And the packed weights that it was made from, which are mapped from a file where a
+model was loaded, are read no more: their pages are given back. They come from the file again where something reads
+them after all, as saving does.
 """
 
+import ctypes
 import math
 import mmap
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor
 from diffusers_pqcad.kernels.native.pages import madvise
 
 OWN_BYTES = 2**16  # what is smaller may lie on the heap: whole pages for it would cost more than the holes
+TRIMMED_BYTES = 2**26  # of packed weights, after which the heap is looked through: that takes milliseconds
 PAGEMAP = Path("/proc/self/pagemap")
 PRESENT, SWAPPED, IN_FILE = 63, 62, 61  # bits of an entry of PAGEMAP (Linux, Documentation/admin-guide/mm/pagemap.rst)
 ENTRY_BYTES = 8
@@ -57,3 +61,27 @@ def is_in_file(start: int, stop: int) -> bool:
     entries = torch.frombuffer(bytearray(found), dtype=torch.int64)
     anywhere, in_file = (entries >> PRESENT | entries >> SWAPPED) & 1, entries >> IN_FILE & 1
     return bool((in_file >= anywhere).all()) and bool(anywhere.any())
+
+
+class Heap:
+    """What weights that were packed have left on the heap: it is trimmed for every TRIMMED_BYTES of them."""
+
+    def __init__(self) -> None:
+        self.untrimmed_bytes = 0
+
+    def grew(self, num_bytes: int) -> None:
+        """Take note of packed weights of `num_bytes`, and give free memory back to the system where these add up."""
+        self.untrimmed_bytes += num_bytes
+        trim = malloc_trim()
+        if trim is not None and self.untrimmed_bytes >= TRIMMED_BYTES:
+            self.untrimmed_bytes = 0
+            trim(0)
+
+
+HEAP = Heap()
+
+
+@cache
+def malloc_trim() -> Callable[[int], int] | None:
+    """Return glibc's malloc_trim(3), or `None` where there is another C library."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if hasattr(mmap, "MADV_HUGEPAGE") else None

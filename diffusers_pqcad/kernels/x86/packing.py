@@ -68,6 +68,7 @@ class PackedLayer:
         if found is None:  # of threads that pack at once, all take the first one's: calls point to it
             packed = (pack_weights if self.keeps_copies else describe_weights)(operation, is_doubled=is_doubled)
             found = self.of_kind.setdefault(is_doubled, packed)
+            residency.HEAP.grew(operation.shape.numel())
             if self.keeps_copies:
                 residency.give_back_(operation.qweight)
         return found
