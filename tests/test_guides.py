@@ -87,7 +87,7 @@ def test_a_command_takes_its_flags(guide, words, monkeypatch, tmp_path):
         import distill
 
         monkeypatch.chdir(ROOT)
-        distill.settings_of_command(words[2:])
+        distill.job_of_command(words[2:])
     elif words[1] == "examples/demo.py":
         import demo
         from transformers import HfArgumentParser

@@ -59,7 +59,7 @@ class Outline:
     timestep: Tensor
     condition: dict[str, Tensor]
     prompts: list[str]
-    folding_error: str | None = None
+    folding_error: ValueError | None = None
 
     @property
     def branches(self) -> int:
@@ -140,12 +140,12 @@ def outline_of(settings: Settings, path: str, models: Mapping[str, SavedModel]) 
     )
 
 
-def folding_error_of(teacher: Any, run: CompressConfig, plan: StepPlan, prompts: Sequence[str]) -> str | None:
+def folding_error_of(teacher: Any, run: CompressConfig, plan: StepPlan, prompts: Sequence[str]) -> ValueError | None:
     """Return why no student can answer in one branch what the teacher gives by `plan`; None where one can."""
     try:
         check_folding(teacher, run, plan.folded(), prompts)
     except ValueError as error:
-        return str(error)
+        return error
     return None
 
 

@@ -143,7 +143,7 @@ def stages_of_run(settings: Settings, outline: Outline) -> list[Stage]:
     folds, is_guidance_varied = distillation.folds(outline.plan), "guidance" in run.wanted_ablations()
     teacher = outline.teacher.pipeline
     if folds and outline.folding_error is not None:
-        raise ValueError(outline.folding_error)
+        raise outline.folding_error
     has_both_ways = is_guidance_varied and outline.folding_error is None
     num_checks = folds + (is_guidance_varied and outline.plan.is_guided)
     stages = [
