@@ -750,6 +750,7 @@ class TestScaling:
 
 
 class TestLoad:
+    @pytest.mark.slow
     def test_every_contestant_is_measured_in_a_process_of_its_own(self, load, tmp_path, capsys, monkeypatch):
         # Each takes as long as importing diffusers does.
         chosen = ("plain load, fp32", "W4 fixed", "W4 saved packed", "W4 saved packed, no checksums")

@@ -63,6 +63,7 @@ def test_widths(scripts):
     assert all(len(row["images"]) == 2 for row in rows)
 
 
+@pytest.mark.slow
 def test_controller(scripts):
     arms = ["no momentum", "momentum", "momentum of logarithms", "sensitivity, momentum of logarithms"]
     arms += ["average of all rounds", "momentum, relative dispersion", "solver"]
@@ -111,6 +112,7 @@ def test_the_solver_finds_the_smallest_sum_of_errors(scripts):
         assert sum(errors[key] for key in solver.bits.items()) == pytest.approx(min(allowed))
 
 
+@pytest.mark.slow
 def test_rates(scripts, monkeypatch):
     import rates
 
@@ -140,6 +142,7 @@ def test_rates(scripts, monkeypatch):
     assert all(row["error_after"] <= row["error_before"] for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "arms"), [("sd", ["float + LoRA", "quantized base, repaired", "lora"]), ("sd3", [])])
 def test_lora(scripts, monkeypatch, tmp_path, name, arms):
     import lora
@@ -171,6 +174,7 @@ def test_lora(scripts, monkeypatch, tmp_path, name, arms):
     assert all(len(images) == 2 for images in found)
 
 
+@pytest.mark.slow
 def test_parts(scripts, monkeypatch):
     import parts
 
@@ -248,6 +252,7 @@ def test_a_row_says_how_many_images_ended_elsewhere(scripts):
     assert quality["median"] == pytest.approx(sorted(quality["images"])[1], abs=0.01)  # the lower of two
 
 
+@pytest.mark.slow
 def test_sensitivity_and_the_tables_of_all(scripts, tmp_path):
     rows = scripts("sensitivity", "--subjects", "digits")
     (row,) = rows

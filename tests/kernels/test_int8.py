@@ -259,7 +259,8 @@ def test_the_probe_for_saturation_is_right() -> None:
     assert onednn.saturates() == (output.unique().tolist() != [255.0 * 127 * 512])
 
 
-@pytest.mark.parametrize("isa", ["AVX2", pytest.param("AVX512_CORE", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
 def test_under_other_instruction_sets(isa: str) -> None:
     """oneDNN reads ONEDNN_MAX_CPU_ISA once a process, so the kernel tests run again in another one."""
     if ISA != "ALL":
