@@ -212,9 +212,28 @@ def test_distill_says_what_it_would_do(monkeypatch, capsys, tmp_path):
     plan = distill.main([*flags, "--dry_run", "--measure_time", "False"])  # of the first bundled teacher
     assert [stage["key"] for stage in plan["stages"]] == ["recording", "pq", "pq_cad", "rows"]
     assert "Nothing was written." in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"max_memory: expected a number with its unit"):
-        distill.main([*flags, "--max_memory", "much"])
     assert not (tmp_path / "out").exists()
+
+
+def test_distill_runs_with_the_flags_that_a_limit_of_memory_chose(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import distill
+
+    chosen = distill.job_of_command(["--offload_to_disk", "--seed", "3"]).settings
+    asked, ran = [], []
+
+    def compress(*settings, bundled):
+        ran.append(settings)
+        raise ValueError("this is where it would run")
+
+    monkeypatch.setattr(distill, "affordable", lambda settings, bill, path: asked.append((bill, path)) or chosen)
+    monkeypatch.setattr(distill, "compress", compress)
+    with pytest.raises(ValueError, match="this is where"):
+        distill.main(["--max_memory", "2GB", "--output_dir", str(tmp_path / "out")])
+    assert [(bill.max_memory, path) for bill, path in asked] == [("2GB", distill.BUNDLED[0].path)]
+    assert ran == [chosen]
+    with pytest.raises(ValueError, match="max_memory: expected a number with its unit"):
+        distill.main(["--max_memory", "much"])
 
 
 def test_ablations_are_added_to_a_finished_run(teacher, finished):

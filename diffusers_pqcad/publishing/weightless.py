@@ -89,7 +89,7 @@ def numberless(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modul
 
 
 @cache
-def rounding(outline: Outline, layers: tuple[str, ...], group_size: int | None) -> Any:
+def rounding(outline: Outline, layers: tuple[str, ...], group_size: int | None) -> nn.Module:
     """Return a numberless model whose `layers` round their weights in each call, as under PQ and CAD.
 
     It is shared, as making it takes longer than a call: who trains it leaves it as it was (`training`).

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -226,6 +227,16 @@ def footnote_lines(rows: list[dict[str, Any]]) -> list[str]:
 def skipped_lines(result: dict[str, Any]) -> list[str]:
     """Return who did not take part, and why, for below a table."""
     return [f"\nSkipped: {name} ({reason})." for name, reason in result["skipped"].items()]
+
+
+def run_in_folder(
+    benchmark: Callable[..., dict[str, Any]], markdown: Callable[[dict[str, Any]], str], settings: Any
+) -> dict[str, Any]:
+    """Return `run` of a benchmark whose files are in the folder `settings.directory`, or in a temporary one."""
+    if settings.directory is not None:
+        return run(partial(benchmark, directory=Path(settings.directory)), markdown, settings)
+    with tempfile.TemporaryDirectory() as directory:
+        return run(partial(benchmark, directory=Path(directory)), markdown, settings)
 
 
 def run(

@@ -14,7 +14,6 @@ that is given: about 20 GB for SD-1.5, 60 GB for SDXL.
 
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -283,10 +282,7 @@ def memory_table(rows: list[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = [
-            "-" if held is None else f"{held[0] / 1e6:.0f} + {held[1] / 1e6:.0f}"
-            for held in (row["memory"][moment] for moment in MOMENTS)
-        ]
+        cells = [memory.text_of(row["memory"][moment]) for moment in MOMENTS]
         lines.append(f"| {row['name']} | {' | '.join(cells)} | {row['peak_bytes'] / 1e6:.0f} |")
     return lines
 
@@ -294,10 +290,7 @@ def memory_table(rows: list[dict[str, Any]]) -> list[str]:
 def main(settings: Settings) -> dict[str, Any]:
     """Run the benchmark, print its tables and write its JSON file; in a child process, one contestant."""
     if settings.contestant is None:
-        if settings.directory is not None:
-            return harness.run(partial(benchmark, directory=Path(settings.directory)), markdown, settings)
-        with tempfile.TemporaryDirectory() as directory:
-            return harness.run(partial(benchmark, directory=Path(directory)), markdown, settings)
+        return harness.run_in_folder(benchmark, markdown, settings)
     assert settings.directory is not None, "--contestant is for the child processes of this script"
     torch.set_num_threads(settings.num_threads)
     case, name, result = case_of(settings, Path(settings.directory)), settings.contestant, {}

@@ -27,6 +27,11 @@ def resident(pid: int | str = "self") -> Resident | None:
     return Resident(1024 * own, 1024 * (kilobytes["Rss"] - own))
 
 
+def text_of(held: Resident | None) -> str:
+    """Return megabytes, own + mapped, for a table; a dash for what could not be asked."""
+    return "-" if held is None else f"{held[0] / 1e6:.0f} + {held[1] / 1e6:.0f}"
+
+
 def larger(first: Resident | None, second: Resident | None) -> Resident | None:
     """Return the one with more pages of its own; None is less than any."""
     known = [each for each in (first, second) if each is not None]

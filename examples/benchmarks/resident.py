@@ -4,13 +4,11 @@
 
 The model has the shape of SD-1.5's UNet (860 M parameters) and random weights. Each contestant has a process of its
 own, which loads it from its file, as users do, and takes some steps. Bytes do not depend on how busy the computer is.
-Needs 6 GB of disk.
+Needs 7 GB of disk.
 """
 
 import json
-import tempfile
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,9 +128,9 @@ def markdown(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in result["contestants"]:
-        held = [row["memory"][moment] for moment in MOMENTS]
-        cells = ["-" if each is None else f"{each[0] / 1e6:.0f} + {each[1] / 1e6:.0f}" for each in held]
-        together = "-" if held[-1] is None else f"{sum(held[-1]) / 1e6:.0f}"
+        cells = [memory.text_of(row["memory"][moment]) for moment in MOMENTS]
+        stepping = row["memory"]["stepping"]
+        together = "-" if stepping is None else f"{sum(stepping) / 1e6:.0f}"
         lines.append(f"| {row['name']} | {' | '.join(cells)} | {together} | {row['peak_bytes'] / 1e6:.0f} |")
     return "\n".join(lines)
 
@@ -140,10 +138,7 @@ def markdown(result: dict[str, Any]) -> str:
 def main(settings: Settings) -> dict[str, Any]:
     """Run the benchmark, print its table and write its JSON file; in a child process, one contestant."""
     if settings.contestant is None:
-        if settings.directory is not None:
-            return harness.run(partial(benchmark, directory=Path(settings.directory)), markdown, settings)
-        with tempfile.TemporaryDirectory() as directory:
-            return harness.run(partial(benchmark, directory=Path(directory)), markdown, settings)
+        return harness.run_in_folder(benchmark, markdown, settings)
     assert settings.directory is not None, "--contestant is for the child processes of this script"
     result = measure(settings, settings.contestant, Path(settings.directory))
     print(json.dumps(result))

@@ -60,7 +60,7 @@ def is_in_file(start: int, stop: int) -> bool:
         return False
     entries = torch.frombuffer(bytearray(found), dtype=torch.int64)
     anywhere, in_file = (entries >> PRESENT | entries >> SWAPPED) & 1, entries >> IN_FILE & 1
-    return bool((in_file >= anywhere).all()) and bool(anywhere.any())
+    return bool((in_file >= anywhere).all())
 
 
 class Heap:
